@@ -1,0 +1,8 @@
+"""Multi-resolution attention as operators: MRA-2 and MRA-2-s, forward and backward. Knows torch,
+not Transformers.
+"""
+
+from .api import mra2_attention, mra2_attention_matrix, select_blocks
+from .selection import BlockSelection
+
+__all__ = ["BlockSelection", "mra2_attention", "mra2_attention_matrix", "select_blocks"]

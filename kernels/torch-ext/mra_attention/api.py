@@ -1,0 +1,455 @@
+"""The public functions: checks in words, then one `match` on the implementation.
+
+Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N / M) block rows.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from .blocks import count_blocks
+from .selection import MAX_BLOCK_ROWS, BlockSelection, select
+
+IMPLEMENTATIONS = ("auto", "reference", "torch")
+APPROX_MODES = ("full", "sparse")
+SELECTION_RULES = ("row_normalized", "global")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def mra2_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    block_per_row: int = 8,
+    block_budget: int | None = None,
+    approx_mode: Literal["full", "sparse"] = "full",
+    block_size: int = 32,
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+    selection: str | BlockSelection = "row_normalized",
+    scale: float | None = None,
+    impl: Literal["auto", "reference", "torch"] = "auto",
+) -> Tensor:
+    """Multi-resolution self-attention with the scales {block_size, 1}: MRA-2 and MRA-2-s.
+
+    ICML 2022 paper, section 4 and Algorithms 1 and 2 with R = {32, 1}.
+
+    A block pair that is selected is computed exactly; every other pair contributes the product of
+    its block means ("full") or nothing ("sparse"). Up to `block_size * block_per_row` tokens every
+    pair is selected, so the result *is* dense softmax attention.
+
+    Args:
+        query, key, value: `[B, H, N, D]`, any strides, one dtype of float32, bfloat16, float16,
+            float64. Under autocast they are cast to its dtype first (float64 is left alone, as
+            torch does).
+        attention_mask: `[B, N]` bool or integer, nonzero at real tokens, any pattern; None means
+            all are real. Padded queries give zeros, padded keys are never attended, even when they
+            hold NaN.
+        block_per_row: budget, in exact blocks per block row that holds a real token; the blocks are
+            chosen over the whole matrix of a head.
+        block_budget: budget in exact blocks per head; replaces `block_per_row`. Clamped to the live
+            pairs of a sample.
+        approx_mode: `"full"` is MRA-2. `"sparse"` is MRA-2-s: it keeps the *high* resolution only.
+        block_size: tokens per block.
+        initial_prior_first_n_blocks: the first n block rows and columns are chosen before all
+            others.
+        initial_prior_diagonal_n_blocks: so are the pairs with `abs(row - column) <= n // 2`; 0 is
+            off.
+        selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
+            row, `"global"` by the coarse logit; or a ready `BlockSelection` from `select_blocks`.
+        scale: factor of the logits, default `D ** -0.5`.
+        impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer), or
+            `"auto"`, which is `"torch"`. An explicit choice is never replaced. While `torch.export`
+            traces, the reference is used.
+
+    Returns:
+        `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on). Two runs give the
+        same bits.
+
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
+            what to pass.
+        RuntimeError: double backward or `torch.vmap` through `impl="torch"`.
+    """
+    query, key, value = _check_tensors(query, key, value)
+    settings = _check_settings(
+        query,
+        block_per_row=block_per_row,
+        block_budget=block_budget,
+        block_size=block_size,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        selection=selection,
+        scale=scale,
+    )
+    _check_choice("approx_mode", approx_mode, APPROX_MODES)
+    _check_choice("impl", impl, IMPLEMENTATIONS)
+    token_mask = _to_token_mask(attention_mask, query)
+    arguments = {
+        "scale": settings["scale"],
+        "sparse": approx_mode == "sparse",
+        "block_size": block_size,
+    }
+
+    if torch.compiler.is_exporting():
+        return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
+    match resolve_impl(impl, query):
+        case "reference":
+            blocks = _choose(select, query, key, token_mask, selection, settings)
+            return _reference_attention(query, key, value, token_mask, blocks, **arguments)
+        case "torch":
+            if not isinstance(selection, BlockSelection) and _selects_all(query, settings):
+                blocks = None
+            else:
+                blocks = _choose(_select_op, query, key, token_mask, selection, settings)
+            return ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
+
+
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    block_per_row: int = 8,
+    block_budget: int | None = None,
+    block_size: int = 32,
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+    selection: str = "row_normalized",
+    scale: float | None = None,
+) -> BlockSelection:
+    """Return which block pairs `mra2_attention` computes exactly for the same arguments.
+
+    For plots, for tests, and to hand one choice to several calls (`mra2_attention(...,
+    selection=chosen)`). No gradient.
+
+    Raises:
+        ValueError: as `mra2_attention`.
+    """
+    query, key, _ = _check_tensors(query, key, key)
+    if isinstance(selection, BlockSelection):
+        raise ValueError(
+            f"selection must be the name of a rule here, one of {SELECTION_RULES}; got a ready "
+            "BlockSelection, "
+            "which is what this function returns. Pass it to mra2_attention instead."
+        )
+    settings = _check_settings(
+        query,
+        block_per_row=block_per_row,
+        block_budget=block_budget,
+        block_size=block_size,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        selection=selection,
+        scale=scale,
+    )
+    token_mask = _to_token_mask(attention_mask, query)
+    return BlockSelection(
+        _choose(_select_op, query, key, token_mask, selection, settings), block_size
+    )
+
+
+def mra2_attention_matrix(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    block_per_row: int = 8,
+    block_budget: int | None = None,
+    approx_mode: Literal["full", "sparse"] = "full",
+    block_size: int = 32,
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+    selection: str | BlockSelection = "row_normalized",
+    scale: float | None = None,
+) -> Tensor:
+    """Return the row-normalised matrix A-hat `[B, H, N, N]` that `mra2_attention` applies.
+
+    From the reference, so it needs O(N^2) memory; float32, or float64 for float64 inputs. Rows of
+    padding are zero.
+
+    Raises:
+        ValueError: as `mra2_attention`.
+    """
+    query, key, _ = _check_tensors(query, key, key)
+    settings = _check_settings(
+        query,
+        block_per_row=block_per_row,
+        block_budget=block_budget,
+        block_size=block_size,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        selection=selection,
+        scale=scale,
+    )
+    _check_choice("approx_mode", approx_mode, APPROX_MODES)
+    token_mask = _to_token_mask(attention_mask, query)
+    blocks = _choose(select, query, key, token_mask, selection, settings)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.attention_matrix(
+            query,
+            key,
+            token_mask,
+            blocks,
+            scale=settings["scale"],
+            sparse=approx_mode == "sparse",
+            block_size=block_size,
+        )
+
+
+def resolve_impl(impl: str, query: Tensor) -> str:
+    """Return "reference" or "torch"; an empty batch, with nothing to compute, is the reference's."""
+    if query.shape[0] == 0 or query.shape[1] == 0:
+        return "reference"
+    return "torch" if impl == "auto" else impl
+
+
+def _select_op(query: Tensor, key: Tensor, token_mask: Tensor | None, **settings) -> Tensor:
+    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
+
+
+def _choose(chooser, query, key, token_mask, selection, settings) -> Tensor:
+    """The chosen pairs `[B, H, R, R]` bool: those of a ready selection, or those of `chooser`."""
+    if isinstance(selection, BlockSelection):
+        return selection.blocks
+    return chooser(query, key, token_mask, **settings)
+
+
+def _selects_all(query: Tensor, settings: dict) -> bool:
+    """Whether the budget covers every live pair whatever the values: R rows of `block_per_row`, or
+    `block_budget`.
+    """
+    n_blocks = count_blocks(query.shape[2], settings["block_size"])
+    if settings["block_budget"] is None:
+        return settings["block_per_row"] >= n_blocks
+    return settings["block_budget"] >= n_blocks**2
+
+
+def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:
+    """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
+    if token_mask is None:
+        token_mask = torch.ones(
+            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
+        )
+    if isinstance(selection, BlockSelection):
+        blocks = selection.blocks
+    else:
+        blocks = select(query, key, token_mask, traceable=True, **settings)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.attention(query, key, value, token_mask, blocks, **arguments)
+
+
+def _reference_attention(query, key, value, token_mask, blocks, **arguments) -> Tensor:
+    if torch.is_autocast_enabled(query.device.type):
+        return _ReferenceUnderAutocast.apply(query, key, value, token_mask, blocks, arguments)
+    return reference.attention(query, key, value, token_mask, blocks, **arguments)
+
+
+class _ReferenceUnderAutocast(torch.autograd.Function):
+    """The reference with autocast off in both directions, even when `backward()` is called inside
+    the context.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, token_mask, blocks, arguments):
+        ctx.save_for_backward(query, key, value, token_mask, blocks)
+        ctx.arguments = arguments
+        with torch.autocast(query.device.type, enabled=False):
+            return reference.attention(query, key, value, token_mask, blocks, **arguments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, token_mask, blocks = ctx.saved_tensors
+        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
+            output = reference.attention(*inputs, token_mask, blocks, **ctx.arguments)
+            return *torch.autograd.grad(output, inputs, grad_output), None, None, None
+
+
+# -- checks
+# -------------------------------------------------------------------------------------------------------
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Check shapes, dtypes and devices; under autocast, cast to its dtype."""
+    tensors = {"query": query, "key": key, "value": value}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], got "
+                f"{type(x).__name__}."
+            )
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must be [batch, heads, tokens, head_dim], got {x.ndim} dimensions "
+                f"{tuple(x.shape)}; "
+                "split the hidden dimension into heads and move heads before tokens."
+            )
+    for name in ("key", "value"):
+        if tensors[name].shape != query.shape:
+            raise ValueError(
+                f"{name} must have the shape of query, {tuple(query.shape)}, got "
+                f"{tuple(tensors[name].shape)}; "
+                "mra2_attention is self-attention: no cache, no cross-attention, no grouped key "
+                "heads."
+            )
+        if tensors[name].device != query.device:
+            raise ValueError(
+                f"{name} is on {tensors[name].device}, query on {query.device}; move all three to "
+                "one device."
+            )
+    if query.shape[2] == 0 or query.shape[3] == 0:
+        raise ValueError(
+            f"query must hold at least one token and one channel, got {tuple(query.shape)}."
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in (query, key, value)
+        )
+    if query.dtype not in _DTYPES:
+        raise ValueError(
+            f"query must be float32, bfloat16, float16 or float64, got {query.dtype}; cast it "
+            "first."
+        )
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {x.dtype}, query is {query.dtype}; cast all three to one dtype."
+            )
+    return query, key, value
+
+
+def _to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Check the mask by type and shape alone (no value is read on the host) and return it as `[B,
+    N]` bool.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            "attention_mask must be a torch.Tensor [batch, tokens] or None, got "
+            f"{type(attention_mask).__name__}."
+        )
+    expected = (query.shape[0], query.shape[2])
+    if attention_mask.ndim != 2 or attention_mask.shape != expected:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] = {tuple(expected)}, got "
+            f"{tuple(attention_mask.shape)}; "
+            "pass the tokenizer's 2-D attention_mask, not an expanded one."
+        )
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise ValueError(
+            "attention_mask must be bool or integer, nonzero at real tokens, got "
+            f"{attention_mask.dtype}; an additive "
+            "float mask cannot be used: pass mask.bool(), or (mask == 0) if it holds 0 for real "
+            "tokens."
+        )
+    if attention_mask.device != query.device:
+        raise ValueError(
+            f"attention_mask is on {attention_mask.device}, query on {query.device}; move it to "
+            "the device of query."
+        )
+    return attention_mask.bool()
+
+
+def _check_settings(
+    query: Tensor,
+    *,
+    block_per_row,
+    block_budget,
+    block_size,
+    initial_prior_first_n_blocks,
+    initial_prior_diagonal_n_blocks,
+    selection,
+    scale,
+) -> dict:
+    """Check what the selection needs and return it as keyword arguments of `selection.select`."""
+    check_int("block_per_row", block_per_row, 1)
+    check_int("block_size", block_size, 1)
+    if block_budget is not None:
+        check_int("block_budget", block_budget, 1)
+    check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
+    check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(
+            f"scale must be a finite Python number or None for head_dim ** -0.5, got {scale!r}."
+        )
+    n_blocks = count_blocks(query.shape[2], block_size)
+    if isinstance(selection, BlockSelection):
+        _check_ready_selection(
+            selection,
+            (query.shape[0], query.shape[1], n_blocks, n_blocks),
+            query.device,
+            block_size=block_size,
+            others=(block_budget, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks),
+        )
+    else:
+        _check_choice(
+            "selection", selection, SELECTION_RULES, "a BlockSelection from select_blocks"
+        )
+        if n_blocks > MAX_BLOCK_ROWS:
+            raise ValueError(
+                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}; at most "
+                f"{MAX_BLOCK_ROWS} "
+                "block rows can be ranked: raise block_size."
+            )
+    return {
+        "block_per_row": block_per_row,
+        "block_budget": block_budget,
+        "block_size": block_size,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
+        "rule": selection if isinstance(selection, str) else "",
+        "scale": float(scale),
+    }
+
+
+def _check_ready_selection(
+    selection: BlockSelection, shape, device, *, block_size: int, others: tuple
+) -> None:
+    blocks = selection.blocks
+    if blocks.shape != shape or blocks.dtype != torch.bool or blocks.device != device:
+        raise ValueError(
+            f"selection.blocks must be bool {tuple(shape)} = [batch, heads, block rows, block "
+            f"rows] on {device}, got "
+            f"{blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; make it with select_blocks "
+            "from tensors of the "
+            "same shape."
+        )
+    if selection.block_size != block_size:
+        raise ValueError(
+            f"block_size is {block_size} but the given selection was made with "
+            f"{selection.block_size}; pass "
+            f"block_size={selection.block_size}."
+        )
+    if others != (None, 0, 0):
+        raise ValueError(
+            "selection is a ready BlockSelection, so block_budget and the initial_prior_* "
+            "arguments would be ignored; "
+            "give them to select_blocks instead."
+        )
+
+
+def _check_choice(name: str, given, allowed: tuple[str, ...], otherwise: str | None = None) -> None:
+    if not isinstance(given, str) or given not in allowed:
+        words = ", ".join(f'"{word}"' for word in allowed) + (
+            f", or {otherwise}" if otherwise else ""
+        )
+        raise ValueError(f"{name} must be one of {words}; got {given!r}.")
+
+
+def check_int(name: str, given, lowest: int) -> None:
+    """Raise a `ValueError` unless `given` is an integer (not a bool) of at least `lowest`."""
+    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)) or given < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {given!r}.")

@@ -1,0 +1,150 @@
+"""`torch.library` operators around the fast implementations: what compile, checkpointing and autograd see.
+
+`mra2_select` has no gradient. `mra2_forward` returns the output and its log-sum-exp; its gradient
+is `mra2_backward`, which has none of its own. Bodies run with autocast off, forward and backward,
+whatever the context they are called in.
+"""
+
+import torch
+from torch import Tensor
+
+from . import selection, torch_impl
+from ._ops import add_op_namespace_prefix
+from .blocks import compute_dtype, count_blocks
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mra2_select"), mutates_args=())
+def mra2_select(
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    block_per_row: int,
+    block_budget: int | None,
+    block_size: int,
+    initial_prior_first_n_blocks: int,
+    initial_prior_diagonal_n_blocks: int,
+    rule: str,
+    scale: float,
+) -> Tensor:
+    """`selection.select` as an operator: `[B, H, R, R]` bool."""
+    return selection.select(
+        query,
+        key,
+        token_mask,
+        block_per_row=block_per_row,
+        block_budget=block_budget,
+        block_size=block_size,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        rule=rule,
+        scale=scale,
+    )
+
+
+@mra2_select.register_fake
+def _(
+    query,
+    key,
+    token_mask,
+    block_per_row,
+    block_budget,
+    block_size,
+    initial_prior_first_n_blocks,
+    initial_prior_diagonal_n_blocks,
+    rule,
+    scale,
+):
+    n_blocks = count_blocks(query.shape[2], block_size)
+    return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mra2_forward"), mutates_args=())
+def mra2_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None,
+    blocks: Tensor | None,
+    scale: float,
+    sparse: bool,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`torch_impl.forward` as an operator: output `[B, H, N, D]` and log-sum-exp `[B, H, N]`."""
+    with torch.autocast(query.device.type, enabled=False):
+        return torch_impl.forward(
+            query, key, value, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
+        )
+
+
+@mra2_forward.register_fake
+def _(query, key, value, token_mask, blocks, scale, sparse, block_size):
+    lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+    return query.new_empty(query.shape), lse
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mra2_backward"), mutates_args=())
+def mra2_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    token_mask: Tensor | None,
+    blocks: Tensor | None,
+    scale: float,
+    sparse: bool,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch_impl.backward` as an operator: gradients of query, key and value."""
+    with torch.autocast(query.device.type, enabled=False):
+        return torch_impl.backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            token_mask,
+            blocks,
+            scale=scale,
+            sparse=sparse,
+            block_size=block_size,
+        )
+
+
+@mra2_backward.register_fake
+def _(grad_output, query, key, value, output, lse, token_mask, blocks, scale, sparse, block_size):
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+def _save_for_backward(ctx, inputs, output):
+    query, key, value, token_mask, blocks, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, value, *output, token_mask, blocks)
+
+
+def _backward(ctx, grad_output, grad_lse):
+    grads = mra2_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+    return *grads, None, None, None, None, None
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "mra2_attention has no second derivative in the fast implementations; pass "
+        'impl="reference", which is '
+        "differentiated by torch, to differentiate its gradient."
+    )
+
+
+def _refuse_vmap(info, in_dims, *args):
+    raise RuntimeError(
+        "mra2_attention does not support torch.vmap; it is batched already: put the mapped "
+        "dimension into "
+        'the batch dimension of query, key and value, or pass impl="reference".'
+    )
+
+
+mra2_forward.register_autograd(_backward, setup_context=_save_for_backward)
+mra2_backward.register_autograd(_refuse_double_backward)
+for _op in (mra2_select, mra2_forward, mra2_backward):
+    _op.register_vmap(_refuse_vmap)

@@ -1,0 +1,92 @@
+"""The definition of MRA-2 and MRA-2-s, written for reading: O(N^2) memory, any device, autograd by torch.
+
+MRA-2 is softmax attention whose logit for a token pair (i, j) is
+
+    scale * q_i . k_j                            if the pair of their blocks (x, y) is selected,
+    scale * mean(q in x) . mean(k in y)          otherwise.
+
+MRA-2-s leaves the second kind out. (ICML 2022, section 4: R = {32, 1}; eq. numbers follow the block
+form of A-hat.)
+"""
+
+import torch
+from torch import Tensor
+
+from .blocks import block_means, compute_dtype, mask_to_blocks, to_blocks
+
+
+def attention_matrix(
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    blocks: Tensor,
+    *,
+    scale: float,
+    sparse: bool,
+    block_size: int,
+) -> Tensor:
+    """Return the row-normalised matrix A-hat `[B, H, N, N]` in the compute dtype (float32, or float64 for float64).
+
+    Args:
+        query, key: `[B, H, N, D]`.
+        token_mask: `[B, N]` bool, or None when every token is real.
+        blocks: `[B, H, R, R]` bool, the pairs in high resolution; R may exceed ceil(N /
+            block_size).
+        sparse: True for MRA-2-s.
+
+    Rows of padding, and rows that have nothing to attend to, are zero.
+    """
+    length, n_blocks = query.shape[2], blocks.shape[-1]
+    dtype = compute_dtype(query.dtype)
+    real = mask_to_blocks(
+        token_mask, query.shape[0], length, block_size, n_blocks, query.device
+    )  # [B, R, M]
+    query_blocks = to_blocks(query.to(dtype), token_mask, block_size, n_blocks)  # [B, H, R, M, D]
+    key_blocks = to_blocks(key.to(dtype), token_mask, block_size, n_blocks)
+
+    exact = scale * query_blocks.flatten(2, 3) @ key_blocks.flatten(2, 3).mT  # [B, H, R * M, R * M]
+    high = _upsample(blocks, block_size)
+    if sparse:
+        logits = exact.masked_fill(~high, -torch.inf)
+    else:
+        counts = real.sum(-1)
+        coarse = (
+            scale * block_means(query_blocks, counts) @ block_means(key_blocks, counts).mT
+        )  # [B, H, R, R]
+        logits = torch.where(high, exact, _upsample(coarse, block_size))
+
+    real_tokens = real.flatten(1)  # [B, R * M]
+    logits = logits.masked_fill(~real_tokens[:, None, None, :], -torch.inf)
+    logits, real_tokens = logits[:, :, :length, :length], real_tokens[:, :length]
+    nothing = (logits == -torch.inf).all(-1, keepdim=True) | ~real_tokens[:, None, :, None]
+    return torch.softmax(logits.masked_fill(nothing, 0), dim=-1).masked_fill(nothing, 0)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None,
+    blocks: Tensor,
+    *,
+    scale: float,
+    sparse: bool,
+    block_size: int,
+) -> Tensor:
+    """Return A-hat @ value, `[B, H, N, D]` in the dtype of `value`. Arguments as in
+    `attention_matrix`.
+    """
+    matrix = attention_matrix(
+        query, key, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
+    )
+    real_value = value.to(matrix.dtype)
+    if token_mask is not None:
+        real_value = real_value.masked_fill(~token_mask[:, None, :, None], 0)
+    return (matrix @ real_value).to(value.dtype)
+
+
+def _upsample(x: Tensor, block_size: int) -> Tensor:
+    """Repeat every entry of `[..., R, R]` over its block of tokens: `[..., R * M, R * M]`."""
+    *leading, rows, columns = x.shape
+    x = x[..., :, None, :, None].expand(*leading, rows, block_size, columns, block_size)
+    return x.flatten(-4, -3).flatten(-2, -1)

@@ -1,0 +1,175 @@
+"""Which blocks of the attention matrix are computed exactly.
+
+The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`. Per (batch, head)
+the `budget` best pairs of the whole matrix are chosen; equal scores go to the pair nearest the
+diagonal, then to the lowest row, then to the lowest column. Nothing here has a gradient.
+
+The order is made total by one int64 key per pair, so that a plain top-k is deterministic:
+
+    prior (1 bit) | score, as an order-preserving image of its float32 bits (32 bits) | tie rank (30
+    bits)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .blocks import block_means, count_blocks, mask_to_blocks, to_blocks
+
+_TIE_BITS = 30
+#: Block rows that fit the tie rank, `2 * R * R <= 2**30`; with 32-token blocks that is 741,440 tokens.
+MAX_BLOCK_ROWS = 23170
+
+
+@dataclass(frozen=True)
+class BlockSelection:
+    """The block pairs that are computed exactly.
+
+    Attributes:
+        blocks: `[B, H, R, R]` bool, True at (query block, key block) pairs in high resolution.
+        block_size: tokens per block.
+    """
+
+    blocks: Tensor
+    block_size: int
+
+    @property
+    def counts(self) -> Tensor:
+        """Chosen pairs per (batch, head): `[B, H]` int64."""
+        return self.blocks.sum((-2, -1))
+
+
+def coarse_scores(
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    *,
+    block_size: int,
+    n_blocks: int,
+    scale: float,
+    rule: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the scores `[B, H, R, R]` (float32 or float64) that rank block pairs, and the live blocks `[B, R]`.
+
+    `rule` is `"row_normalized"` (coarse logit minus the largest one of its row over live pairs, the
+    authors' code) or `"global"` (the coarse logit itself, the text of the paper, Algorithm 1).
+    """
+    mask_blocks = mask_to_blocks(
+        token_mask, query.shape[0], query.shape[2], block_size, n_blocks, query.device
+    )
+    counts = mask_blocks.sum(-1)  # [B, R]
+    live = counts > 0
+    pooled_query = block_means(
+        to_blocks(query, token_mask, block_size, n_blocks), counts
+    )  # [B, H, R, D]
+    pooled_key = block_means(to_blocks(key, token_mask, block_size, n_blocks), counts)
+    scores = pooled_query @ pooled_key.mT * scale  # [B, H, R, R]
+    if rule == "row_normalized":
+        row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
+        scores = scores - row_max
+    return scores, live
+
+
+def pair_budget(live: Tensor, block_per_row: int, block_budget: int | None) -> Tensor:
+    """Return the number of pairs to choose per head of each sample, `[B]` int64, at most its live
+    pairs.
+    """
+    rows = live.sum(-1)
+    if block_budget is None:
+        return torch.minimum(rows * block_per_row, rows * rows)
+    return (rows * rows).clamp_max(block_budget)
+
+
+def choose_blocks(
+    scores: Tensor,
+    live: Tensor,
+    budget: Tensor,
+    *,
+    largest_budget: int | None,
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+) -> Tensor:
+    """Choose the `budget` best live pairs per (batch, head) by prior, score and tie rank.
+
+    Args:
+        scores: `[B, H, R, R]`; compared after rounding to float32.
+        live: `[B, R]` bool, blocks that hold a real token.
+        budget: `[B]` int64, pairs per head of each sample.
+        largest_budget: the largest value `budget` can take, known from shapes; None sorts all
+            pairs, which is slower and free of data-independent sizes (for tracing).
+        initial_prior_first_n_blocks: the first n block rows and columns rank before everything
+            else.
+        initial_prior_diagonal_n_blocks: so do pairs with `abs(row - column) <= n // 2`; 0 is off.
+
+    Returns:
+        `[B, H, R, R]` bool.
+    """
+    rows = scores.shape[-1]
+    row = torch.arange(rows, device=scores.device)[:, None]
+    column = row.T
+    distance = (row - column).abs()
+
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
+    tie_rank = 2 * (distance * rows + row) + (column > row)
+    sort_key = (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
+    first, diagonal = initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks
+    if first or diagonal:
+        prior = (row < first) | (column < first)
+        if diagonal:
+            prior = prior | (distance <= diagonal // 2)
+        sort_key = sort_key + (prior.long() << (_TIE_BITS + 32))
+    live_pairs = live[:, None, :, None] & live[:, None, None, :]
+    sort_key = torch.where(live_pairs, sort_key, -1)
+
+    flat = sort_key.flatten(2)  # [B, H, R * R]
+    if largest_budget is None:
+        ranked = flat.sort(dim=-1, descending=True).values
+    else:
+        ranked = flat.topk(largest_budget, dim=-1).values
+    last = (budget - 1).clamp_min(0)[:, None, None].expand(-1, scores.shape[1], 1)
+    threshold = ranked.gather(-1, last)[..., None]  # the lowest key that is still inside the budget
+    return (sort_key >= threshold) & (sort_key >= 0)
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    *,
+    block_per_row: int,
+    block_budget: int | None,
+    block_size: int,
+    initial_prior_first_n_blocks: int,
+    initial_prior_diagonal_n_blocks: int,
+    rule: str,
+    scale: float,
+    traceable: bool = False,
+) -> Tensor:
+    """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool. Arguments are those of `mra2_attention`.
+
+    `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
+    instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
+    and all pairs are sorted.
+    """
+    length = query.shape[2]
+    if traceable:
+        n_blocks, largest_budget = length // block_size + 2, None
+    else:
+        n_blocks = count_blocks(length, block_size)
+        largest_budget = min(
+            n_blocks * block_per_row if block_budget is None else block_budget, n_blocks**2
+        )
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        scores, live = coarse_scores(
+            query, key, token_mask, block_size=block_size, n_blocks=n_blocks, scale=scale, rule=rule
+        )
+        return choose_blocks(
+            scores,
+            live,
+            pair_budget(live, block_per_row, block_budget),
+            largest_budget=largest_budget,
+            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        )
