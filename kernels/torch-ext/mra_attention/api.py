@@ -203,7 +203,7 @@ def mra2_attention_matrix(
 
 
 def resolve_impl(impl: str, query: Tensor) -> str:
-    """Return "reference" or "torch"; an empty batch, with nothing to compute, is the reference's."""
+    """Return "reference" or "torch"; an empty batch, nothing to compute, is the reference's."""
     if query.shape[0] == 0 or query.shape[1] == 0:
         return "reference"
     return "torch" if impl == "auto" else impl
@@ -273,7 +273,6 @@ class _ReferenceUnderAutocast(torch.autograd.Function):
 
 
 # -- checks
-# -------------------------------------------------------------------------------------------------------
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

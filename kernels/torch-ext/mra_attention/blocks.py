@@ -24,7 +24,7 @@ def count_blocks(length: int, block_size: int) -> int:
 
 
 def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: int) -> Tensor:
-    """Cut `[B, H, N, D]` into `[B, H, R, M, D]`; whatever is not a real token becomes zero, even NaN.
+    """Cut `[B, H, N, D]` into `[B, H, R, M, D]`; what is not a real token becomes zero, even NaN.
 
     `token_mask` is `[B, N]` bool or None (all real). A view where nothing has to be filled.
     """

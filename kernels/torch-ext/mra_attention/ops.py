@@ -1,4 +1,4 @@
-"""`torch.library` operators around the fast implementations: what compile, checkpointing and autograd see.
+"""`torch.library` operators around the fast path: what compile, checkpointing and autograd see.
 
 `mra2_select` has no gradient. `mra2_forward` returns the output and its log-sum-exp; its gradient
 is `mra2_backward`, which has none of its own. Bodies run with autocast off, forward and backward,

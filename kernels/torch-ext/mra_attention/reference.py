@@ -1,4 +1,4 @@
-"""The definition of MRA-2 and MRA-2-s, written for reading: O(N^2) memory, any device, autograd by torch.
+"""The definition of MRA-2 and MRA-2-s, for reading: O(N^2) memory, any device, autograd by torch.
 
 MRA-2 is softmax attention whose logit for a token pair (i, j) is
 
@@ -25,7 +25,7 @@ def attention_matrix(
     sparse: bool,
     block_size: int,
 ) -> Tensor:
-    """Return the row-normalised matrix A-hat `[B, H, N, N]` in the compute dtype (float32, or float64 for float64).
+    """Return the row-normalised matrix A-hat `[B, H, N, N]`, float32 (float64 for float64).
 
     Args:
         query, key: `[B, H, N, D]`.

@@ -18,7 +18,7 @@ from torch import Tensor
 from .blocks import block_means, count_blocks, mask_to_blocks, to_blocks
 
 _TIE_BITS = 30
-#: Block rows that fit the tie rank, `2 * R * R <= 2**30`; with 32-token blocks that is 741,440 tokens.
+#: Block rows that fit the tie rank, 2 * R * R <= 2**30; 741,440 tokens in blocks of 32.
 MAX_BLOCK_ROWS = 23170
 
 
@@ -50,7 +50,7 @@ def coarse_scores(
     scale: float,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scores `[B, H, R, R]` (float32 or float64) that rank block pairs, and the live blocks `[B, R]`.
+    """Return the scores `[B, H, R, R]` that rank block pairs, and the live blocks `[B, R]`.
 
     `rule` is `"row_normalized"` (coarse logit minus the largest one of its row over live pairs, the
     authors' code) or `"global"` (the coarse logit itself, the text of the paper, Algorithm 1).
@@ -147,7 +147,9 @@ def select(
     scale: float,
     traceable: bool = False,
 ) -> Tensor:
-    """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool. Arguments are those of `mra2_attention`.
+    """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool.
+
+    The arguments are those of `mra2_attention`, checked.
 
     `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
     instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),

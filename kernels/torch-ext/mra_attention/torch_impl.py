@@ -43,7 +43,7 @@ def forward(
     sparse: bool,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, N, D]` and the log-sum-exp `[B, H, N]` (compute dtype, +inf at padding).
+    """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding).
 
     `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, R]` bool, None for every live
     pair.
@@ -302,7 +302,6 @@ def add_sorted_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
 
 
 # -- one batched attention: query [n, M, D], keys and values [n, K, D], bias [n, 1, K] or None
-# --------------------
 
 
 @cache
@@ -375,7 +374,6 @@ def _matmul_backward(
 
 
 # -- every live pair selected: dense softmax attention
-# ------------------------------------------------------------
 
 
 def _dense_inputs(query, key, value, token_mask):
