@@ -1,0 +1,32 @@
+"""Multi-resolution attention for RoBERTa-family encoders: convert, run and train at 4096 tokens.
+
+Importing this package registers its classes with Transformers' Auto classes and the attention names
+`"mra2"` and `"mra2_s"` with the attention interface.
+"""
+
+from mra_hf.attention import set_attention
+from mra_hf.configuration import MraConfig
+from mra_hf.modeling import (
+    MraForMaskedLM,
+    MraForMultipleChoice,
+    MraForQuestionAnswering,
+    MraForSequenceClassification,
+    MraForTokenClassification,
+    MraModel,
+)
+from mra_hf.registration import register, replace_builtin_mra
+
+__version__ = "0.1.0"
+__all__ = [
+    "MraConfig",
+    "MraForMaskedLM",
+    "MraForMultipleChoice",
+    "MraForQuestionAnswering",
+    "MraForSequenceClassification",
+    "MraForTokenClassification",
+    "MraModel",
+    "replace_builtin_mra",
+    "set_attention",
+]
+
+register()

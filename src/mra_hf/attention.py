@@ -1,0 +1,315 @@
+"""Multi-resolution attention behind Transformers' attention interface.
+
+Two names, `"mra2"` and `"mra2_s"`, each an attention function and a mask function. The mask
+function hands the 2-D padding mask on (never N x N); the attention function reads its settings from
+the model's config and refuses what it cannot serve.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function
+from transformers.utils import logging
+
+from mra_attention import mra2_attention, mra2_attention_matrix, select_blocks
+from mra_attention.api import IMPLEMENTATIONS
+from mra_hf.configuration import ATTENTION_DEFAULTS, MraConfig, check_attention_settings
+
+logger = logging.get_logger(__name__)
+
+ATTENTION_NAMES = ("mra2", "mra2_s")
+#: Longest sequence whose attention matrices are returned.
+MAX_MATRIX_TOKENS = 2048
+
+_REFUSED_KEYWORDS = {
+    "sliding_window": "a sliding window",
+    "softcap": "capped logits",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias on the logits",
+    "head_mask": "a head mask",
+    "cu_seq_lens_q": "packed sequences",
+    "cu_seq_lens_k": "packed sequences",
+}
+
+
+def mra2_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function `"mra2"`; `approx_mode` is that of the settings.
+
+    Args:
+        module: the attention module; `module.config` holds the settings.
+        query, key, value: `[B, H, N, D]`.
+        attention_mask: `[B, N]` bool or None.
+        dropout: must be 0.
+        scaling: factor of the logits, None for `D ** -0.5`.
+
+    Returns:
+        The output `[B, N, H, D]`, and the matrices `[B, H, N, N]` when the call has
+        `output_attentions=True`.
+
+    Raises:
+        ValueError: dropout, a causal or windowed module, a mask that is not `[B, N]`, or matrices
+            of more than 2048 tokens.
+    """
+    return _attend("mra2", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def mra2_s_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function `"mra2_s"`: as `mra2_attention_forward` with `approx_mode="sparse"`."""
+    return _attend("mra2_s", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def mra2_mask(
+    *args: Any, attention_mask: Tensor | None = None, mask_function=None, **kwargs: Any
+) -> Tensor | None:
+    """Mask function of both names: the padding mask `[B, N]` bool as it is, or None.
+
+    Raises:
+        ValueError: the model asked for a causal, sliding-window or other structured mask.
+    """
+    if mask_function not in (None, bidirectional_mask_function):
+        raise ValueError(
+            'attn_implementation="mra2" is for bidirectional encoders, but this model asked for a '
+            "causal, "
+            'sliding-window or otherwise structured mask; use attn_implementation="sdpa" for it.'
+        )
+    return attention_mask
+
+
+def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """Return the arguments of `mra2_attention` that `config` asks for under the name `name`.
+
+    Fields of a `MraConfig`; on any other config the dict `config.mra`, with `MraConfig`'s defaults
+    where it is silent.
+
+    Raises:
+        ValueError: unknown or impossible settings, or `"mra2_s"` with `approx_mode="full"`.
+    """
+    if isinstance(config, MraConfig):
+        settings = {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
+    else:
+        explicit = getattr(config, "mra", None) or {}
+        settings = ATTENTION_DEFAULTS | explicit
+        check_attention_settings(settings)
+        if name == "mra2_s" and explicit.get("approx_mode", "sparse") != "sparse":
+            raise ValueError(
+                f'config.mra has approx_mode="{explicit["approx_mode"]}", but "mra2_s" is the '
+                "sparse "
+                'mode; use attn_implementation="mra2", or remove approx_mode.'
+            )
+    if name == "mra2_s":
+        settings["approx_mode"] = "sparse"
+    return settings
+
+
+def set_attention(
+    model: PreTrainedModel, name: str = "mra2", *, impl: str = "auto", **settings: Any
+) -> PreTrainedModel:
+    """Switch any bidirectional encoder of Transformers to multi-resolution attention, in place.
+
+    Settings go to `config.mra` (to the fields of a `MraConfig`) and are saved with the model;
+    `impl` is a choice of this process and is not. Dropout on attention weights is set to 0, with
+    one log line.
+
+    Args:
+        model: for example a `RobertaForMaskedLM`.
+        name: `"mra2"` or `"mra2_s"`.
+        impl: implementation of `mra_attention.mra2_attention`.
+        **settings: any of `block_per_row`, `block_budget`, `approx_mode`,
+        `initial_prior_first_n_blocks`,
+            `initial_prior_diagonal_n_blocks`, `block_size`, `selection`.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: an unknown name, setting or implementation, or a model that would ignore the
+            attention function or be served wrongly by it (DeBERTa-v2, MPNet, sliding windows,
+            causal models).
+    """
+    if name not in ATTENTION_NAMES:
+        raise ValueError(
+            f"name must be one of {ATTENTION_NAMES}, got {name!r}; for dense attention call "
+            'model.set_attn_implementation("sdpa").'
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
+    if name == "mra2_s" and settings.get("approx_mode", "sparse") != "sparse":
+        raise ValueError(
+            f'approx_mode={settings["approx_mode"]!r} disagrees with name="mra2_s", which is the '
+            "sparse mode; "
+            'use name="mra2".'
+        )
+    refuse_unsuitable(model)
+    configs = {
+        id(module.config): module.config for module in model.modules() if _has_config(module)
+    }
+    for config in configs.values():
+        present = (
+            {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
+            if isinstance(config, MraConfig)
+            else ATTENTION_DEFAULTS | (getattr(config, "mra", None) or {})
+        )
+        check_attention_settings(present | settings)
+    model.set_attn_implementation(name)
+    for config in configs.values():
+        if isinstance(config, MraConfig):
+            for setting, chosen in settings.items():
+                setattr(config, setting, chosen)
+        else:
+            kept = dict(getattr(config, "mra", None) or {})
+            if name == "mra2_s":
+                kept.pop("approx_mode", None)
+            config.mra = kept | settings
+    for module in model.modules():
+        if _has_config(module):
+            module.mra_impl = impl
+    _remove_attention_dropout(model, configs.values())
+    return model
+
+
+def refuse_unsuitable(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` when `model` would ignore the attention function or be served wrongly by
+    it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a Transformers PreTrainedModel, got {type(model).__name__}."
+        )
+    kind = type(model).__name__
+    if not type(model)._can_set_attn_implementation():
+        raise ValueError(
+            f"{kind} does not use Transformers' attention interface, so it would ignore the "
+            "request; mra2 needs a model "
+            "that does, such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
+        )
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(module, "is_causal", False) or getattr(config, "is_decoder", False):
+            raise ValueError(f"{kind} attends causally; mra2 is for bidirectional encoders only.")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{kind} has a decoder; mra2 is for encoders only.")
+        windows = [getattr(config, field, None) for field in ("sliding_window", "local_attention")]
+        if any(window is not None for window in windows) or "sliding_attention" in (
+            getattr(config, "layer_types", None) or ()
+        ):
+            raise ValueError(
+                f"{kind} has layers with a sliding window, which mra2 would replace by full "
+                "attention; it is for "
+                "encoders whose layers all attend to the whole sequence."
+            )
+
+
+def _attend(
+    name,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout,
+    scaling,
+    output_attentions=False,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    _refuse(module, dropout, kwargs)
+    settings = attention_settings(module.config, name)
+    impl = getattr(module, "mra_impl", "auto")
+    matrices = None
+    if output_attentions:
+        if query.shape[2] > MAX_MATRIX_TOKENS:
+            raise ValueError(
+                "output_attentions=True builds [batch, heads, tokens, tokens] matrices and is "
+                "allowed up to "
+                f"{MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the input, or call "
+                "mra_attention.select_blocks for the chosen blocks alone."
+            )
+        chooser = {
+            setting: chosen for setting, chosen in settings.items() if setting != "approx_mode"
+        }
+        selection = select_blocks(query, key, attention_mask, scale=scaling, **chooser)
+        settings = {
+            "selection": selection,
+            "block_size": settings["block_size"],
+            "approx_mode": settings["approx_mode"],
+        }
+        matrices = mra2_attention_matrix(query, key, attention_mask, scale=scaling, **settings)
+    output = mra2_attention(query, key, value, attention_mask, scale=scaling, impl=impl, **settings)
+    return output.transpose(1, 2).contiguous(), matrices
+
+
+def _refuse(module: nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"dropout on attention weights is {dropout}, but multi-resolution attention has none: "
+            "set "
+            "attention_probs_dropout_prob (attention_dropout on some models) to 0 in the config "
+            "before the model is built, "
+            "or call mra_hf.set_attention(model), which does it."
+        )
+    if getattr(module, "is_causal", False) or keywords.get("is_causal"):
+        raise ValueError(
+            f"{type(module).__name__} attends causally; mra2 is for bidirectional encoders only."
+        )
+    for keyword, meaning in _REFUSED_KEYWORDS.items():
+        if keywords.get(keyword) is not None:
+            raise ValueError(
+                f"{type(module).__name__} passed {keyword} ({meaning}), which mra2 cannot honour; "
+                "use "
+                'attn_implementation="sdpa" for this model.'
+            )
+    if getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            "config.output_attentions is set, under which Transformers returns no matrices with a "
+            "custom attention; "
+            "leave it off and pass output_attentions=True to the forward call."
+        )
+
+
+def _has_config(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
+
+
+def _remove_attention_dropout(model: PreTrainedModel, configs) -> None:
+    removed = set()
+    for config in configs:
+        for field in ("attention_probs_dropout_prob", "attention_dropout"):
+            if getattr(config, field, 0):
+                removed.add(getattr(config, field))
+                setattr(config, field, 0.0)
+    for module in model.modules():
+        if not hasattr(
+            module, "is_causal"
+        ):  # every module that calls the attention interface has it
+            continue
+        for field in ("dropout", "attention_dropout", "dropout_prob"):
+            part = getattr(module, field, None)
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+            elif isinstance(part, float):
+                setattr(module, field, 0.0)
+    if removed:
+        logger.warning(
+            f"Dropout on attention weights ({', '.join(map(str, sorted(removed)))}) is set to 0: "
+            "multi-resolution attention has none."
+        )

@@ -1,0 +1,217 @@
+"""`MraConfig`: RoBERTa's configuration plus the settings of multi-resolution attention.
+
+Field names are those that Transformers' own MRA made known and those of
+`mra_attention.mra2_attention`.
+"""
+
+from typing import Any
+
+from transformers import RobertaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
+
+from mra_attention.api import APPROX_MODES, SELECTION_RULES, check_int
+from mra_attention.blocks import count_blocks
+
+logger = logging.get_logger(__name__)
+
+#: Types whose weights and configuration mean the same in our classes: they open directly.
+ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
+BUILTIN_TYPE = "mra"
+
+#: The attention settings and their defaults: fields of `MraConfig`, keys of `config.mra` elsewhere.
+ATTENTION_DEFAULTS: dict[str, Any] = {
+    "block_per_row": 8,
+    "block_budget": None,
+    "approx_mode": "full",
+    "initial_prior_first_n_blocks": 0,
+    "initial_prior_diagonal_n_blocks": 0,
+    "block_size": 32,
+    "selection": "row_normalized",
+}
+
+
+class MraConfig(RobertaConfig):
+    """Configuration of the models of this package, `model_type` "mra_hf".
+
+    Reads directories of type `roberta`, `xlm-roberta`, `camembert` as they are, and of
+    Transformers' own type `mra`, such as
+    [uw-madison/mra-base-512-4](https://huggingface.co/uw-madison/mra-base-512-4), with the meaning
+    they were trained with. Other fields are those of `RobertaConfig`.
+
+    Args:
+        block_per_row: budget, in exact blocks per block row that holds a real token (default 8).
+        block_budget: budget in exact blocks per head, in place of `block_per_row` (default None:
+            not used).
+        approx_mode: "full" (MRA-2, default) or "sparse" (MRA-2-s: blocks in high resolution only).
+        initial_prior_first_n_blocks: first block rows and columns that are always exact (default
+            0).
+        initial_prior_diagonal_n_blocks: width in blocks of the diagonal band that is always exact
+            (default 0).
+        block_size: tokens per block (default 32).
+        selection: "row_normalized" (default) or "global", the rule that ranks blocks.
+        embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
+            follows their sum (the papers' small models). None: `hidden_size`.
+        max_position_embeddings: rows of the position table, as in RoBERTa: 514 for 512 tokens, 4098
+            for 4096.
+        attention_probs_dropout_prob: dropout on attention weights; MRA has none, so only 0
+            (default) can run with it.
+
+    Raises:
+        ValueError: a field of the wrong type or out of range, or priors that leave no budget for
+            the data.
+    """
+
+    model_type = "mra_hf"
+
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    attention_probs_dropout_prob: float | int = 0.0
+    block_per_row: int = 8
+    block_budget: int | None = None
+    approx_mode: str = "full"
+    initial_prior_first_n_blocks: int = 0
+    initial_prior_diagonal_n_blocks: int = 0
+    block_size: int = 32
+    selection: str = "row_normalized"
+    embedding_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("model_type", None)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def validate(self):
+        """Check all fields; also called by `save_pretrained`."""
+        super().validate()
+        self._check()
+
+    def _check(self) -> None:
+        check_attention_settings({name: getattr(self, name) for name in ATTENTION_DEFAULTS})
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            check_int(name, getattr(self, name), 1)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} "
+                "and "
+                f"{self.num_attention_heads}."
+            )
+        if self.embedding_size is not None:
+            check_int("embedding_size", self.embedding_size, 1)
+        if not isinstance(self.pad_token_id, int):
+            raise ValueError(
+                f"pad_token_id must be an integer, got {self.pad_token_id!r}: positions are "
+                "counted from "
+                "pad_token_id + 1, as in RoBERTa."
+            )
+        check_int("max_position_embeddings", self.max_position_embeddings, 1)
+        if self.max_tokens < 1:
+            raise ValueError(
+                f"max_position_embeddings must exceed pad_token_id + 1 = {self.pad_token_id + 1}, "
+                "got "
+                f"{self.max_position_embeddings}; it counts table rows: tokens + pad_token_id + 1."
+            )
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} must be False, got True: MRA is attention of an encoder to itself."
+                )
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, in tokens: table rows less the `pad_token_id + 1` reserved ones."""
+        return self.max_position_embeddings - (self.pad_token_id + 1)
+
+    @property
+    def output_attentions(self) -> bool | None:
+        """Ask for the matrices per call; set here, the first forward is refused (see the attention
+        function).
+        """
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool | None) -> None:
+        # The base class would switch the model to dense "eager" attention here without a word.
+        self._output_attentions = value
+
+    def density(self, length: int | None = None) -> float:
+        """Return the share of block pairs that is exact, for `length` real tokens (default: the
+        longest sequence).
+        """
+        rows = count_blocks(length or self.max_tokens, self.block_size)
+        budget = rows * self.block_per_row if self.block_budget is None else self.block_budget
+        return min(1.0, budget / rows**2)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As the base class; a directory of another type is translated, or refused where that would
+        be wrong.
+        """
+        source_type = config_dict.get("model_type", cls.model_type)
+        if source_type in (BUILTIN_TYPE, *ROBERTA_TYPES):
+            config_dict = _translate(config_dict, source_type)
+        elif source_type != cls.model_type:
+            raise ValueError(
+                f'This configuration is of model_type "{source_type}", but MraConfig reads '
+                f'"{cls.model_type}", "{BUILTIN_TYPE}" and {ROBERTA_TYPES}. Convert BERT '
+                "checkpoints with `mra-hf convert SOURCE OUT`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+def _translate(config_dict: dict[str, Any], source_type: str) -> dict[str, Any]:
+    """Fields of a foreign `config.json` in our meaning; fields it leaves out take the defaults of
+    its own type.
+    """
+    if source_type == BUILTIN_TYPE:
+        from transformers.models.mra.configuration_mra import MraConfig as BuiltinConfig
+
+        defaults = BuiltinConfig().to_dict()
+    else:
+        defaults = CONFIG_MAPPING[source_type]().to_dict()
+    shared = set(MraConfig().to_dict()) - {"model_type", "transformers_version", "dtype"}
+    fields = {name: value for name, value in defaults.items() if name in shared} | config_dict
+    if source_type == BUILTIN_TYPE:
+        # Theirs counts usable tokens, the table has two rows more. The budget they were trained
+        # with follows the configured length, whatever the length of the input.
+        tokens = fields["max_position_embeddings"]
+        fields["max_position_embeddings"] = tokens + 2
+        fields["block_budget"] = tokens // 32 * fields["block_per_row"]
+    fields["model_type"] = MraConfig.model_type
+    if fields.get("attention_probs_dropout_prob"):
+        logger.warning_once(
+            f"attention_probs_dropout_prob {fields['attention_probs_dropout_prob']} of this "
+            f"{source_type} configuration "
+            "is set to 0: multi-resolution attention has no dropout on attention weights."
+        )
+        fields["attention_probs_dropout_prob"] = 0.0
+    return fields
+
+
+def check_attention_settings(settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless `settings`, a full set of `ATTENTION_DEFAULTS`, can be run."""
+    unknown = sorted(set(settings) - set(ATTENTION_DEFAULTS))
+    if unknown:
+        raise ValueError(f"unknown MRA settings {unknown}; known are {sorted(ATTENTION_DEFAULTS)}.")
+    check_int("block_per_row", settings["block_per_row"], 1)
+    check_int("block_size", settings["block_size"], 1)
+    if settings["block_budget"] is not None:
+        check_int("block_budget", settings["block_budget"], 1)
+    for name, allowed in (("approx_mode", APPROX_MODES), ("selection", SELECTION_RULES)):
+        if settings[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {settings[name]!r}.")
+    first = settings["initial_prior_first_n_blocks"]
+    diagonal = settings["initial_prior_diagonal_n_blocks"]
+    check_int("initial_prior_first_n_blocks", first, 0)
+    check_int("initial_prior_diagonal_n_blocks", diagonal, 0)
+    needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
+    if settings["block_per_row"] < needed:
+        raise ValueError(
+            f"block_per_row must be at least {needed} with initial_prior_first_n_blocks={first} "
+            "and "
+            f"initial_prior_diagonal_n_blocks={diagonal}, got {settings['block_per_row']}: the "
+            "blocks that are always exact "
+            "would leave none for the data-dependent choice. Raise block_per_row or lower the "
+            "priors."
+        )

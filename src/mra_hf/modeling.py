@@ -1,0 +1,282 @@
+"""The model family: RoBERTa's modules and weight names around multi-resolution attention.
+
+Every class is a short subclass of its RoBERTa counterpart. Attention itself is chosen by
+`attn_implementation`, which defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense model
+for comparison.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedConfig,
+    RobertaForMaskedLM,
+    RobertaForMultipleChoice,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaForTokenClassification,
+    RobertaModel,
+)
+from transformers.models.roberta.modeling_roberta import (
+    RobertaClassificationHead,
+    RobertaEmbeddings,
+    RobertaEncoder,
+    RobertaLMHead,
+    RobertaPooler,
+)
+from transformers.utils import logging
+
+from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+
+logger = logging.get_logger(__name__)
+
+#: Weight names of Transformers' own MRA, as patterns, and ours.
+BUILTIN_KEYS = {
+    r"^mra\.": "roberta.",
+    r"^cls\.predictions\.transform\.dense\.": "lm_head.dense.",
+    r"^cls\.predictions\.transform\.LayerNorm\.": "lm_head.layer_norm.",
+    r"^cls\.predictions\.decoder\.": "lm_head.decoder.",
+    r"^cls\.predictions\.bias": "lm_head.bias",
+}
+
+#: The module that saved directories point to, for `trust_remote_code=True`.
+REMOTE_MODULE = "modeling_mra_hf"
+AUTO_MAP = {
+    auto_class: f"{REMOTE_MODULE}.{name}"
+    for auto_class, name in {
+        "AutoConfig": "MraConfig",
+        "AutoModel": "MraModel",
+        "AutoModelForPreTraining": "MraForMaskedLM",
+        "AutoModelForMaskedLM": "MraForMaskedLM",
+        "AutoModelForSequenceClassification": "MraForSequenceClassification",
+        "AutoModelForTokenClassification": "MraForTokenClassification",
+        "AutoModelForQuestionAnswering": "MraForQuestionAnswering",
+        "AutoModelForMultipleChoice": "MraForMultipleChoice",
+    }.items()
+}
+_REMOTE_NAMES = ", ".join(sorted({target.split(".")[1] for target in AUTO_MAP.values()}))
+
+
+class MraPreTrainedMixin:
+    """What all classes of the family share: default attention, loading of foreign names, saving."""
+
+    config_class = MraConfig
+    _keys_to_ignore_on_load_unexpected = (r"embeddings\.position_ids",)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        return super()._check_and_adjust_attn_implementation(
+            attn_implementation or "mra2", *args, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As the base class; knows the weight names of Transformers' own MRA (type `"mra"`).
+
+        Raises:
+            ValueError: a directory of type `"mra"` whose head computes something else under our
+                names.
+        """
+        kwargs.setdefault("key_mapping", BUILTIN_KEYS)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        # Transformers would undo the renaming on saving, and Trainer could then resume nothing.
+        model._weight_conversions = []
+        cls._refuse_builtin_head(pretrained_model_name_or_path, info)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _refuse_builtin_head(cls, path, loading_info) -> None:
+        """Hook for the heads that differ from those of Transformers' own MRA."""
+
+    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+        """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
+        if is_main_process and not os.path.isfile(save_directory):
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {_REMOTE_NAMES}\n")
+        self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(
+            save_directory, *args, is_main_process=is_main_process, **kwargs
+        )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        """Do nothing: `save_pretrained` writes the `auto_map` of all classes; copied sources would
+        break it.
+        """
+
+
+class MraEmbeddings(RobertaEmbeddings):
+    """RoBERTa's embeddings of width `embedding_size`, then a projection to `hidden_size` when it is
+    given.
+    """
+
+    def __init__(self, config: MraConfig):
+        super().__init__(_of_width(config, config.embedding_size))
+        self.max_tokens = config.max_tokens
+        self.projection = None
+        if config.embedding_size is not None:
+            self.projection = nn.Linear(config.embedding_size, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> Tensor:
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if position_ids is None and length > self.max_tokens:
+            raise ValueError(
+                f"input_ids has {length} tokens, but this model has positions for "
+                f"{self.max_tokens}; truncate with the "
+                f"tokenizer (truncation=True, max_length={self.max_tokens}) or convert the "
+                "checkpoint to a longer table "
+                "with `mra-hf convert SOURCE OUT --max-length N`."
+            )
+        embeddings = super().forward(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values_length=past_key_values_length,
+        )
+        return embeddings if self.projection is None else self.projection(embeddings)
+
+
+class MraLMHead(RobertaLMHead):
+    """RoBERTa's LM head, back to `embedding_size` before the tied decoder when it is given."""
+
+    def __init__(self, config: MraConfig):
+        super().__init__(_of_width(config, config.embedding_size))
+        if config.embedding_size is not None:
+            self.dense = nn.Linear(config.hidden_size, config.embedding_size)
+
+
+class MraModel(MraPreTrainedMixin, RobertaModel):
+    """The bare encoder: hidden states `[B, N, hidden_size]`, and a pooled first token unless
+    switched off.
+    """
+
+    def __init__(self, config: MraConfig, add_pooling_layer: bool = True):
+        # Skips RobertaModel.__init__, which would build the embeddings twice.
+        super(RobertaModel, self).__init__(config)
+        self.gradient_checkpointing = False
+        self.embeddings = MraEmbeddings(config)
+        self.encoder = RobertaEncoder(config)
+        self.pooler = RobertaPooler(config) if add_pooling_layer else None
+        self.post_init()
+        logger.info(
+            f"{config.density():.1%} of the block pairs are exact at {config.max_tokens} tokens "
+            f"(blocks of {config.block_size}, {config.approx_mode} mode)."
+        )
+
+
+class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
+    """Masked language modeling: logits `[B, N, vocab_size]`."""
+
+    def __init__(self, config: MraConfig):
+        super(RobertaForMaskedLM, self).__init__(config)
+        self.roberta = MraModel(config, add_pooling_layer=False)
+        self.lm_head = MraLMHead(config)
+        self.post_init()
+
+
+class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassification):
+    """Classification or regression of a whole sequence: logits `[B, num_labels]` from the first
+    token.
+    """
+
+    def __init__(self, config: MraConfig):
+        super(RobertaForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = MraModel(config, add_pooling_layer=False)
+        self.classifier = RobertaClassificationHead(config)
+        self.post_init()
+
+    @classmethod
+    def _refuse_builtin_head(cls, path, loading_info) -> None:
+        trained = not any(key.startswith("classifier.") for key in loading_info["missing_keys"])
+        if trained and _is_builtin(path):
+            raise ValueError(
+                f"{path} holds a sequence classifier of Transformers' own MRA, whose head applies "
+                "hidden_act where "
+                "RoBERTa's applies tanh: the same weights would compute something else here. Load "
+                "it with "
+                "transformers.models.mra, or start a new head from its encoder (MraModel) and "
+                "fine-tune it."
+            )
+
+
+class MraForTokenClassification(MraPreTrainedMixin, RobertaForTokenClassification):
+    """Classification of every token: logits `[B, N, num_labels]`."""
+
+    def __init__(self, config: MraConfig):
+        super(RobertaForTokenClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = MraModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MraForQuestionAnswering(MraPreTrainedMixin, RobertaForQuestionAnswering):
+    """Extractive question answering: start and end logits `[B, N]`."""
+
+    def __init__(self, config: MraConfig):
+        super(RobertaForQuestionAnswering, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.roberta = MraModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class MraForMultipleChoice(MraPreTrainedMixin, RobertaForMultipleChoice):
+    """Choice among sequences: inputs `[B, choices, N]`, logits `[B, choices]`."""
+
+    def __init__(self, config: MraConfig):
+        super(RobertaForMultipleChoice, self).__init__(config)
+        self.roberta = MraModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @classmethod
+    def _refuse_builtin_head(cls, path, loading_info) -> None:
+        if any(key.startswith("pre_classifier.") for key in loading_info["unexpected_keys"]):
+            raise ValueError(
+                f"{path} holds a multiple-choice head of Transformers' own MRA (pre_classifier and "
+                "ReLU), which has no "
+                "counterpart here. Load it with transformers.models.mra, or start a new head from "
+                "its encoder (MraModel)."
+            )
+
+
+def _of_width(config: MraConfig, width: int | None) -> MraConfig:
+    """`config` with `hidden_size` replaced by `width`, for modules that live at the width of the
+    embeddings.
+    """
+    if width is None:
+        return config
+    config = copy.copy(config)
+    config.hidden_size = width
+    return config
+
+
+def _classifier_dropout(config: MraConfig) -> float:
+    if config.classifier_dropout is None:
+        return config.hidden_dropout_prob
+    return config.classifier_dropout
+
+
+def _is_builtin(path) -> bool:
+    """Whether `path`, a directory or hub id, has a config of Transformers' own MRA."""
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0].get("model_type") == BUILTIN_TYPE
+    except OSError:  # no config.json there: one was passed by the caller
+        return False

@@ -1,0 +1,53 @@
+"""The one place with side effects: names given to Transformers. Everything here can be called
+again.
+"""
+
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    RobertaTokenizer,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from mra_hf import attention, modeling
+from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+
+AUTO_CLASSES = {
+    AutoModel: modeling.MraModel,
+    AutoModelForPreTraining: modeling.MraForMaskedLM,
+    AutoModelForMaskedLM: modeling.MraForMaskedLM,
+    AutoModelForSequenceClassification: modeling.MraForSequenceClassification,
+    AutoModelForTokenClassification: modeling.MraForTokenClassification,
+    AutoModelForQuestionAnswering: modeling.MraForQuestionAnswering,
+    AutoModelForMultipleChoice: modeling.MraForMultipleChoice,
+}
+
+
+def register() -> None:
+    """Register config, models, tokenizer and attention names. Called by `import mra_hf`."""
+    AutoConfig.register(MraConfig.model_type, MraConfig, exist_ok=True)
+    for auto_class, model_class in AUTO_CLASSES.items():
+        # By class name "MraConfig" is taken by Transformers' own MRA, hence exist_ok.
+        auto_class.register(MraConfig, model_class, exist_ok=True)
+    AutoTokenizer.register(MraConfig, fast_tokenizer_class=RobertaTokenizer, exist_ok=True)
+    AttentionInterface.register("mra2", attention.mra2_attention_forward)
+    AttentionInterface.register("mra2_s", attention.mra2_s_attention_forward)
+    for name in attention.ATTENTION_NAMES:
+        AttentionMaskInterface.register(name, attention.mra2_mask)
+
+
+def replace_builtin_mra() -> None:
+    """Let Auto classes open directories of Transformers' own type `"mra"` with our classes.
+
+    For this process. Saved again, they are of type `"mra_hf"`.
+    """
+    CONFIG_MAPPING.register(BUILTIN_TYPE, MraConfig, exist_ok=True)
