@@ -1,0 +1,158 @@
+"""What users put around the models: pipelines, Trainer, half precision, checkpointing, compile."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from mra_hf import (
+    MraForMaskedLM,
+    MraForSequenceClassification,
+    MraForTokenClassification,
+    MraModel,
+)
+from tiny_models import mra_config, padded_batch, word_tokenizer
+
+
+def directory(path, model):
+    model.save_pretrained(path)
+    word_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class"),
+    [
+        ("fill-mask", MraForMaskedLM),
+        ("text-classification", MraForSequenceClassification),
+        ("token-classification", MraForTokenClassification),
+        ("feature-extraction", MraModel),
+    ],
+)
+def test_pipelines_open_a_saved_directory(task, model_class, tmp_path):
+    path = directory(tmp_path, model_class(mra_config(block_per_row=1)))
+    pipe = pipeline(task, model=str(path))
+    assert type(pipe.model) is model_class
+    short = "w10 <mask> w12" if task == "fill-mask" else "w10 w11 w12"
+    assert pipe(short)
+    assert pipe([short, " ".join([short] * 60)])  # longer than one block, of another length
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_run_and_stay_close(dtype):
+    model = MraForMaskedLM(mra_config(block_per_row=1)).eval()
+    batch = padded_batch(length=200)
+    real = batch["attention_mask"].bool()
+    expected = model(**batch).logits[real]
+    half = model.to(dtype)
+    output = half(**batch, labels=batch["input_ids"])
+    assert output.logits.dtype == dtype
+    torch.testing.assert_close(output.logits[real].float(), expected, atol=0.05, rtol=0.05)
+    output.loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    model = MraForMaskedLM(mra_config(block_per_row=1, hidden_dropout_prob=0.0)).train()
+    batch = padded_batch(length=200)
+
+    def gradients():
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def test_the_whole_model_compiles_without_a_graph_break_and_trains():
+    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+    model = MraForMaskedLM(mra_config(block_per_row=1, hidden_dropout_prob=0.0)).train()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    batch = padded_batch(length=200)
+    expected = model(**batch, labels=batch["input_ids"])
+    result = compiled(**batch, labels=batch["input_ids"])
+    torch.testing.assert_close(result.loss, expected.loss)
+    result.loss.backward()
+    gradient = model.roberta.encoder.layer[0].attention.self.query.weight.grad.clone()
+    model.zero_grad()
+    expected.loss.backward()
+    again = model.roberta.encoder.layer[0].attention.self.query.weight.grad
+    torch.testing.assert_close(gradient, again, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}])
+def test_trainer_trains_saves_and_resumes(options, tmp_path):
+    tokenizer = word_tokenizer()
+    texts = [" ".join(f"w{10 + (i * j) % 7}" for j in range(60 + 10 * (i % 4))) for i in range(32)]
+    rows = [tokenizer(text, truncation=True) for text in texts]
+
+    def trainer(model, steps):
+        arguments = TrainingArguments(
+            output_dir=tmp_path / "run",
+            max_steps=steps,
+            save_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=1,
+            **options,
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=32)
+        return Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+
+    run = trainer(MraForMaskedLM(mra_config(block_per_row=2)), 8)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "checkpoint-8")
+    assert type(loaded) is MraForMaskedLM
+    resumed = trainer(MraForMaskedLM(mra_config(block_per_row=2)), 8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    assert resumed.state.global_step == 8
+
+
+def test_sentence_transformers_wraps_a_saved_directory(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers import models
+
+    path = directory(tmp_path, MraModel(mra_config(block_per_row=1)))
+    word_model = models.Transformer(str(path))
+    pooling = models.Pooling(32)
+    encoder = sentence_transformers.SentenceTransformer(modules=[word_model, pooling], device="cpu")
+    sentences = ["w10 w11", " ".join(["w12"] * 100)]
+    together = encoder.encode(sentences)
+    alone = encoder.encode(sentences[:1])
+    assert together.shape == (2, 32)
+    torch.testing.assert_close(torch.tensor(together[:1]), torch.tensor(alone), atol=1e-5, rtol=0)
+
+
+def test_exporting_a_model_keeps_batch_and_length_dynamic():
+    model = MraModel(mra_config(block_per_row=1), add_pooling_layer=False).eval()
+    batch = padded_batch(batch=2, length=100)
+    dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
+    program = torch.export.export(model, (), batch, dynamic_shapes=dynamic).module()
+    for length in (31, 64, 130, 256):
+        other = padded_batch(batch=3, length=length) if length > 90 else padded_batch(1, length)
+        if length <= 90:
+            other = {name: x.repeat(3, 1) for name, x in other.items()}
+        expected = model(**other)[0]
+        torch.testing.assert_close(program(**other)[0], expected, atol=1e-5, rtol=0)
