@@ -1,0 +1,1 @@
+"""Looking at attention: matrices of one head, pictures."""

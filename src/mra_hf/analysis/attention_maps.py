@@ -1,0 +1,134 @@
+"""The attention matrix of a head, exact and in two resolutions, from the same queries and keys."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mra_attention import mra2_attention_matrix, select_blocks
+from mra_hf.attention import attention_settings
+
+
+@dataclass(frozen=True)
+class HeadMatrices:
+    """One head of one layer.
+
+    Attributes:
+        exact: `[N, N]` softmax attention.
+        approximate: `[N, N]` MRA-2 of the same queries and keys, rows normalised.
+        blocks: `[R, R]` bool, the pairs in high resolution.
+        block_size: tokens per block.
+        layer, head: which one.
+    """
+
+    exact: Tensor
+    approximate: Tensor
+    blocks: Tensor
+    block_size: int
+    layer: int
+    head: int
+
+    @property
+    def relative_error(self) -> float:
+        """Frobenius norm of the difference over that of the exact matrix."""
+        return float((self.approximate - self.exact).norm() / self.exact.norm())
+
+
+@torch.no_grad()
+def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[HeadMatrices]:
+    """Return the matrices of every head of a model of this family, for one sample without padding.
+
+    Queries and keys are recorded in one dense forward pass, so that both matrices of a head see the
+    same ones.
+
+    Args:
+        model: a head or the bare encoder; its config holds the MRA settings.
+        inputs: `input_ids` `[1, N]`, without padding.
+    """
+    encoder = getattr(model, "roberta", model)
+    projections: list[dict[str, Tensor]] = [{} for _ in encoder.encoder.layer]
+    handles = []
+    for layer, module in enumerate(encoder.encoder.layer):
+        attention = module.attention.self
+        for name in ("query", "key"):
+            handles.append(
+                getattr(attention, name).register_forward_hook(
+                    lambda _module, _inputs, output, layer=layer, name=name: projections[
+                        layer
+                    ].__setitem__(name, output)
+                )
+            )
+    implementation = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("sdpa")
+        encoder(input_ids=inputs["input_ids"])
+    finally:
+        model.set_attn_implementation(implementation)
+        for handle in handles:
+            handle.remove()
+
+    settings = attention_settings(model.config, "mra2")
+    rule = {name: chosen for name, chosen in settings.items() if name != "approx_mode"}
+    heads = model.config.num_attention_heads
+    matrices = []
+    for layer, recorded in enumerate(projections):
+        query, key = (
+            recorded[name].unflatten(-1, (heads, -1)).transpose(1, 2).float()
+            for name in ("query", "key")
+        )
+        exact = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)[0]
+        selection = select_blocks(query, key, **rule)
+        approximate = mra2_attention_matrix(
+            query,
+            key,
+            selection=selection,
+            block_size=selection.block_size,
+            approx_mode=settings["approx_mode"],
+        )[0]
+        matrices += [
+            HeadMatrices(
+                exact[head],
+                approximate[head],
+                selection.blocks[0, head],
+                selection.block_size,
+                layer,
+                head,
+            )
+            for head in range(heads)
+        ]
+    return matrices
+
+
+def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None:
+    """Write a picture: the exact matrix beside its two-resolution approximation, one log scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    length = matrices.exact.shape[0]
+    scale = LogNorm(vmin=0.02 / length, vmax=float(matrices.exact.max()))
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    exact_pairs = int(matrices.blocks.sum())
+    share = exact_pairs / matrices.blocks.numel()
+    for axes, matrix, name in (
+        (left, matrices.exact, "exact softmax attention"),
+        (
+            right,
+            matrices.approximate,
+            f"MRA-2: {exact_pairs} of {matrices.blocks.numel()} blocks exact ({share:.0%}), "
+            f"relative error {matrices.relative_error:.2f}",
+        ),
+    ):
+        image = axes.imshow(
+            matrix.clamp_min(1e-12), norm=scale, cmap="magma", interpolation="nearest"
+        )
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("key token")
+    left.set_ylabel("query token")
+    figure.colorbar(image, ax=(left, right), label="attention weight (log scale)", shrink=0.85)
+    figure.suptitle(f"{title}, layer {matrices.layer}, head {matrices.head}", fontsize=12)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,271 @@
+"""`mra-hf quickstart`: the whole journey in two minutes on a CPU, on a real checkpoint.
+
+Converts, compares source and result on masked tokens, fills masks, times attention, draws one head.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers.utils import logging
+
+from mra_attention import mra2_attention
+from mra_hf import sapiens
+from mra_hf.analysis.attention_maps import matrices_of_all_heads, plot_two_resolutions
+from mra_hf.conversion import convert_checkpoint
+from mra_hf.evaluation import masked_token_scores
+
+EPILOG = """example:
+  mra-hf quickstart
+  mra-hf quickstart path/to/roberta --text notes.txt --output try-it
+"""
+_TIMED_LENGTH = 4096
+_PICTURE_TOKENS = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="a checkpoint with a masked-LM head: a directory or hub id of type roberta, "
+        "xlm-roberta, camembert, bert or mra. Default: a small real RoBERTa of antibody chains, "
+        "fetched with pip",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("quickstart-output"),
+        help="folder for the checkpoint, the numbers and the picture (default: %(default)s)",
+    )
+    parser.add_argument("--text", type=Path, help="UTF-8 text to measure on (default: a sample)")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, help="tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--block-per-row", type=int, default=8, help="exact blocks per row (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all steps; print a table per step and write `quickstart.json` and `attention.png`."""
+    logging.disable_progress_bar()
+    steps = _Steps(total=6)
+    texts, words = _texts(args)
+    checkpoint = args.output / "checkpoint"
+
+    steps.begin("get the source checkpoint")
+    source = args.source or str(sapiens.sapiens_checkpoint())
+
+    steps.begin(f"convert it to {args.max_length} tokens")
+    report = convert_checkpoint(
+        source,
+        checkpoint,
+        max_length=args.max_length,
+        block_per_row=args.block_per_row,
+        force=(checkpoint / "conversion_report.json").exists(),  # one of an earlier quickstart
+    )
+    print(report.summary())
+
+    steps.begin("compare source and result on masked tokens")
+    model = AutoModelForMaskedLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    scores = _compare(source, model, tokenizer, texts, args.max_length)
+
+    steps.begin("fill masks with the converted checkpoint")
+    filled = _fill_masks(model, tokenizer, words)
+
+    steps.begin(f"time attention at {_TIMED_LENGTH} tokens")
+    timings = _time_attention(args.block_per_row)
+
+    steps.begin("draw one head in two resolutions")
+    picture = args.output / "attention.png"
+    drawn = _draw(model, tokenizer, texts, picture)
+
+    numbers = {
+        "source": args.source or "sapiens==1.0.5 (heavy chains)",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "masked_tokens": scores,
+        "filled": filled,
+        "timing": timings,
+        "picture": drawn,
+        "seconds": round(steps.elapsed(), 1),
+    }
+    (args.output / "quickstart.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    steps.end()
+    print(
+        f"\ncheckpoint  {checkpoint}\npicture     {picture}\n"
+        f"numbers     {args.output / 'quickstart.json'}\n"
+        "\nUse it:\n"
+        "  import mra_hf\n"
+        "  from transformers import AutoModelForMaskedLM\n"
+        f'  model = AutoModelForMaskedLM.from_pretrained("{checkpoint}")'
+    )
+    return 0
+
+
+class _Steps:
+    """Progress lines on stderr: what is being done, and for how long the run has been going."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start = total, 0, time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    def begin(self, what: str) -> None:
+        self.done += 1
+        sys.stdout.flush()
+        print(f"\n[{self.done}/{self.total}] {what}  ({self.elapsed():.0f} s)", file=sys.stderr)
+
+    def end(self) -> None:
+        sys.stdout.flush()
+        print(f"\ndone in {self.elapsed():.0f} s", file=sys.stderr)
+
+
+def _texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The texts to measure on, and a few short ones to mask a token of."""
+    if args.text is not None:
+        texts = [args.text.read_text(encoding="utf-8")]
+        return texts, texts[0].splitlines()[:3]
+    if args.source is None:
+        return list(sapiens.HEAVY_CHAINS), list(sapiens.HEAVY_CHAINS[:3])
+    text = resources.files("mra_hf").joinpath("assets/sample.txt").read_text(encoding="utf-8")
+    return text.split("\n\n"), [part.split(". ")[0] + "." for part in text.split("\n\n")[:3]]
+
+
+def _compare(source, model, tokenizer, texts, max_length) -> list[dict]:
+    dense = AutoModelForMaskedLM.from_pretrained(source).eval()
+    own_length = min(AutoTokenizer.from_pretrained(source).model_max_length, max_length)
+    rows = []
+    for name, candidate, length in (
+        ("source, dense", dense, own_length),
+        ("MRA, untrained", model, own_length),
+        ("MRA, untrained", model, max_length),
+    ):
+        score = masked_token_scores(candidate, tokenizer, texts, length=length)
+        rows.append(
+            {
+                "model": name,
+                "length": length,
+                "accuracy": round(score.accuracy, 4),
+                "nll": round(score.nll, 4),
+                "masked_tokens": score.n_masked,
+            }
+        )
+    print(f"{'model':<16}{'chunk length':>14}{'accuracy':>10}{'loss':>8}{'masked':>8}")
+    for row in rows:
+        print(
+            f"{row['model']:<16}{row['length']:>14}{row['accuracy']:>10.1%}{row['nll']:>8.3f}"
+            f"{row['masked_tokens']:>8}"
+        )
+    dense_up_to = model.config.block_size * model.config.block_per_row
+    print(
+        f"Up to {dense_up_to} tokens the result is dense attention. Beyond the source's length, "
+        "tiled positions and the budget cost accuracy until training continues."
+    )
+    return rows
+
+
+def _fill_masks(model, tokenizer, texts) -> list[dict]:
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < 3:
+            continue
+        place = len(ids) // 2
+        truth = tokenizer.decode([ids[place]]).strip()
+        before, after = (tokenizer.decode(part) for part in (ids[:place], ids[place + 1 :]))
+        best = fill(f"{before}{tokenizer.mask_token}{after}", top_k=3)
+        guesses = [(guess["token_str"].strip(), round(guess["score"], 3)) for guess in best]
+        rows.append(
+            {"before": before[-30:], "after": after[:30], "truth": truth, "guesses": guesses}
+        )
+        shown = ", ".join(f"{token} {score:.0%}" for token, score in guesses)
+        print(f"...{before[-30:]}[{truth}]{after[:30]}...  ->  {shown}")
+    return rows
+
+
+def _topical_inputs(length: int, heads: int = 12, dim: int = 64) -> list[torch.Tensor]:
+    """Query, key, value `[1, H, N, D]` with segments of shared topics: uneven rows."""
+    generator = torch.Generator().manual_seed(0)
+    topics = 1.2 * torch.randn(heads, 24, dim, generator=generator)
+    segment = torch.randint(0, 24, (heads, length // 64), generator=generator)
+    base = topics.gather(1, segment[..., None].expand(-1, -1, dim)).repeat_interleave(64, 1)
+    noise = (torch.randn(heads, length, dim, generator=generator) for _ in range(3))
+    query, key, value = (0.8 * next(noise) + base, 0.8 * next(noise) + base, next(noise))
+    return [x[None].requires_grad_() for x in (query, key, value)]
+
+
+def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
+    """Median milliseconds of both attentions, interleaved: 12 heads x 64, batch 1, fp32."""
+    inputs = _topical_inputs(_TIMED_LENGTH)
+    grad = torch.ones_like(inputs[0])
+
+    def milliseconds(function, backward: bool) -> float:
+        begin = time.perf_counter()
+        if backward:
+            torch.autograd.grad(function(*inputs), inputs, grad)
+        else:
+            with torch.no_grad():
+                function(*inputs)
+        return 1e3 * (time.perf_counter() - begin)
+
+    providers = {
+        "dense (SDPA)": F.scaled_dot_product_attention,
+        "MRA-2": lambda *qkv: mra2_attention(*qkv, block_per_row=block_per_row),
+    }
+    measured: dict[str, dict[str, float]] = {name: {} for name in providers}
+    for key, backward in (("forward", False), ("forward + backward", True)):
+        for function in providers.values():
+            milliseconds(function, backward)
+        samples = {name: [] for name in providers}
+        for _ in range(repeats):
+            for name, function in providers.items():
+                samples[name].append(milliseconds(function, backward))
+        for name in providers:
+            measured[name][key] = round(statistics.median(samples[name]), 1)
+    print(
+        f"{_TIMED_LENGTH} tokens, 12 heads x 64, batch 1, float32, block_per_row {block_per_row}, "
+        f"{torch.get_num_threads()} threads, median of {repeats}, ms"
+    )
+    print(f"{'':<16}{'forward':>12}{'forward + backward':>22}")
+    for name, row in measured.items():
+        print(f"{name:<16}{row['forward']:>12.0f}{row['forward + backward']:>22.0f}")
+    dense, ours = measured.values()
+    print(
+        f"{'ratio':<16}{dense['forward'] / ours['forward']:>11.1f}x"
+        f"{dense['forward + backward'] / ours['forward + backward']:>21.1f}x"
+    )
+    return measured
+
+
+def _draw(model, tokenizer, texts, path: Path) -> dict:
+    ids = tokenizer(
+        " ".join(texts), return_tensors="pt", truncation=True, max_length=model.config.max_tokens
+    )
+    ids = ids["input_ids"][:, :_PICTURE_TOKENS]
+    heads = sorted(matrices_of_all_heads(model, {"input_ids": ids}), key=lambda m: m.relative_error)
+    chosen = heads[len(heads) // 2]  # neither the best nor the worst head
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_two_resolutions(chosen, path, f"{ids.shape[1]} tokens")
+    errors = f"{heads[0].relative_error:.2f} to {heads[-1].relative_error:.2f}"
+    print(
+        f"layer {chosen.layer}, head {chosen.head}: relative error {chosen.relative_error:.2f}, "
+        f"the median of {len(heads)} heads ({errors})"
+    )
+    return {
+        "layer": chosen.layer,
+        "head": chosen.head,
+        "tokens": ids.shape[1],
+        "relative_error": round(chosen.relative_error, 4),
+    }
