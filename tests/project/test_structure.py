@@ -16,6 +16,7 @@ OPERATOR_IMPORTS = {
     "api": {"ops", "reference", "blocks", "selection"},
     "ops": {"_ops", "selection", "torch_impl", "blocks"},
     "_ops": set(),
+    "benchmarking": set(),
     "blocks": set(),
     "selection": {"blocks"},
     "reference": {"blocks"},

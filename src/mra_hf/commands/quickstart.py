@@ -17,6 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from transformers.utils import logging
 
 from mra_attention import mra2_attention
+from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
 from mra_hf import sapiens
 from mra_hf.analysis.attention_maps import matrices_of_all_heads, plot_two_resolutions
 from mra_hf.conversion import convert_checkpoint
@@ -195,45 +196,18 @@ def _fill_masks(model, tokenizer, texts) -> list[dict]:
     return rows
 
 
-def _topical_inputs(length: int, heads: int = 12, dim: int = 64) -> list[torch.Tensor]:
-    """Query, key, value `[1, H, N, D]` with segments of shared topics: uneven rows."""
-    generator = torch.Generator().manual_seed(0)
-    topics = 1.2 * torch.randn(heads, 24, dim, generator=generator)
-    segment = torch.randint(0, 24, (heads, length // 64), generator=generator)
-    base = topics.gather(1, segment[..., None].expand(-1, -1, dim)).repeat_interleave(64, 1)
-    noise = (torch.randn(heads, length, dim, generator=generator) for _ in range(3))
-    query, key, value = (0.8 * next(noise) + base, 0.8 * next(noise) + base, next(noise))
-    return [x[None].requires_grad_() for x in (query, key, value)]
-
-
 def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
     """Median milliseconds of both attentions, interleaved: 12 heads x 64, batch 1, fp32."""
-    inputs = _topical_inputs(_TIMED_LENGTH)
-    grad = torch.ones_like(inputs[0])
-
-    def milliseconds(function, backward: bool) -> float:
-        begin = time.perf_counter()
-        if backward:
-            torch.autograd.grad(function(*inputs), inputs, grad)
-        else:
-            with torch.no_grad():
-                function(*inputs)
-        return 1e3 * (time.perf_counter() - begin)
-
+    inputs = topical_inputs(_TIMED_LENGTH)
     providers = {
         "dense (SDPA)": F.scaled_dot_product_attention,
         "MRA-2": lambda *qkv: mra2_attention(*qkv, block_per_row=block_per_row),
     }
     measured: dict[str, dict[str, float]] = {name: {} for name in providers}
-    for key, backward in (("forward", False), ("forward + backward", True)):
-        for function in providers.values():
-            milliseconds(function, backward)
-        samples = {name: [] for name in providers}
-        for _ in range(repeats):
-            for name, function in providers.items():
-                samples[name].append(milliseconds(function, backward))
-        for name in providers:
-            measured[name][key] = round(statistics.median(samples[name]), 1)
+    for title, backward in (("forward", False), ("forward + backward", True)):
+        samples = interleaved_milliseconds(providers, inputs, backward=backward, repeats=repeats)
+        for name, times in samples.items():
+            measured[name][title] = round(statistics.median(times), 1)
     print(
         f"{_TIMED_LENGTH} tokens, 12 heads x 64, batch 1, float32, block_per_row {block_per_row}, "
         f"{torch.get_num_threads()} threads, median of {repeats}, ms"

@@ -1,0 +1,69 @@
+"""The `mra-hf` program: `mra-hf NAME ...` runs the module `mra_hf.commands.NAME`.
+
+Such a module has a docstring (the help text, with an example), `add_arguments(parser)` and
+`run(args) -> int`. Scripts call the same function through `run_command`.
+"""
+
+import argparse
+import importlib
+import sys
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+#: Name of a command -> what it does; its module is imported when it is asked for.
+COMMANDS = {
+    "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
+    "quickstart": "convert, run and train a small real model in a minute",
+}
+
+
+def main(argv: "Sequence[str] | None" = None) -> int:
+    """Run the program on `argv` (default: the command line) and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return run_command(argv[0], argv[1:])
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="mra-hf",
+        description="Multi-resolution attention for RoBERTa-family encoders.",
+        epilog=f"commands:\n{listed}\n\nexample:\n  mra-hf convert --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help="what to do; see below")
+    parser.parse_args(argv[:1])
+    raise AssertionError("unreachable: parse_args exits on help and on unknown commands")
+
+
+def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
+    """Run the command `name` on `argv` (default: the command line) and return its exit status.
+
+    A `ValueError` or `OSError` is printed as one sentence; the status is then 2.
+    """
+    module = importlib.import_module(f"mra_hf.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"mra-hf {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return module.run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""Turn a checkpoint into one with multi-resolution attention and a longer position table.
+
+SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra; its weights
+and its head are kept. OUT gets weights, config, tokenizer, a model card and a report.
+
+example:
+  mra-hf convert FacebookAI/roberta-base roberta-base-mra-4096 --text novel.txt
+"""
+
+import argparse
+import json
+import shlex
+import sys
+
+from mra_hf.conversion import DTYPES, convert_checkpoint
+from mra_hf.conversion_report import ConversionReport
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mra-hf convert`."""
+    parser.add_argument("source", metavar="SOURCE", help="directory or hub id")
+    parser.add_argument("output_dir", metavar="OUT", help="directory to write")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="longest sequence in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--block-per-row",
+        type=int,
+        metavar="N",
+        help="exact blocks per block row (default: 8; for a source of type mra its own)",
+    )
+    parser.add_argument(
+        "--approx-mode",
+        choices=("full", "sparse"),
+        help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for mra its own)',
+    )
+    parser.add_argument(
+        "--prior-first",
+        type=int,
+        dest="initial_prior_first_n_blocks",
+        metavar="N",
+        help="first block rows and columns that are always exact (default: 0; for mra its own)",
+    )
+    parser.add_argument(
+        "--prior-diagonal",
+        type=int,
+        dest="initial_prior_diagonal_n_blocks",
+        metavar="N",
+        help="diagonal band in blocks that is always exact (default: 0; for mra its own)",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to score masked tokens of source and result on"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer (default: SOURCE)"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="of the weights (default: that of SOURCE)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, print the report and what to try next."""
+    report = convert_checkpoint(
+        **vars(args), progress=lambda line: print(f"{line} ...", file=sys.stderr, flush=True)
+    )
+    print(report.summary())
+    print(f"\nwritten to {report.output}; try:\n{_next_command(report)}")
+    return 0
+
+
+def _next_command(report: ConversionReport) -> str:
+    """A shell command that opens the result and runs it."""
+    where = json.dumps(report.output)
+    if report.model_class == "MraForMaskedLM":
+        code = (
+            "import mra_hf; from transformers import pipeline; "
+            f'fill = pipeline("fill-mask", {where}); print(fill("A " + fill.tokenizer.mask_token))'
+        )
+    else:
+        code = (
+            f"import mra_hf; from transformers import {report.auto_class}; "
+            f"print({report.auto_class}.from_pretrained({where}))"
+        )
+    return f"  python -c {shlex.quote(code)}"
