@@ -108,6 +108,8 @@ def mra2_attention(
             else:
                 blocks = _choose(_select_op, query, key, token_mask, selection, settings)
             return ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
+        case other:
+            raise AssertionError(f"no implementation named {other}")
 
 
 def select_blocks(

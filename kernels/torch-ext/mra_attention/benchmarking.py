@@ -31,7 +31,8 @@ def topical_inputs(
     query = base + 0.8 * torch.randn(shape, generator=generator)
     key = base + 0.8 * torch.randn(shape, generator=generator)
     value = torch.randn(shape, generator=generator)
-    return tuple(x.to(device, dtype).requires_grad_() for x in (query, key, value))
+    query, key, value = (x.to(device, dtype).requires_grad_() for x in (query, key, value))
+    return query, key, value
 
 
 def interleaved_milliseconds(
