@@ -80,9 +80,12 @@ def attention(
         query, key, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
     )
     real_value = value.to(matrix.dtype)
-    if token_mask is not None:
-        real_value = real_value.masked_fill(~token_mask[:, None, :, None], 0)
-    return (matrix @ real_value).to(value.dtype)
+    if token_mask is None:
+        return (matrix @ real_value).to(value.dtype)
+    padding = ~token_mask[:, None, :, None]
+    # Filled going in and coming out: NaN in padding reaches no real token in either direction.
+    output = matrix @ real_value.masked_fill(padding, 0)
+    return output.masked_fill(padding, 0).to(value.dtype)
 
 
 def _upsample(x: Tensor, block_size: int) -> Tensor:

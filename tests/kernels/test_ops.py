@@ -1,0 +1,389 @@
+"""The operators as torch sees them: schemas, compile, export, checkpointing, autocast, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from attention_cases import (
+    MASK_KINDS,
+    MODES,
+    assert_all_close,
+    assert_all_equal,
+    make_inputs,
+    make_mask,
+    outputs_and_gradients,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mra_attention import (
+    BlockSelection,
+    mra2_attention,
+    mra2_attention_matrix,
+    ops,
+    select_blocks,
+)
+
+for_modes = pytest.mark.parametrize("mode", MODES)
+for_impls = pytest.mark.parametrize("impl", ["reference", "torch"])
+
+
+def transpose_storage(x):
+    """The same values laid out as `[B, N, H, D]`."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Projections around the operator, `[B, N, 16]` to `[B, N, 16]`, two heads."""
+
+    def __init__(self, dtype=torch.float32, **arguments):
+        super().__init__()
+        self.project = nn.Linear(16, 48, dtype=dtype)
+        self.merge = nn.Linear(16, 16, dtype=dtype)
+        self.arguments = arguments
+
+    def forward(self, hidden, mask=None):
+        batch, length, width = hidden.shape
+        heads = self.project(hidden).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        output = mra2_attention(*heads.unbind(0), mask, **self.arguments)
+        return self.merge(output.transpose(1, 2).reshape(batch, length, width))
+
+
+def make_module(**arguments):
+    torch.manual_seed(0)
+    return SelfAttention(**arguments)
+
+
+def make_hidden(batch, length, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(batch, length, 16, generator=generator).to(dtype)
+
+
+# -- schemas, fakes, autograd registration
+
+
+@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+@pytest.mark.parametrize("block_budget", [None, 5])
+@pytest.mark.parametrize("mask_kind", ["none", "holes"])
+def test_opcheck_accepts_the_select_operator(mask_kind, block_budget, rule):
+    query, key, *_ = make_inputs(2, 2, 70, 8)
+    mask = make_mask(mask_kind, 2, 70)
+    for q, k in ((query, key), (transpose_storage(query), transpose_storage(key))):
+        torch.library.opcheck(ops.mra2_select, (q, k, mask, 2, block_budget, 32, 1, 1, rule, 0.3))
+
+
+@for_modes
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("choice", ["all", "some"])
+@pytest.mark.parametrize("mask_kind", ["none", "holes"])
+def test_opcheck_accepts_the_forward_operator(mask_kind, choice, layout, mode):
+    inputs, mask = make_inputs(2, 2, 70, 8)[:3], make_mask(mask_kind, 2, 70)
+    if layout == "transposed":
+        inputs = [transpose_storage(x) for x in inputs]
+    blocks = None if choice == "all" else select_blocks(*inputs[:2], mask, block_budget=4).blocks
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    torch.library.opcheck(ops.mra2_forward, (*inputs, mask, blocks, 0.3, mode == "sparse", 32))
+
+
+@for_modes
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("choice", ["all", "some"])
+@pytest.mark.parametrize("mask_kind", ["none", "holes"])
+def test_opcheck_accepts_the_backward_operator(mask_kind, choice, layout, mode):
+    *inputs, grad = make_inputs(2, 2, 70, 8)
+    mask = make_mask(mask_kind, 2, 70)
+    if layout == "transposed":
+        *inputs, grad = (transpose_storage(x) for x in (*inputs, grad))
+    blocks = None if choice == "all" else select_blocks(*inputs[:2], mask, block_budget=4).blocks
+    settings = (mask, blocks, 0.3, mode == "sparse", 32)
+    results = ops.mra2_forward(*inputs, *settings)
+    torch.library.opcheck(ops.mra2_backward, (grad, *inputs, *results, *settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_opcheck_accepts_other_dtypes(dtype):
+    inputs = [x.requires_grad_() for x in make_inputs(1, 1, 70, 8, dtype=dtype)[:3]]
+    blocks = select_blocks(*inputs[:2], block_budget=4).blocks
+    for choice in (None, blocks):
+        torch.library.opcheck(
+            ops.mra2_forward,
+            (*inputs, None, choice, 0.3, False, 32),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@for_modes
+@pytest.mark.parametrize("budget", [1, 3, 100])
+@pytest.mark.parametrize("choice", ["all", "some"])
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+def test_the_forward_operator_returns_the_log_sum_exp_and_infinity_at_padding(
+    mask_kind, choice, budget, mode
+):
+    query, key, value, _ = make_inputs(2, 2, 70, 8, dtype=torch.float64)
+    mask = make_mask(mask_kind, 2, 70)
+    blocks = select_blocks(query, key, mask, block_budget=budget).blocks
+    output, lse = ops.mra2_forward(
+        query, key, value, mask, None if choice == "all" else blocks, 0.3, mode == "sparse", 32
+    )
+    real = torch.ones(2, 1, 70, dtype=torch.bool) if mask is None else mask[:, None]
+    chosen = BlockSelection(torch.ones_like(blocks) if choice == "all" else blocks, 32)
+    matrix = mra2_attention_matrix(query, key, mask, selection=chosen, scale=0.3, approx_mode=mode)
+    # inside the choice, matrix = exp(logit - lse)
+    logits = 0.3 * query @ key.mT
+    inside = chosen.blocks.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :70, :70]
+    inside = inside & real[:, :, None, :] & real[..., None]
+    expected = (logits - lse[..., None]).exp()
+    torch.testing.assert_close(expected[inside], matrix[inside], rtol=0, atol=1e-12)
+    empty = ~(matrix > 0).any(-1)
+    assert torch.equal(lse == torch.inf, empty)
+    assert not output[empty].any()
+
+
+# -- torch.compile
+
+
+def train(step, parameters, batches):
+    """Three steps of SGD on the mean square; returns the losses."""
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    losses = []
+    for hidden, mask in batches:
+        loss = step(hidden, mask).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def assert_trains_as_eager(batches, arguments, **compile_arguments):
+    torch._dynamo.reset()
+    eager, compiled = make_module(**arguments), make_module(**arguments)
+    start = [parameter.detach().clone() for parameter in eager.parameters()]
+    step = torch.compile(compiled, fullgraph=True, **compile_arguments)
+    expected = train(eager, eager.parameters(), batches)
+    torch.testing.assert_close(
+        train(step, compiled.parameters(), batches), expected, rtol=0, atol=1e-5
+    )
+    for before, x, y in zip(start, compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+        assert not torch.equal(before, y)
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")),
+    reason="inductor needs a C++ compiler",
+)
+def test_a_module_compiled_by_inductor_trains_as_eager():
+    mask = make_mask("right", 2, 100)
+    batches = [(make_hidden(2, 100), mask)] * 3
+    assert_trains_as_eager(batches, {"block_per_row": 2})
+
+
+@for_modes
+@pytest.mark.parametrize("budget", [2, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_module_trains_as_eager_at_changing_lengths(masked, budget, mode):
+    lengths = (100, 33, 70)
+    batches = [
+        (make_hidden(2, length), make_mask("holes", 2, length) if masked else None)
+        for length in lengths
+    ]
+    arguments = {"block_per_row": budget, "approx_mode": mode, "initial_prior_first_n_blocks": 1}
+    assert_trains_as_eager(batches, arguments, backend="aot_eager", dynamic=True)
+
+
+# -- torch.export
+
+
+EXPORTED_LENGTHS = (2, 31, 32, 33, 64, 100, 128, 257)
+
+
+@for_modes
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"block_per_row": 2},
+        {
+            "block_per_row": 6,
+            "initial_prior_first_n_blocks": 1,
+            "initial_prior_diagonal_n_blocks": 2,
+        },
+        {"block_budget": 5},
+    ],
+    ids=["plain", "priors", "budget"],
+)
+def test_an_exported_module_equals_eager_at_every_batch_and_length(choice, masked, mode):
+    module = make_module(approx_mode=mode, **choice).eval()
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example, example_mask = make_hidden(3, 70), make_mask("right", 3, 70) if masked else None
+    program = torch.export.export(
+        module,
+        (example, example_mask),
+        dynamic_shapes={"hidden": dynamic, "mask": dynamic if masked else None},
+    ).module()
+    for batch, length in itertools.chain(
+        ((2, length) for length in EXPORTED_LENGTHS), [(1, 100), (5, 33)]
+    ):
+        hidden = make_hidden(batch, length)
+        mask = make_mask("holes", batch, length) if masked else None
+        with torch.no_grad():
+            given, expected = program(hidden, mask), module(hidden, mask)
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
+
+
+# -- checkpointing
+
+
+@for_modes
+@for_impls
+@pytest.mark.parametrize("budget", [2, 8])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_changes_nothing(use_reentrant, budget, impl, mode):
+    inputs, mask = make_inputs(2, 2, 150, 8), make_mask("holes", 2, 150)
+
+    def attention(query, key, value):
+        return mra2_attention(
+            query, key, value, mask, block_per_row=budget, approx_mode=mode, impl=impl
+        )
+
+    def recomputed(query, key, value):
+        return checkpoint(attention, query, key, value, use_reentrant=use_reentrant)
+
+    query, key, value, grad = inputs
+    expected = outputs_and_gradients(attention, query, key, value, grad)
+    given = [x.clone().requires_grad_() for x in (query, key, value)]
+    output = recomputed(*given)
+    output.backward(grad)
+    assert_all_equal((output, *(x.grad for x in given)), expected)
+
+
+# -- autocast
+
+
+def bfloat16_autocast(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+@for_modes
+@for_impls
+@pytest.mark.parametrize("budget", [2, 8])
+@pytest.mark.parametrize("backward_inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("recompute", ["never", "reentrant", "not reentrant"])
+def test_autocast_gives_what_explicitly_cast_inputs_give(
+    recompute, backward_inside, budget, impl, mode
+):
+    query, key, value, grad = make_inputs(2, 2, 150, 8)
+    grad, mask = grad.bfloat16(), make_mask("holes", 2, 150)
+
+    def attention(*inputs):
+        return mra2_attention(*inputs, mask, block_per_row=budget, approx_mode=mode, impl=impl)
+
+    def cast_first(*inputs):
+        return attention(*(x.bfloat16() for x in inputs))
+
+    expected = outputs_and_gradients(cast_first, query, key, value, grad)
+    assert expected[0].dtype == torch.bfloat16 and expected[1].dtype == torch.float32
+
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    with bfloat16_autocast():
+        if recompute == "never":
+            output = attention(*inputs)
+        else:
+            output = checkpoint(attention, *inputs, use_reentrant=recompute == "reentrant")
+        if backward_inside:
+            output.backward(grad)
+    if not backward_inside:
+        output.backward(grad)
+    assert output.dtype == torch.bfloat16
+    assert_all_equal((output, *(x.grad for x in inputs)), expected)
+
+
+@for_impls
+def test_autocast_leaves_float64_and_cast_inputs_alone(impl):
+    for dtype in (torch.float64, torch.bfloat16):
+        inputs = make_inputs(2, 2, 150, 8, dtype=dtype)
+
+        def attention(*inputs):
+            return mra2_attention(*inputs, block_per_row=2, impl=impl)
+
+        expected = outputs_and_gradients(attention, *inputs)
+        with bfloat16_autocast():
+            assert_all_equal(outputs_and_gradients(attention, *inputs), expected)
+
+
+@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+def test_the_select_operator_ignores_autocast(rule):
+    query, key, *_ = make_inputs(2, 2, 500, 16)
+    arguments = (query, key, make_mask("holes", 2, 500), 3, None, 32, 0, 0, rule, 0.25)
+    expected = ops.mra2_select(*arguments)
+    with bfloat16_autocast():
+        assert torch.equal(ops.mra2_select(*arguments), expected)
+
+
+def test_the_public_choice_under_autocast_is_that_of_cast_inputs():
+    query, key, *_ = make_inputs(2, 2, 500, 16)
+    expected = select_blocks(query.bfloat16(), key.bfloat16(), block_per_row=3)
+    with bfloat16_autocast():
+        assert torch.equal(select_blocks(query, key, block_per_row=3).blocks, expected.blocks)
+
+
+@pytest.mark.parametrize("choice", ["all", "some"])
+def test_the_backward_operator_ignores_autocast(choice):
+    *inputs, grad = make_inputs(2, 2, 150, 8)
+    blocks = None if choice == "all" else select_blocks(*inputs[:2], block_per_row=2).blocks
+    settings = (None, blocks, 0.3, False, 32)
+    results = ops.mra2_forward(*inputs, *settings)
+    expected = ops.mra2_backward(grad, *inputs, *results, *settings)
+    with bfloat16_autocast():
+        assert_all_equal(
+            (results[0], *ops.mra2_backward(grad, *inputs, *results, *settings)),
+            (ops.mra2_forward(*inputs, *settings)[0], *expected),
+        )
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize("budget", [2, 8])
+def test_double_backward_names_the_reference(budget):
+    query, key, value, _ = (x.requires_grad_() for x in make_inputs(1, 1, 100, 8))
+    output = mra2_attention(query, key, value, block_per_row=budget, impl="torch")
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match='impl="reference"'):
+        grad.sum().backward()
+
+
+def test_reference_has_a_second_derivative_as_the_refusal_promises():
+    inputs = [x.requires_grad_() for x in make_inputs(1, 1, 6, 2, dtype=torch.float64)[:3]]
+
+    def attention(*inputs):
+        return mra2_attention(*inputs, block_size=2, block_per_row=1, impl="reference")
+
+    assert torch.autograd.gradgradcheck(attention, inputs)
+
+
+@pytest.mark.parametrize("budget", [2, 8])
+def test_vmap_names_the_remedy(budget):
+    inputs = [torch.stack([x, x + 1]) for x in make_inputs(1, 1, 100, 8)[:3]]
+
+    def attention(*inputs):
+        return mra2_attention(*inputs, block_per_row=budget, impl="torch")
+
+    with pytest.raises(RuntimeError, match="batch dimension of query, key and value"):
+        torch.vmap(attention)(*inputs)
+
+
+def test_vmap_works_with_the_reference_as_the_refusal_promises():
+    inputs = [torch.stack([x, x.flip(2)]) for x in make_inputs(2, 2, 100, 8)[:3]]
+
+    def attention(*inputs):
+        return mra2_attention(*inputs, block_per_row=2, impl="reference")
+
+    given = torch.vmap(attention)(*inputs)
+    for i in range(2):
+        expected = attention(*(x[i] for x in inputs))
+        assert_all_close([given[i]] * 4, [expected] * 4, 1e-5)
