@@ -6,6 +6,8 @@ Importing this package registers its classes with Transformers' Auto classes and
 
 from mra_hf.attention import set_attention
 from mra_hf.configuration import MraConfig
+from mra_hf.conversion import convert_checkpoint
+from mra_hf.conversion_report import ConversionReport
 from mra_hf.modeling import (
     MraForMaskedLM,
     MraForMultipleChoice,
@@ -18,6 +20,7 @@ from mra_hf.registration import register, replace_builtin_mra
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConversionReport",
     "MraConfig",
     "MraForMaskedLM",
     "MraForMultipleChoice",
@@ -25,6 +28,7 @@ __all__ = [
     "MraForSequenceClassification",
     "MraForTokenClassification",
     "MraModel",
+    "convert_checkpoint",
     "replace_builtin_mra",
     "set_attention",
 ]

@@ -175,6 +175,12 @@ def _translate(config_dict: dict[str, Any], source_type: str) -> dict[str, Any]:
     if source_type == BUILTIN_TYPE:
         # Theirs counts usable tokens, the table has two rows more. The budget they were trained
         # with follows the configured length, whatever the length of the input.
+        if fields["pad_token_id"] != 1:
+            raise ValueError(
+                f"pad_token_id must be 1 in a configuration of type mra, got "
+                f"{fields['pad_token_id']}: its positions start at row 2 whatever the padding id, "
+                "ours at pad_token_id + 1. Convert it with `mra-hf convert SOURCE OUT`."
+            )
         tokens = fields["max_position_embeddings"]
         fields["max_position_embeddings"] = tokens + 2
         fields["block_budget"] = tokens // 32 * fields["block_per_row"]

@@ -8,6 +8,7 @@ for comparison.
 import copy
 import os
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import (
@@ -63,7 +64,7 @@ class MraPreTrainedMixin:
     """What all classes of the family share: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
-    _keys_to_ignore_on_load_unexpected = (r"embeddings\.position_ids",)
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids"]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         return super()._check_and_adjust_attn_implementation(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Name of a command -> what it does; its module is imported when it is asked for.
 COMMANDS = {
     "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
-    "quickstart": "convert, run and train a small real model in a minute",
+    "quickstart": "the whole journey on a small real checkpoint, in two minutes",
 }
 
 
