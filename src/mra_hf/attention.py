@@ -5,6 +5,8 @@ function hands the 2-D padding mask on (never N x N); the attention function rea
 the model's config and refuses what it cannot serve.
 """
 
+import inspect
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +24,11 @@ ATTENTION_NAMES = ("mra2", "mra2_s")
 #: Longest sequence whose attention matrices are returned.
 MAX_MATRIX_TOKENS = 2048
 
+_RELATIVE_BIAS = (
+    "use_relative_position_bias",
+    "use_shared_relative_position_bias",
+    "relative_attention_num_buckets",
+)
 _REFUSED_KEYWORDS = {
     "sliding_window": "a sliding window",
     "softcap": "capped logits",
@@ -128,8 +135,8 @@ def set_attention(
     """Switch any bidirectional encoder of Transformers to multi-resolution attention, in place.
 
     Settings go to `config.mra` (to the fields of a `MraConfig`) and are saved with the model;
-    `impl` is a choice of this process and is not. Dropout on attention weights is set to 0, with
-    one log line.
+    `impl` is a choice of this process and is not. `block_per_row` without `block_budget` clears an
+    earlier `block_budget`. Dropout on attention weights is set to 0, with one log line.
 
     Args:
         model: for example a `RobertaForMaskedLM`.
@@ -160,7 +167,9 @@ def set_attention(
             "sparse mode; "
             'use name="mra2".'
         )
-    refuse_unsuitable(model)
+    attention_modules = refuse_unsuitable(model)
+    if "block_per_row" in settings:
+        settings.setdefault("block_budget", None)
     configs = {
         id(module.config): module.config for module in model.modules() if _has_config(module)
     }
@@ -174,34 +183,38 @@ def set_attention(
     model.set_attn_implementation(name)
     for config in configs.values():
         if isinstance(config, MraConfig):
-            for setting, chosen in settings.items():
+            own = settings | ({"approx_mode": "sparse"} if name == "mra2_s" else {})
+            for setting, chosen in own.items():
                 setattr(config, setting, chosen)
         else:
             kept = dict(getattr(config, "mra", None) or {})
             if name == "mra2_s":
                 kept.pop("approx_mode", None)
-            config.mra = kept | settings
-    for module in model.modules():
-        if _has_config(module):
-            module.mra_impl = impl
-    _remove_attention_dropout(model, configs.values())
+            kept |= settings
+            config.mra = {key: chosen for key, chosen in kept.items() if chosen is not None}
+    for module in attention_modules:
+        module.mra_impl = impl
+    _remove_attention_dropout(attention_modules, configs.values())
     return model
 
 
-def refuse_unsuitable(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` when `model` would ignore the attention function or be served wrongly by
-    it.
+def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules of `model` that call the attention function.
+
+    Raises:
+        ValueError: there are none, or `model` would be served wrongly.
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"model must be a Transformers PreTrainedModel, got {type(model).__name__}."
         )
     kind = type(model).__name__
-    if not type(model)._can_set_attn_implementation():
+    attention_modules = [m for m in model.modules() if _calls_attention_interface(type(m))]
+    if not type(model)._can_set_attn_implementation() or not attention_modules:
         raise ValueError(
             f"{kind} does not use Transformers' attention interface, so it would ignore the "
-            "request; mra2 needs a model "
-            "that does, such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
+            "request; mra2 needs a model that does, such as RoBERTa, BERT, XLM-R, ELECTRA, "
+            "DistilBERT or ViT."
         )
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -218,6 +231,19 @@ def refuse_unsuitable(model: PreTrainedModel) -> None:
                 "attention; it is for "
                 "encoders whose layers all attend to the whole sequence."
             )
+        biased = [name for name in _RELATIVE_BIAS if getattr(config, name, None)]
+        biased += [
+            name for name, _ in module.named_parameters(recurse=False) if "bias_table" in name
+        ]
+        if biased:
+            raise ValueError(
+                f"{kind} adds a relative position bias to its logits ({biased[0]}), which mra2 "
+                "would drop; it is for encoders with positions in their embeddings or rotations."
+            )
+        heads = getattr(config, "num_attention_heads", None)
+        if (getattr(config, "num_key_value_heads", None) or heads) != heads:
+            raise ValueError(f"{kind} has grouped key heads; mra2 needs one key head a query head.")
+    return attention_modules
 
 
 def _attend(
@@ -236,6 +262,12 @@ def _attend(
     settings = attention_settings(module.config, name)
     impl = getattr(module, "mra_impl", "auto")
     matrices = None
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask reached {type(module).__name__} as {tuple(attention_mask.shape)}, but "
+            "mra2 needs it as [batch, tokens]: pass the tokenizer's 2-D mask; a model that expands "
+            'its mask itself or adds a bias there needs attn_implementation="sdpa".'
+        )
     if output_attentions:
         if query.shape[2] > MAX_MATRIX_TOKENS:
             raise ValueError(
@@ -290,18 +322,23 @@ def _has_config(module: nn.Module) -> bool:
     return isinstance(getattr(module, "config", None), PreTrainedConfig)
 
 
-def _remove_attention_dropout(model: PreTrainedModel, configs) -> None:
+@cache
+def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
+    """Whether the code of `module_class` looks up the attention function (by its source)."""
+    try:
+        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class)
+    except (OSError, TypeError):  # a built-in, or a class without source
+        return False
+
+
+def _remove_attention_dropout(attention_modules: list[nn.Module], configs) -> None:
     removed = set()
     for config in configs:
         for field in ("attention_probs_dropout_prob", "attention_dropout"):
             if getattr(config, field, 0):
                 removed.add(getattr(config, field))
                 setattr(config, field, 0.0)
-    for module in model.modules():
-        if not hasattr(
-            module, "is_causal"
-        ):  # every module that calls the attention interface has it
-            continue
+    for module in attention_modules:
         for field in ("dropout", "attention_dropout", "dropout_prob"):
             part = getattr(module, field, None)
             if isinstance(part, nn.Dropout):

@@ -207,6 +207,9 @@ def check_output(output: Path, *, force: bool, source: Path | None = None) -> No
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"OUT must be a directory, got the file {output}; choose another name.")
+    for parent in output.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"OUT {output} would lie in {parent}, a file; choose another name.")
     if source is not None and (output.is_relative_to(source) or source.is_relative_to(output)):
         raise ValueError(
             f"OUT must lie outside SOURCE, got {output} with SOURCE {source}; choose another OUT."
@@ -228,7 +231,8 @@ def staged_directory(output: Path, *, force: bool = False) -> "Iterator[Path]":
     """Yield a new folder that becomes `output` (resolved) when the block ends without exception.
 
     The folder lies beside `output` as `.{name}.partial-{pid}`. It is removed on any exception,
-    KeyboardInterrupt and SIGTERM included; what a killed process left is removed by the next call.
+    KeyboardInterrupt, SIGTERM and SIGHUP included. SIGKILL can leave that hidden folder, never a
+    half-written `output`; the next call for the same `output` removes it.
 
     Raises:
         ValueError: `output` must not be written, or is being written by another thread.
@@ -240,7 +244,7 @@ def staged_directory(output: Path, *, force: bool = False) -> "Iterator[Path]":
     if staging in _active:
         raise ValueError(f"OUT {output} is being written by another thread; choose another OUT.")
     _active.add(staging)
-    with _exit_on_sigterm():
+    with _exit_on_signals():
         try:
             staging.mkdir()
             yield staging
@@ -282,8 +286,8 @@ def _remove_leftovers(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> "Iterator[None]":
-    """Turn SIGTERM into SystemExit, so that clean-up runs; only possible in the main thread."""
+def _exit_on_signals() -> "Iterator[None]":
+    """Turn SIGTERM and SIGHUP into SystemExit, so that clean-up runs; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -295,11 +299,13 @@ def _exit_on_sigterm() -> "Iterator[None]":
             asked = True
             raise SystemExit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, leave) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _runs_elsewhere(pid: int) -> bool:

@@ -149,6 +149,7 @@ class MraConfig(RobertaConfig):
         be wrong.
         """
         source_type = config_dict.get("model_type", cls.model_type)
+        config_dict = dict(config_dict)
         if source_type in (BUILTIN_TYPE, *ROBERTA_TYPES):
             config_dict = _translate(config_dict, source_type)
         elif source_type != cls.model_type:
@@ -157,6 +158,9 @@ class MraConfig(RobertaConfig):
                 f'"{cls.model_type}", "{BUILTIN_TYPE}" and {ROBERTA_TYPES}. Convert BERT '
                 "checkpoints with `mra-hf convert SOURCE OUT`."
             )
+        asked = {"block_per_row", "max_position_embeddings"} & kwargs.keys()
+        if asked and "block_budget" not in kwargs:
+            config_dict["block_budget"] = None  # else it would silently stand above what was asked
         return super().from_dict(config_dict, **kwargs)
 
 
@@ -184,6 +188,7 @@ def _translate(config_dict: dict[str, Any], source_type: str) -> dict[str, Any]:
         tokens = fields["max_position_embeddings"]
         fields["max_position_embeddings"] = tokens + 2
         fields["block_budget"] = tokens // 32 * fields["block_per_row"]
+    fields |= fields.pop("mra", None) or {}  # the settings of a stock model, see set_attention
     fields["model_type"] = MraConfig.model_type
     if fields.get("attention_probs_dropout_prob"):
         logger.warning_once(

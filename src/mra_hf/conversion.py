@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForMaskedLM,
@@ -25,6 +26,7 @@ from transformers import (
 
 from mra_attention.api import check_int
 from mra_attention.blocks import count_blocks
+from mra_attention.selection import MAX_BLOCK_ROWS
 from mra_hf import modeling
 from mra_hf.checkpoint_files import (
     check_output,
@@ -48,6 +50,8 @@ from mra_hf.evaluation import masked_token_scores, read_texts
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+#: The most tokens whose blocks of the default size can be ranked.
+MAX_LENGTH = MAX_BLOCK_ROWS * ATTENTION_DEFAULTS["block_size"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "conversion_report.json"
 #: Most tokens of a text that are scored, unless one chunk alone is longer.
@@ -120,8 +124,17 @@ def convert_checkpoint(
             `output_dir` that must not be written.
         OSError: the source, its weights or its tokenizer cannot be read, or nothing can be written.
     """
+    for name, path in (("source", source), ("output_dir", output_dir), ("tokenizer", tokenizer)):
+        _check_path(name, path, optional=name == "tokenizer")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress must be a function of one line of text, got {progress!r}.")
     say = progress or (lambda line: None)
     check_int("max_length", max_length, 1)
+    if max_length > MAX_LENGTH:
+        raise ValueError(
+            f"max_length must be at most {MAX_LENGTH}, the most tokens whose blocks can be ranked, "
+            f"got {max_length}."
+        )
     dtype = _as_dtype(dtype)
     texts = None if text is None else read_texts(text)
     output = Path(output_dir).expanduser().resolve()
@@ -147,9 +160,9 @@ def convert_checkpoint(
     head = find_head(raw_config, weights, names, source_config, notes)
     if texts is not None and (head != "ForMaskedLM" or saved_tokenizer.mask_token_id is None):
         raise ValueError(
-            "text is for masked-token scores and needs a masked-LM head and a mask token, but "
+            "masked-token scores on a text need a masked-LM head and a mask token, but "
             f"{found.label} has the head {head!r} and the mask token "
-            f"{saved_tokenizer.mask_token!r}; leave text out."
+            f"{saved_tokenizer.mask_token!r}; convert it without text (`mra-hf convert`)."
         )
     if (found.folder / "modules.json").is_file():
         notes.append("The modules of sentence-transformers (pooling) are not part of the result.")
@@ -182,7 +195,10 @@ def convert_checkpoint(
     )
     with staged_directory(output, force=force) as folder:
         say(f"writing {os.fspath(output_dir)}")
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:
+            raise OSError(f"OUT {output} could not be written: {error}.") from error
         saved_tokenizer.save_pretrained(folder)
         if texts is not None:
             rows = _scores(found, source_config, model, saved_tokenizer, texts, length, say)
@@ -197,6 +213,13 @@ def convert_checkpoint(
 
 
 # Arguments
+
+
+def _check_path(name: str, path: Any, *, optional: bool) -> None:
+    if optional and path is None:
+        return
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(f"{name} must be a path or a name, not empty, got {path!r}.")
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -291,8 +314,9 @@ def _new_state(
     for name, fresh in model.state_dict().items():
         wanted = name if head != "Model" else f"roberta.{name}"
         source_name, note = names.get(wanted), ""
-        same_bias = wanted == "lm_head.bias" and _bias_differs(weights, names)
-        if wanted in tied and (source_name is None or same_bias):
+        # RoBERTa's decoder adds `decoder.bias`; a different `lm_head.bias` in the file is not used.
+        overruled = wanted == "lm_head.bias" and _bias_differs(weights, names)
+        if wanted in tied and (source_name is None or overruled):
             decoder_tied = model.config.tie_word_embeddings or wanted.endswith("bias")
             source_name = names.get(tied[wanted]) if decoder_tied else source_name
             note = f"the same as {tied[wanted]}"
@@ -311,12 +335,15 @@ def _new_state(
         if wanted == _POSITIONS:
             rows = source_config.max_position_embeddings
             shape = (rows + 2 * (source_config.model_type == BUILTIN_TYPE), shape[1])
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        plain = tensor.layout == torch.strided and tensor.dtype in (*DTYPES.values(), torch.float64)
+        if tuple(tensor.shape) != shape or not plain:
             raise ValueError(
                 f"the tensor {source_name} of the source is {tensor.dtype} {list(tensor.shape)}, "
-                f"but its config.json asks for floating point {list(shape)}; the two do not belong "
-                "together, or the weights are quantised."
+                f"but its config.json asks for plain floating point {list(shape)}; the two do not "
+                "belong together, or the weights are quantised."
             )
+        if tensor.isnan().any():
+            raise ValueError(f"the tensor {source_name} of the source holds NaN; it is corrupt.")
         if wanted == _POSITIONS:
             tensor, tiled_note = _tile(tensor, source_config, max_length)
             action, note = ("tiled", tiled_note) if tiled_note else (action, note)
@@ -330,6 +357,14 @@ def _new_state(
     for source_name in sorted(set(weights) - used):
         notes = [note for pattern, note in _DROP_NOTES.items() if re.search(pattern, source_name)]
         note = (notes or [f"no part of {type(model).__name__}"])[0]
+        if re.search(r"encoder\.layer\.\d+\.", source_name):
+            raise ValueError(
+                f"the tensor {source_name} of the source belongs to a layer beyond its "
+                f"num_hidden_layers {source_config.num_hidden_layers} in config.json; raise that, "
+                "or remove the layer from the weights."
+            )
+        if source_name == names.get("lm_head.bias"):
+            note = "the decoder adds lm_head.decoder.bias, which differs"
         shape = tuple(weights[source_name].shape)
         records.append(TensorRecord(source_name, "dropped", source_name, shape, note))
     return state, records

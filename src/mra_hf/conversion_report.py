@@ -92,7 +92,8 @@ class ConversionReport:
     def dense_length(self) -> int:
         """Up to how many tokens every block pair is exact."""
         budget, size = self.settings["block_budget"], self.settings["block_size"]
-        return size * (self.settings["block_per_row"] if budget is None else math.isqrt(budget))
+        rows = self.settings["block_per_row"] if budget is None else math.isqrt(budget)
+        return min(size * rows, self.max_length)
 
     @property
     def auto_class(self) -> str:
@@ -177,16 +178,15 @@ class ConversionReport:
             + ", ".join(f"`{key}={chosen!r}`" for key, chosen in self.settings.items())
             + ".",
             f"- Positions: {self._position_note()}.",
-            "- Tiled positions and a small budget cost accuracy until training continues at the "
-            "new length.",
+            *([f"- {self._cost()}"] if self._cost() else []),
             "",
         ]
         if self.scores:
             lines += [
                 "## Scores (untrained)",
                 "",
-                "Masked tokens of one text, the same tokens in every row. The result is untrained: "
-                "tiled positions and a small budget cost accuracy until training continues.",
+                "Masked tokens of one text, the same tokens in every row. No training took place. "
+                + self._cost(),
                 "",
                 "| model | attention | tokens per chunk | accuracy | loss (nats) | masked |",
                 "|---|---|---|---|---|---|",
@@ -230,6 +230,15 @@ class ConversionReport:
             f"{self.blocks_per_head} of {rows**2} block pairs per head ({self.density:.1%}) at "
             f"{self.max_length} tokens"
         )
+
+    def _cost(self) -> str:
+        """A sentence on what costs accuracy until training continues; empty if nothing does."""
+        causes = ["Tiled positions cost"] if self.max_length > self.source_length else []
+        causes += ["A small budget costs"] if self.density < 1 else []
+        if not causes:
+            return ""
+        both = "Tiled positions and a small budget cost"
+        return f"{both if len(causes) == 2 else causes[0]} accuracy until training continues."
 
     def _position_note(self) -> str:
         [record] = [

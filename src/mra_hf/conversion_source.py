@@ -24,7 +24,7 @@ from mra_attention.api import check_int
 from mra_hf.checkpoint_files import VOCABULARY_NAMES, Source, locate
 from mra_hf.configuration import BUILTIN_TYPE
 from mra_hf.conversion_report import PIPELINE_TAGS
-from mra_hf.modeling import BUILTIN_KEYS
+from mra_hf.modeling import BUILTIN_KEYS, GELU_NAMES
 
 SOURCE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "roberta": RobertaConfig,
@@ -35,14 +35,12 @@ SOURCE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 }
 _ARCHITECTURE = re.compile(r"(?:Roberta|XLMRoberta|Camembert|Bert|Mra)(Model|For\w+)")
 _DECODERS = ("LMHeadModel", "ForCausalLM")
-#: Names of the one function that RoBERTa's LM head applies.
-_GELU = ("gelu", "gelu_python")
 
 
 def read_config(found: Source, raw: dict[str, Any]) -> PreTrainedConfig:
     """The source's config, with the defaults of its own type; refuses what cannot be converted."""
     source_type = raw.get("model_type")
-    if source_type not in SOURCE_CONFIGS:
+    if not isinstance(source_type, str) or source_type not in SOURCE_CONFIGS:
         hint = " It is a result of this conversion already." if source_type == "mra_hf" else ""
         raise ValueError(
             f"SOURCE {found.label} is of model_type {source_type!r}, allowed are "
@@ -55,7 +53,13 @@ def read_config(found: Source, raw: dict[str, Any]) -> PreTrainedConfig:
             f"{found.folder / 'config.json'} is not a valid {source_type} config: "
             f"{' '.join(str(error).split())}"
         ) from error
-    decoders = [name for name in raw.get("architectures") or () if name.endswith(_DECODERS)]
+    architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(
+            f"architectures of {found.folder / 'config.json'} must be a list of class names, got "
+            f"{architectures!r}."
+        )
+    decoders = [name for name in architectures if name.endswith(_DECODERS)]
     for name in ("is_decoder", "add_cross_attention"):
         decoders += [f"{name}=true"] if raw.get(name) else []
     if decoders:
@@ -94,6 +98,12 @@ def learned_rows(config: PreTrainedConfig) -> int:
 def open_tokenizer(
     found: Source, tokenizer: str | os.PathLike[str] | None, config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase:
+    """Open the tokenizer of the source, or the one in the directory or hub id `tokenizer`.
+
+    Raises:
+        OSError: there are no tokenizer files, or they cannot be opened.
+        ValueError: the vocabulary is larger than the model's.
+    """
     given = found if tokenizer is None else locate(tokenizer, weights=False)
     remedy = "pass the directory of a fitting one as tokenizer (--tokenizer)."
     if not any((given.folder / name).is_file() for name in VOCABULARY_NAMES):
@@ -135,8 +145,17 @@ def canonical_names(weights: dict[str, Tensor], source_type: str) -> dict[str, s
     return names
 
 
-def find_head(raw_config, weights, names, config, notes) -> str:
-    """The head as the ending of a class name; refuses heads that would compute something else."""
+def find_head(
+    raw_config: dict[str, Any],
+    weights: dict[str, Tensor],
+    names: dict[str, str],
+    config: PreTrainedConfig,
+    notes: list[str],
+) -> str:
+    """The head as the ending of a class name; refuses heads that would compute something else.
+
+    Adds to `notes`, and renames the two layers of BERT's sequence classifier in `names`.
+    """
     head = None
     for architecture in raw_config.get("architectures") or ():
         if match := _ARCHITECTURE.fullmatch(architecture):
@@ -158,7 +177,7 @@ def find_head(raw_config, weights, names, config, notes) -> str:
             "or masked LM and fine-tune a new head."
         )
     follows_config = by_builtin or config.model_type == "bert"
-    if head == "ForMaskedLM" and follows_config and config.hidden_act not in _GELU:
+    if head == "ForMaskedLM" and follows_config and config.hidden_act not in GELU_NAMES:
         raise ValueError(
             f"SOURCE has an LM head with hidden_act {config.hidden_act!r}, but the LM head of the "
             'result always applies "gelu" and would compute something else; convert its encoder '
@@ -176,7 +195,8 @@ def find_head(raw_config, weights, names, config, notes) -> str:
     return head
 
 
-def _infer_head(weights, names, config) -> str:
+def _infer_head(weights: dict[str, Tensor], names: dict[str, str], config: PreTrainedConfig) -> str:
+    """The head by the names of its tensors; a single output of several labels is a choice."""
     if "lm_head.dense.weight" in names:
         return "ForMaskedLM"
     if "qa_outputs.weight" in names:

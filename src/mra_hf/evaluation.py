@@ -7,6 +7,7 @@ into a chunk is never cut: a chunk holds as many whole texts as fit, or a piece 
 
 import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,9 @@ def masked_token_scores(
     Raises:
         ValueError: no mask token, no text, a share outside (0, 1], or a length that leaves no room.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = read_texts([texts] if isinstance(texts, str) else texts)
+    if not isinstance(fraction, (int, float)):
+        raise ValueError(f"fraction must be a number in (0, 1], got {fraction!r}; 0.15 is usual.")
     if tokenizer.mask_token_id is None:
         raise ValueError("tokenizer must have a mask token to score masked tokens; it has none.")
     if not 0 < fraction <= 1:
@@ -135,7 +138,7 @@ def read_texts(text: "str | os.PathLike[str] | Sequence[str]") -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"text {file} is not UTF-8 ({error}); convert it first.") from error
     else:
-        texts = list(text)
+        texts = list(text) if isinstance(text, Iterable) else [None]
         if not all(isinstance(piece, str) for piece in texts):
             raise ValueError("text must be a file or a list of strings, got a list of other types.")
     if not any(piece.strip() for piece in texts):

@@ -42,6 +42,10 @@ BUILTIN_KEYS = {
     r"^cls\.predictions\.bias": "lm_head.bias",
 }
 
+#: Names of the one function that RoBERTa's LM head applies.
+GELU_NAMES = ("gelu", "gelu_python")
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
+
 #: The module that saved directories point to, for `trust_remote_code=True`.
 REMOTE_MODULE = "modeling_mra_hf"
 AUTO_MAP = {
@@ -81,16 +85,21 @@ class MraPreTrainedMixin:
         """
         kwargs.setdefault("key_mapping", BUILTIN_KEYS)
         wants_info = kwargs.pop("output_loading_info", False)
+        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        builtin = _is_builtin(pretrained_model_name_or_path, hub)
+        if builtin and cls is MraModel:
+            kwargs.setdefault("add_pooling_layer", False)  # theirs has none
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         # Transformers would undo the renaming on saving, and Trainer could then resume nothing.
         model._weight_conversions = []
-        cls._refuse_builtin_head(pretrained_model_name_or_path, info)
+        if builtin:
+            cls._refuse_builtin_head(pretrained_model_name_or_path, model, info)
         return (model, info) if wants_info else model
 
     @classmethod
-    def _refuse_builtin_head(cls, path, loading_info) -> None:
+    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
         """Hook for the heads that differ from those of Transformers' own MRA."""
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
@@ -100,6 +109,8 @@ class MraPreTrainedMixin:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {_REMOTE_NAMES}\n")
         self.config.auto_map = dict(AUTO_MAP)
+        if self.config._attn_implementation == "mra2_s":
+            self.config.approx_mode = "sparse"  # so that it computes the same when loaded again
         return super().save_pretrained(
             save_directory, *args, is_main_process=is_main_process, **kwargs
         )
@@ -131,10 +142,13 @@ class MraEmbeddings(RobertaEmbeddings):
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
     ) -> Tensor:
+        given = "input_ids" if input_ids is not None else "inputs_embeds"
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if length == 0:
+            raise ValueError(f"{given} must hold at least one token, got an empty sequence.")
         if position_ids is None and length > self.max_tokens:
             raise ValueError(
-                f"input_ids has {length} tokens, but this model has positions for "
+                f"{given} has {length} tokens, but this model has positions for "
                 f"{self.max_tokens}; truncate with the "
                 f"tokenizer (truncation=True, max_length={self.max_tokens}) or convert the "
                 "checkpoint to a longer table "
@@ -187,6 +201,17 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         self.lm_head = MraLMHead(config)
         self.post_init()
 
+    @classmethod
+    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
+        trained = not any(key.startswith("lm_head.dense.") for key in loading_info["missing_keys"])
+        if trained and model.config.hidden_act not in GELU_NAMES:
+            raise ValueError(
+                f"{path} holds an LM head of Transformers' own MRA that applies "
+                f'hidden_act="{model.config.hidden_act}", where RoBERTa\'s applies gelu: the '
+                "same weights would compute something else here. Load it with "
+                "transformers.models.mra, or load its encoder (MraModel) and train a new head."
+            )
+
 
 class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassification):
     """Classification or regression of a whole sequence: logits `[B, num_labels]` from the first
@@ -201,9 +226,8 @@ class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassif
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, loading_info) -> None:
-        trained = not any(key.startswith("classifier.") for key in loading_info["missing_keys"])
-        if trained and _is_builtin(path):
+    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
+        if not any(key.startswith("classifier.") for key in loading_info["missing_keys"]):
             raise ValueError(
                 f"{path} holds a sequence classifier of Transformers' own MRA, whose head applies "
                 "hidden_act where "
@@ -248,7 +272,7 @@ class MraForMultipleChoice(MraPreTrainedMixin, RobertaForMultipleChoice):
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, loading_info) -> None:
+    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
         if any(key.startswith("pre_classifier.") for key in loading_info["unexpected_keys"]):
             raise ValueError(
                 f"{path} holds a multiple-choice head of Transformers' own MRA (pre_classifier and "
@@ -275,9 +299,12 @@ def _classifier_dropout(config: MraConfig) -> float:
     return config.classifier_dropout
 
 
-def _is_builtin(path) -> bool:
+def _is_builtin(path, hub_arguments: dict) -> bool:
     """Whether `path`, a directory or hub id, has a config of Transformers' own MRA."""
+    if path is None:
+        return False
     try:
-        return PreTrainedConfig.get_config_dict(path)[0].get("model_type") == BUILTIN_TYPE
+        found = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
+        return found.get("model_type") == BUILTIN_TYPE
     except OSError:  # no config.json there: one was passed by the caller
         return False

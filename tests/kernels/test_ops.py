@@ -387,3 +387,14 @@ def test_vmap_works_with_the_reference_as_the_refusal_promises():
     for i in range(2):
         expected = attention(*(x[i] for x in inputs))
         assert_all_close([given[i]] * 4, [expected] * 4, 1e-5)
+
+
+def test_forward_mode_differentiation_is_refused_instead_of_seeing_zero():
+    q, k, v = (torch.randn(1, 1, 70, 8) for _ in range(3))
+    direction = (torch.ones_like(q),)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: mra2_attention(x, k, v, block_per_row=1), (q,), direction)
+    _, tangent = torch.func.jvp(
+        lambda x: mra2_attention(x, k, v, block_per_row=1, impl="reference"), (q,), direction
+    )
+    assert tangent.abs().max() > 0

@@ -99,6 +99,7 @@ def test_leading_padding_by_whole_blocks_changes_nothing(
 ):
     inputs, mask = make_inputs(2, 2, length, 8), make_mask(kind, 2, length)
     arguments = {"impl": impl, "approx_mode": mode, "block_per_row": budget}
+    arguments |= {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
     longer, longer_mask = surrounded(inputs, mask, 32 * n_blocks, 0)
     result = attend(longer, longer_mask, **arguments)
     expected = attend(inputs, mask, **arguments)

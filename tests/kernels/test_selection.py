@@ -18,10 +18,11 @@ M = 4  # tokens per block wherever whole matrices of pairs are drawn
 def best_pairs(scores, live, budget, *, first=0, diagonal=0):
     """The definition: sort the live pairs of one head by prior, score, distance, row, column."""
     rows = [i for i, is_live in enumerate(live) if is_live]
+    leading = set(rows[:first])
 
     def rank(pair):
         x, y = pair
-        prior = x < first or y < first or (diagonal > 0 and abs(x - y) <= diagonal // 2)
+        prior = {x, y} & leading or (diagonal > 0 and abs(x - y) <= diagonal // 2)
         return not prior, -scores[x][y], abs(x - y), x, y
 
     return set(sorted(((x, y) for x in rows for y in rows), key=rank)[:budget])

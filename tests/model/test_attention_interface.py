@@ -120,6 +120,34 @@ def test_mra2_s_is_the_sparse_mode():
     assert not torch.equal(by_name, set_attention(model, "mra2", approx_mode="full")(ids)[0])
 
 
+def test_mra2_s_of_our_family_is_kept_by_saving(tmp_path):
+    model = peaked(MraForMaskedLM(mra_config(block_per_row=1)))
+    ids = torch.randint(5, 99, (1, 256))
+    expected = set_attention(model, "mra2_s")(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = MraForMaskedLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.approx_mode == "sparse"
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-6, rtol=0)
+    by_name = MraForMaskedLM(mra_config(block_per_row=1))
+    by_name.set_attn_implementation("mra2_s")
+    by_name.save_pretrained(tmp_path / "by-name")
+    again = MraForMaskedLM.from_pretrained(tmp_path / "by-name")
+    assert again.config.approx_mode == "sparse"
+
+
+def test_settings_of_a_stock_directory_are_read_by_our_family(tmp_path):
+    stock = set_attention(RobertaForMaskedLM(roberta_config()), block_per_row=2)
+    stock.save_pretrained(tmp_path)
+    model = MraForMaskedLM.from_pretrained(tmp_path)
+    assert model.config.block_per_row == 2 and not hasattr(model.config, "mra")
+
+
+def test_attention_modules_without_is_causal_lose_their_dropout_too():
+    config = transformers.SplinterConfig(**TEXT)
+    model = set_attention(transformers.SplinterModel(config)).train()
+    model(**padded_batch())[0].sum().backward()
+
+
 def test_our_family_takes_settings_in_its_fields():
     model = MraForMaskedLM(mra_config())
     set_attention(model, block_per_row=2, approx_mode="sparse")
@@ -169,6 +197,13 @@ REFUSED = {
         intermediate_size=64,
     ),
     "decoder": lambda: BertConfig(**TEXT, is_decoder=True),
+    "no attention function": lambda: transformers.FNetConfig(
+        vocab_size=100, hidden_size=32, num_hidden_layers=1, intermediate_size=64
+    ),
+    "relative bias": lambda: transformers.BeitConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8, use_relative_position_bias=True,
+    ),
     "encoder-decoder": lambda: transformers.BartConfig(
         vocab_size=100, d_model=32, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,

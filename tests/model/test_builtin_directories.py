@@ -53,10 +53,7 @@ def builtin_replaced():
 )
 def test_directories_load_completely_through_our_classes(head, tmp_path):
     source = builtin_directory(tmp_path, head)
-    options = {"add_pooling_layer": False} if head == "MraModel" else {}
-    model, info = getattr(mra_hf, head).from_pretrained(
-        tmp_path, output_loading_info=True, **options
-    )
+    model, info = getattr(mra_hf, head).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.config.model_type == "mra_hf"
     assert model.config.max_tokens == 256
@@ -110,6 +107,35 @@ def test_heads_that_mean_something_else_are_refused(head, minimal, tmp_path):
         minimal_config(tmp_path)
     with pytest.raises(ValueError, match=r"transformers\.models\.mra"):
         getattr(mra_hf, head).from_pretrained(tmp_path)
+
+
+def test_heads_in_a_subfolder_are_refused_as_well(tmp_path):
+    builtin_directory(tmp_path / "sub", "MraForSequenceClassification")
+    with pytest.raises(ValueError, match="tanh"):
+        mra_hf.MraForSequenceClassification.from_pretrained(tmp_path, subfolder="sub")
+
+
+def test_an_lm_head_of_another_activation_is_refused_but_its_encoder_opens(tmp_path):
+    builtin_directory(tmp_path, hidden_act="relu")
+    with pytest.raises(ValueError, match="gelu"):
+        mra_hf.MraForMaskedLM.from_pretrained(tmp_path)
+    assert mra_hf.MraModel.from_pretrained(tmp_path).config.hidden_act == "relu"
+
+
+def test_asking_for_blocks_per_row_replaces_the_fixed_budget(tmp_path):
+    builtin_directory(tmp_path)
+    config = MraConfig.from_pretrained(tmp_path, block_per_row=8)
+    assert (config.block_per_row, config.block_budget) == (8, None)
+    model = mra_hf.MraForMaskedLM.from_pretrained(tmp_path)
+    assert model.config.block_budget == 32
+    mra_hf.set_attention(model, block_per_row=6)
+    assert (model.config.block_per_row, model.config.block_budget) == (6, None)
+
+
+def test_positions_of_another_padding_id_are_refused(tmp_path):
+    builtin_directory(tmp_path, pad_token_id=0)
+    with pytest.raises(ValueError, match="pad_token_id"):
+        MraConfig.from_pretrained(tmp_path)
 
 
 def test_a_new_classifier_may_start_from_their_encoder(tmp_path):

@@ -213,6 +213,11 @@ def test_the_longest_sequence_runs_and_one_more_token_is_a_clear_error():
         model(torch.randint(5, 99, (1, TOKENS + 1)))
 
 
+def test_an_empty_sequence_is_a_clear_error():
+    with pytest.raises(ValueError, match="at least one token"):
+        mra_hf.MraModel(mra_config())(torch.zeros(1, 0, dtype=torch.long))
+
+
 def test_embedding_size_projects_the_embeddings_and_ties_the_decoder(tmp_path):
     model = mra_hf.MraForMaskedLM(mra_config(embedding_size=16, block_per_row=1))
     assert model.get_input_embeddings().weight.shape == (100, 16)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import mra_attention
 import mra_hf
@@ -110,6 +111,11 @@ OPERATOR = {
     "selection and a budget": Wrong(
         attend(selection=CHOSEN, block_budget=4), ("selection", "block_budget", "select_blocks")
     ),
+    "selection of a list": Wrong(
+        attend(selection=BlockSelection([[1]], 32)), ("selection.blocks", "select_blocks")
+    ),
+    "sparse layout": Wrong(attend(query=zeros(2, 2, 40, 8).to_sparse()), ("query", "to_dense()")),
+    "block_size 10000": Wrong(attend(block_size=10000), ("block_size", "at most")),
     "infinite scale": Wrong(attend(scale=float("inf")), ("scale", "finite")),
     "scale is a tensor": Wrong(attend(scale=torch.tensor(1.0)), ("scale", "Python number")),
     "select_blocks with a selection": Wrong(
@@ -246,6 +252,18 @@ def as_pickle(content):
     return spoil
 
 
+def poison(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.bias"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def below_a_file(path):
+    source_directory(path / "source")
+    (path / "file").write_text("precious")
+    return mra_hf.convert_checkpoint(path / "source", path / "file" / "out", max_length=512)
+
+
 def remove_tokenizer(folder):
     for file in folder.glob("*token*"):
         file.unlink()
@@ -272,6 +290,21 @@ def onto_itself(path):
 BAD_FILE = (ValueError, OSError)
 CONVERSION = {
     "max_length 0": Wrong(converts(max_length=0), ("max_length", "at least 1")),
+    "max_length 10**14": Wrong(converts(max_length=10**14), ("max_length", "at most")),
+    "no source": Wrong(lambda path: mra_hf.convert_checkpoint(None, path), ("source",)),
+    "empty output": Wrong(lambda path: mra_hf.convert_checkpoint("x", ""), ("output_dir",)),
+    "text is a number": Wrong(converts(text=3), ("text", "file or a list")),
+    "architectures of numbers": Wrong(
+        converts_broken(edit_config(architectures=[3])), ("architectures", "list of class names")
+    ),
+    "model_type is a list": Wrong(
+        converts_broken(edit_config(model_type=["roberta"])), ("model_type", "allowed")
+    ),
+    "more layers in the file than in the config": Wrong(
+        converts_broken(edit_config(num_hidden_layers=1)), ("num_hidden_layers", "raise that")
+    ),
+    "NaN in the weights": Wrong(converts_broken(poison), ("holds NaN",)),
+    "output below a file": Wrong(below_a_file, ("OUT", "a file")),
     "max_length '4k'": Wrong(converts(max_length="4k"), ("max_length", "4k")),
     "block_per_row 0": Wrong(converts(block_per_row=0), ("block_per_row",)),
     "approx_mode": Wrong(converts(approx_mode="exact"), ("approx_mode", "sparse")),

@@ -1,4 +1,4 @@
-"""The layout of DESIGN: which module may import which, and what must not exist."""
+"""The layout: which module may import which, and what must not exist."""
 
 import ast
 import re
@@ -66,7 +66,7 @@ def test_the_family_imports_the_operator_and_never_scripts_or_tests():
                 assert path.name == "__init__.py"
 
 
-def test_only_the_family_knows_transformers_and_only_the_operator_knows_pointers():
+def test_the_family_does_not_import_triton():
     for path in FAMILY.rglob("*.py"):
         assert not {name for _, name in imports(path) if name.split(".")[0] == "triton"}
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from .blocks import count_blocks
@@ -16,6 +17,10 @@ from .selection import MAX_BLOCK_ROWS, BlockSelection, select
 IMPLEMENTATIONS = ("auto", "reference", "torch")
 APPROX_MODES = ("full", "sparse")
 SELECTION_RULES = ("row_normalized", "global")
+#: Larger blocks are refused: inputs are padded to whole blocks.
+MAX_BLOCK_SIZE = 1024
+#: More pairs than any matrix that can be ranked has; keeps products of budgets inside int64.
+_ENOUGH = 2**30
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -56,8 +61,8 @@ def mra2_attention(
             pairs of a sample.
         approx_mode: `"full"` is MRA-2. `"sparse"` is MRA-2-s: it keeps the *high* resolution only.
         block_size: tokens per block.
-        initial_prior_first_n_blocks: the first n block rows and columns are chosen before all
-            others.
+        initial_prior_first_n_blocks: the first n block rows and columns that hold a real token are
+            chosen before all others.
         initial_prior_diagonal_n_blocks: so are the pairs with `abs(row - column) <= n // 2`; 0 is
             off.
         selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
@@ -74,7 +79,8 @@ def mra2_attention(
     Raises:
         ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
             what to pass.
-        RuntimeError: double backward or `torch.vmap` through `impl="torch"`.
+        RuntimeError: double backward, `torch.vmap` or forward-mode differentiation through
+            `impl="torch"`.
     """
     query, key, value = _check_tensors(query, key, value)
     settings = _check_settings(
@@ -103,11 +109,13 @@ def mra2_attention(
             blocks = _choose(select, query, key, token_mask, selection, settings)
             return _reference_attention(query, key, value, token_mask, blocks, **arguments)
         case "torch":
+            _refuse_forward_mode(query, key, value)
             if not isinstance(selection, BlockSelection) and _selects_all(query, settings):
                 blocks = None
             else:
                 blocks = _choose(_select_op, query, key, token_mask, selection, settings)
-            return ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
+            output = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
+            return output.to(query.dtype)
         case other:
             raise AssertionError(f"no implementation named {other}")
 
@@ -246,6 +254,17 @@ def _traceable_attention(query, key, value, token_mask, selection, settings, arg
         return reference.attention(query, key, value, token_mask, blocks, **arguments)
 
 
+def _refuse_forward_mode(*inputs: Tensor) -> None:
+    """Raise where forward-mode differentiation would silently see a derivative of zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "mra2_attention has no forward-mode derivative in the fast implementations; pass "
+            'impl="reference", which torch differentiates in every mode.'
+        )
+
+
 def _reference_attention(query, key, value, token_mask, blocks, **arguments) -> Tensor:
     if torch.is_autocast_enabled(query.device.type):
         return _ReferenceUnderAutocast.apply(query, key, value, token_mask, blocks, arguments)
@@ -285,6 +304,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
             raise ValueError(
                 f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], got "
                 f"{type(x).__name__}."
+            )
+        if x.layout != torch.strided:
+            raise ValueError(
+                f"{name} must be a dense tensor, got layout {x.layout}; use to_dense()."
             )
         if x.ndim != 4:
             raise ValueError(
@@ -374,10 +397,11 @@ def _check_settings(
     scale,
 ) -> dict:
     """Check what the selection needs and return it as keyword arguments of `selection.select`."""
+    check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
     check_int("block_per_row", block_per_row, 1)
-    check_int("block_size", block_size, 1)
     if block_budget is not None:
         check_int("block_budget", block_budget, 1)
+        block_budget = min(block_budget, _ENOUGH)
     check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
     check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
     if scale is None:
@@ -406,11 +430,11 @@ def _check_settings(
                 "block rows can be ranked: raise block_size."
             )
     return {
-        "block_per_row": block_per_row,
+        "block_per_row": min(block_per_row, _ENOUGH),
         "block_budget": block_budget,
         "block_size": block_size,
-        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
-        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
+        "initial_prior_first_n_blocks": min(initial_prior_first_n_blocks, _ENOUGH),
+        "initial_prior_diagonal_n_blocks": min(initial_prior_diagonal_n_blocks, _ENOUGH),
         "rule": selection if isinstance(selection, str) else "",
         "scale": float(scale),
     }
@@ -420,6 +444,11 @@ def _check_ready_selection(
     selection: BlockSelection, shape, device, *, block_size: int, others: tuple
 ) -> None:
     blocks = selection.blocks
+    if not isinstance(blocks, Tensor):
+        raise ValueError(
+            f"selection.blocks must be a torch.Tensor, got {type(blocks).__name__}; make the "
+            "selection with select_blocks."
+        )
     if blocks.shape != shape or blocks.dtype != torch.bool or blocks.device != device:
         raise ValueError(
             f"selection.blocks must be bool {tuple(shape)} = [batch, heads, block rows, block "
@@ -450,7 +479,9 @@ def _check_choice(name: str, given, allowed: tuple[str, ...], otherwise: str | N
         raise ValueError(f"{name} must be one of {words}; got {given!r}.")
 
 
-def check_int(name: str, given, lowest: int) -> None:
-    """Raise a `ValueError` unless `given` is an integer (not a bool) of at least `lowest`."""
+def check_int(name: str, given, lowest: int, highest: int | None = None) -> None:
+    """Raise a `ValueError` unless `given` is an integer (not a bool) from `lowest` to `highest`."""
     if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)) or given < lowest:
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {given!r}.")
+    if highest is not None and given > highest:
+        raise ValueError(f"{name} must be at most {highest}, got {given}.")

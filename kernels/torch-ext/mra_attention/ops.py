@@ -69,7 +69,10 @@ def mra2_forward(
     sparse: bool,
     block_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`torch_impl.forward` as an operator: output `[B, H, N, D]` and log-sum-exp `[B, H, N]`."""
+    """`torch_impl.forward` as an operator: output `[B, H, N, D]` and log-sum-exp `[B, H, N]`.
+
+    Both in the compute dtype: a backward from an output rounded to half would lose digits.
+    """
     with torch.autocast(query.device.type, enabled=False):
         return torch_impl.forward(
             query, key, value, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
@@ -78,8 +81,8 @@ def mra2_forward(
 
 @mra2_forward.register_fake
 def _(query, key, value, token_mask, blocks, scale, sparse, block_size):
-    lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
-    return query.new_empty(query.shape), lse
+    dtype = compute_dtype(query.dtype)
+    return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_backward"), mutates_args=())

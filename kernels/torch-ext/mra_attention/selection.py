@@ -98,8 +98,8 @@ def choose_blocks(
         budget: `[B]` int64, pairs per head of each sample.
         largest_budget: the largest value `budget` can take, known from shapes; None sorts all
             pairs, which is slower and free of data-independent sizes (for tracing).
-        initial_prior_first_n_blocks: the first n block rows and columns rank before everything
-            else.
+        initial_prior_first_n_blocks: the first n live block rows and columns rank before everything
+            else (live ones, so that leading padding by whole blocks changes nothing).
         initial_prior_diagonal_n_blocks: so do pairs with `abs(row - column) <= n // 2`; 0 is off.
 
     Returns:
@@ -113,14 +113,14 @@ def choose_blocks(
     bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
     tie_rank = 2 * (distance * rows + row) + (column > row)
-    sort_key = (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
-    first, diagonal = initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks
-    if first or diagonal:
-        prior = (row < first) | (column < first)
-        if diagonal:
-            prior = prior | (distance <= diagonal // 2)
-        sort_key = sort_key + (prior.long() << (_TIE_BITS + 32))
     live_pairs = live[:, None, :, None] & live[:, None, None, :]
+    sort_key = (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
+    if initial_prior_first_n_blocks or initial_prior_diagonal_n_blocks:
+        first = live.cumsum(-1) <= initial_prior_first_n_blocks  # [B, R]
+        prior = (first[:, None, :, None] | first[:, None, None, :]) & live_pairs
+        if initial_prior_diagonal_n_blocks:
+            prior = prior | (distance <= initial_prior_diagonal_n_blocks // 2)
+        sort_key = sort_key + (prior.long() << (_TIE_BITS + 32))
     sort_key = torch.where(live_pairs, sort_key, -1)
 
     flat = sort_key.flatten(2)  # [B, H, R * R]

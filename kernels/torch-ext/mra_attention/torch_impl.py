@@ -45,6 +45,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding).
 
+    Both in the compute dtype.
+
     `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, R]` bool, None for every live
     pair.
     """
@@ -60,9 +62,8 @@ def forward(
     dead |= ~problem.real
     output = output.masked_fill_(dead[..., None], 0)
     lse = lse.masked_fill_(dead, torch.inf)
-    return problem.to_tokens(output, query.dtype), problem.to_tokens(lse[..., None], lse.dtype)[
-        ..., 0
-    ].contiguous()
+    lse = problem.to_tokens(lse[..., None], lse.dtype)[..., 0].contiguous()
+    return problem.to_tokens(output, problem.dtype), lse
 
 
 def backward(
@@ -87,8 +88,7 @@ def backward(
     # Padding of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
     missing = problem.n_blocks * block_size - query.shape[2]
     row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf).reshape(-1, block_size)
-    row_grad = problem.to_rows(grad_output).to(dtype)
-    row_output = problem.to_rows(output).to(dtype)
+    row_grad, row_output = (problem.to_rows(x).to(dtype) for x in (grad_output, output))
     delta = (row_grad * row_output).sum(-1)  # [G * R, M]
     grads = problem.exact_backward(row_grad, row_output, row_lse, delta)
     if problem.coarse is not None:
@@ -377,18 +377,19 @@ def _matmul_backward(
 
 
 def _dense_inputs(query, key, value, token_mask):
-    """Inputs with padding zeroed, and the bias `[B, 1, 1, N]` that hides it (all open where a
-    sample has no token).
+    """Inputs in the compute dtype with padding zeroed, and the bias `[B, 1, 1, N]` that hides it.
+
+    A sample without any token is left open: its rows are overwritten afterwards.
     """
+    dtype = compute_dtype(query.dtype)
+    inputs = [x.to(dtype) for x in (query, key, value)]
     if token_mask is None:
-        return (*(x.contiguous() for x in (query, key, value)), None)
+        return (*(x.contiguous() for x in inputs), None)
     padding = ~token_mask[:, None, :, None]
-    clean = [x.masked_fill(padding, 0).contiguous() for x in (query, key, value)]
+    clean = [x.masked_fill(padding, 0).contiguous() for x in inputs]
     hidden = ~token_mask & token_mask.any(-1, keepdim=True)
-    bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(
-        hidden, -torch.inf
-    )
-    return (*clean, bias[:, None, None])
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=query.device)
+    return (*clean, bias.masked_fill_(hidden, -torch.inf)[:, None, None])
 
 
 def _dense_forward(query, key, value, token_mask, scale):
@@ -404,16 +405,13 @@ def _dense_forward(query, key, value, token_mask, scale):
 
 
 def _dense_backward(grad_output, query, key, value, output, lse, token_mask, scale):
+    input_dtype = query.dtype
     query, key, value, bias = _dense_inputs(query, key, value, token_mask)
+    grad_output = grad_output.to(query.dtype)
     if token_mask is not None:
         grad_output = grad_output.masked_fill(~token_mask[:, None, :, None], 0)
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_output.contiguous(),
-        query,
-        key,
-        value,
-        output,
-        lse,
+        *(grad_output.contiguous(), query, key, value, output, lse),
         0.0,
         False,
         attn_mask=bias,
@@ -421,5 +419,5 @@ def _dense_backward(grad_output, query, key, value, output, lse, token_mask, sca
     )
     if token_mask is not None:
         grads = [grad.masked_fill(~token_mask[:, None, :, None], 0) for grad in grads]
-    grad_query, grad_key, grad_value = (grad.contiguous() for grad in grads)
+    grad_query, grad_key, grad_value = (grad.to(input_dtype).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value

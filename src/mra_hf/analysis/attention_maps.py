@@ -124,11 +124,11 @@ def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None
         ),
     ):
         image = axes.imshow(
-            matrix.clamp_min(1e-12), norm=scale, cmap="magma", interpolation="nearest"
+            matrix.clamp_min(1e-12).numpy(), norm=scale, cmap="magma", interpolation="nearest"
         )
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("key token")
     left.set_ylabel("query token")
     figure.colorbar(image, ax=(left, right), label="attention weight (log scale)", shrink=0.85)
     figure.suptitle(f"{title}, layer {matrices.layer}, head {matrices.head}", fontsize=12)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)

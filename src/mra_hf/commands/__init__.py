@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+import mra_hf
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,8 +26,6 @@ COMMANDS = {
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the program on `argv` (default: the command line) and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in COMMANDS:
-        return run_command(argv[0], argv[1:])
     width = max(map(len, COMMANDS))
     listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     parser = argparse.ArgumentParser(
@@ -35,8 +35,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help="what to do; see below")
-    parser.parse_args(argv[:1])
-    raise AssertionError("unreachable: parse_args exits on help and on unknown commands")
+    parser.add_argument("--version", action="version", version=f"mra_hf {mra_hf.__version__}")
+    return run_command(parser.parse_args(argv[:1]).command, argv[1:])
 
 
 def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:

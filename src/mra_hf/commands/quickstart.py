@@ -9,7 +9,9 @@ example:
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,8 +26,9 @@ from mra_attention import mra2_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
 from mra_hf import sapiens
 from mra_hf.analysis.attention_maps import matrices_of_all_heads, plot_two_resolutions
-from mra_hf.conversion import convert_checkpoint
-from mra_hf.evaluation import masked_token_scores
+from mra_hf.conversion import REPORT_NAME, convert_checkpoint
+from mra_hf.conversion_report import ConversionReport
+from mra_hf.evaluation import masked_token_scores, read_texts
 
 _TIMED_LENGTH = 4096
 _PICTURE_TOKENS = 1024
@@ -64,20 +67,21 @@ def run(args: argparse.Namespace) -> int:
     steps.begin("get the source checkpoint")
     source = args.source or str(sapiens.sapiens_checkpoint())
 
-    steps.begin(f"convert it to {args.max_length} tokens")
+    steps.begin(f"convert it to {args.max_length} tokens and score masked tokens")
     report = convert_checkpoint(
         source,
         checkpoint,
         max_length=args.max_length,
         block_per_row=args.block_per_row,
-        force=(checkpoint / "conversion_report.json").exists(),  # one of an earlier quickstart
+        text=texts,
+        force=(checkpoint / REPORT_NAME).exists(),  # one of an earlier quickstart
     )
-    print(report.summary())
+    print(dataclasses.replace(report, scores=()).summary())
 
     steps.begin("compare source and result on masked tokens")
     model = AutoModelForMaskedLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    scores = _compare(source, model, tokenizer, texts, args.max_length)
+    scores = _compare(report, model, tokenizer, texts)
 
     steps.begin("fill masks with the converted checkpoint")
     filled = _fill_masks(model, tokenizer, words)
@@ -134,48 +138,52 @@ class _Steps:
 def _texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The texts to measure on, and a few short ones to mask a token of."""
     if args.text is not None:
-        texts = [args.text.read_text(encoding="utf-8")]
-        return texts, texts[0].splitlines()[:3]
+        texts = read_texts(args.text)
+        return texts, [line for line in texts[0].splitlines() if line.strip()][:3]
     if args.source is None:
         # Four times over, about 4000 tokens; each copy has other tokens masked.
         return list(sapiens.HEAVY_CHAINS) * 4, list(sapiens.HEAVY_CHAINS[:3])
     text = resources.files("mra_hf").joinpath("assets/sample.txt").read_text(encoding="utf-8")
-    return text.split("\n\n"), [part.split(". ")[0] + "." for part in text.split("\n\n")[:3]]
+    texts = text.split("\n\n")
+    return texts, [part.split(". ")[0] + "." for part in texts[:3]]
 
 
-def _compare(source, model, tokenizer, texts, max_length) -> list[dict]:
-    dense = AutoModelForMaskedLM.from_pretrained(source).eval()
-    own_length = min(AutoTokenizer.from_pretrained(source).model_max_length, max_length)
-    rows = []
-    for name, candidate, attention, length in (
-        ("source, dense", dense, "sdpa", own_length),
-        ("MRA, untrained", model, "mra2", own_length),
-        ("MRA, untrained", model, "mra2", max_length),
-        ("its weights, dense", model, "sdpa", max_length),
-    ):
-        candidate.set_attn_implementation(attention)
-        score = masked_token_scores(candidate, tokenizer, texts, length=length)
-        rows.append(
-            {
-                "model": name,
-                "length": length,
-                "accuracy": round(score.accuracy, 4),
-                "nll": round(score.nll, 4),
-                "masked_tokens": score.n_masked,
-            }
-        )
+def _compare(report: ConversionReport, model, tokenizer, texts: list[str]) -> list[dict]:
+    """The report's masked-token scores, and those of the result's weights with dense attention."""
+    rows = [
+        {
+            "model": row.model if row.model == "source" else "result, untrained",
+            "attention": row.attention,
+            "length": row.length,
+            "accuracy": round(row.accuracy, 4),
+            "nll": round(row.nll, 4),
+            "masked_tokens": row.n_masked,
+        }
+        for row in report.scores
+    ]
+    model.set_attn_implementation("sdpa")
+    dense = masked_token_scores(
+        model, tokenizer, texts, length=report.max_length, max_tokens=report.scores[-1].n_tokens
+    )
     model.set_attn_implementation("mra2")
-    print(f"{'model':<20}{'chunk length':>14}{'accuracy':>10}{'loss':>8}{'masked':>8}")
+    rows.append(
+        rows[-1]
+        | {"attention": "dense", "accuracy": round(dense.accuracy, 4), "nll": round(dense.nll, 4)}
+    )
+    print(f"{'model':<20}{'attention':<11}{'chunk':>6}{'accuracy':>10}{'loss':>8}{'masked':>8}")
     for row in rows:
         print(
-            f"{row['model']:<20}{row['length']:>14}{row['accuracy']:>10.1%}{row['nll']:>8.3f}"
-            f"{row['masked_tokens']:>8}"
+            f"{row['model']:<20}{row['attention']:<11}{row['length']:>6}{row['accuracy']:>10.1%}"
+            f"{row['nll']:>8.3f}{row['masked_tokens']:>8}"
         )
-    dense_up_to = model.config.block_size * model.config.block_per_row
-    print(
-        f"Up to {dense_up_to} tokens the result is dense attention. Beyond the source's length the "
-        "tiled positions\ncost accuracy, with dense attention too, until training continues."
-    )
+    print(f"Up to {report.dense_length} tokens the result is dense attention.", end=" ")
+    if report.max_length > report.source_length:
+        print(
+            f"Beyond the {report.source_length} learned positions the\ntiled ones cost accuracy, "
+            "with dense attention too, until training continues.",
+            end="",
+        )
+    print()
     return rows
 
 
@@ -183,7 +191,8 @@ def _fill_masks(model, tokenizer, texts) -> list[dict]:
     fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
     rows = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:room]
         if len(ids) < 3:
             continue
         place = len(ids) // 2
@@ -215,6 +224,9 @@ def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
         f"{_TIMED_LENGTH} tokens, 12 heads x 64, batch 1, float32, block_per_row {block_per_row}, "
         f"{torch.get_num_threads()} threads, median of {repeats}, ms"
     )
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if busy > 1.5 * torch.get_num_threads():
+        print(f"This machine is busy (load {busy:.1f}): the timing is disturbed, try again later.")
     print(f"{'':<16}{'forward':>12}{'forward + backward':>22}")
     for name, row in measured.items():
         print(f"{name:<16}{row['forward']:>12.0f}{row['forward + backward']:>22.0f}")

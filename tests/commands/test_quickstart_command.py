@@ -1,0 +1,79 @@
+"""`mra-hf quickstart` on sources of every kind, with the timing shortened."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, RobertaForMaskedLM, RobertaModel
+from transformers.models.mra import configuration_mra, modeling_mra
+
+import mra_hf
+from mra_hf.commands import main, quickstart
+from tiny_models import SIZES, roberta_config, word_tokenizer
+
+TEXT = " ".join(f"w{10 + (7 * i) % 80}" for i in range(700))
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    monkeypatch.setattr(quickstart, "_TIMED_LENGTH", 128)
+    monkeypatch.setattr(quickstart, "_PICTURE_TOKENS", 256)
+
+
+def source(path, kind):
+    sizes = {name: SIZES[name] for name in SIZES if name != "layer_norm_eps"}
+    if kind == "bert":
+        model = BertForMaskedLM(
+            BertConfig(**(sizes | {"pad_token_id": 1, "max_position_embeddings": 256}))
+        )
+    elif kind == "mra":
+        sizes |= {"max_position_embeddings": 256}
+        model = modeling_mra.MraForMaskedLM(configuration_mra.MraConfig(**sizes))
+    elif kind == "base":
+        model = RobertaModel(roberta_config())
+    else:
+        model = RobertaForMaskedLM(roberta_config())
+    model.save_pretrained(path)
+    tokenizer = word_tokenizer()
+    if kind == "no length":
+        tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "no length", "bert", "mra"])
+def test_the_whole_journey_runs_and_can_be_repeated(kind, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    arguments = ["quickstart", source(tmp_path / "source", kind), "--max-length", "512"]
+    arguments += ["--output", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt")]
+    assert main(arguments) == 0
+    assert main(arguments) == 0  # over its own earlier result
+    numbers = json.loads((tmp_path / "out" / "quickstart.json").read_text())
+    scored = numbers["masked_tokens"]
+    assert [row["length"] for row in scored] == [256, 256, 512, 512]
+    if kind != "mra":  # up to 256 tokens the result is dense attention
+        assert scored[0]["nll"] == pytest.approx(scored[1]["nll"], abs=2e-4)
+    assert (tmp_path / "out" / "attention.png").stat().st_size > 10_000
+    model = mra_hf.MraForMaskedLM.from_pretrained(tmp_path / "out" / "checkpoint")
+    assert model.config.max_tokens == 512
+    assert torch.isfinite(model(torch.full((1, 300), 7)).logits).all()
+    assert "MRA-2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("base", [], "masked-LM head"),
+        ("roberta", ["--max-length", "0"], "max_length"),
+        ("roberta", ["--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    kind, options, words, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    status = main(["quickstart", source(tmp_path / "s", kind), "--output", str(out), *options])
+    assert status == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+    assert not (out / "checkpoint").exists()
