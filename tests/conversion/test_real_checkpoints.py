@@ -15,7 +15,7 @@ import mra_hf
 from mra_hf import sapiens
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.evaluation import masked_token_scores
-from real_checkpoints import antiberty_checkpoint, minilm_checkpoint
+from real_checkpoints import antiberty_checkpoint, fetched, minilm_checkpoint
 
 LENGTH = 4096
 SOURCES = {
@@ -35,10 +35,7 @@ def folders(tmp_path_factory):
 
     def folders_of(name):
         if name not in made:
-            try:
-                source = SOURCES[name](sapiens.default_cache_dir())
-            except OSError as error:
-                pytest.skip(f"the real checkpoint {name} could not be fetched: {error}")
+            source = fetched(lambda: SOURCES[name](sapiens.default_cache_dir()))
             output = tmp_path_factory.mktemp("converted") / name
             report = convert_checkpoint(source, output, max_length=LENGTH)
             assert report.source_length == SOURCE_LENGTHS[name]

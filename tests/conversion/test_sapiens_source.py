@@ -16,16 +16,14 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaForMaskedLM, pipeline
 
 from mra_hf import sapiens
+from real_checkpoints import fetched
 
 ACCURACIES = (0.767, 0.868, 0.758, 0.724, 0.894, 0.856, 0.907, 0.967)
 NLLS = (1.010, 0.564, 0.987, 1.191, 0.528, 0.732, 0.470, 0.263)
 
 
 def checkpoint(chain):
-    try:
-        return sapiens.sapiens_checkpoint(sapiens.default_cache_dir(), chain)
-    except OSError as error:
-        pytest.skip(f"the Sapiens wheel could not be fetched: {error}")
+    return fetched(lambda: sapiens.sapiens_checkpoint(sapiens.default_cache_dir(), chain))
 
 
 @pytest.fixture(scope="session")

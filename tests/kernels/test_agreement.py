@@ -269,3 +269,17 @@ def test_comparison_sees_a_wrong_gradient():
         wrong = [x + 1e-3 * (i == j) for j, x in enumerate(results)]
         with pytest.raises(AssertionError, match=name):
             assert_all_close(wrong, results, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("block_per_row", [2, 16])
+def test_half_types_lose_no_digits_to_sharp_logits(dtype, block_per_row):
+    """Three times larger logits: an output rounded too early would show in the gradients."""
+    query, key, value, grad = make_inputs(2, 2, 257, 80)
+    inputs = [x.to(dtype) for x in (3 * query, 3 * key, value, grad)]
+    choice = {"selection": select_blocks(*inputs[:2], block_per_row=block_per_row)}
+    fast, eager = (attend(impl, inputs, **choice) for impl in ("torch", "reference"))
+    exact = attend("reference", [x.double() for x in inputs], **choice)
+    for ours, theirs, truth in zip(fast, eager, exact, strict=True):
+        error, allowed = ((x.double() - truth).norm() for x in (ours, theirs))
+        assert error <= 1.02 * allowed
