@@ -180,7 +180,7 @@ def convert_checkpoint(
     length = learned_rows(source_config)
     report = ConversionReport(
         source=os.fspath(source),
-        output=os.fspath(output_dir),
+        output=os.path.expanduser(os.fspath(output_dir)),
         hub_id=found.hub_id,
         source_type=source_config.model_type,
         model_class=type(model).__name__,

@@ -66,7 +66,9 @@ def mra2_attention(
         initial_prior_diagonal_n_blocks: so are the pairs with `abs(row - column) <= n // 2`; 0 is
             off.
         selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
-            row, `"global"` by the coarse logit; or a ready `BlockSelection` from `select_blocks`.
+            row, so that every row gets its best pair when the budget allows one each (and no row's
+            maximum is tied); `"global"` by the coarse logit; or a ready `BlockSelection` from
+            `select_blocks`.
         scale: factor of the logits, default `D ** -0.5`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer), or
             `"auto"`, which is `"torch"`. An explicit choice is never replaced. While `torch.export`
