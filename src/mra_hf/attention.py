@@ -142,9 +142,8 @@ def set_attention(
         model: for example a `RobertaForMaskedLM`.
         name: `"mra2"` or `"mra2_s"`.
         impl: implementation of `mra_attention.mra2_attention`.
-        **settings: any of `block_per_row`, `block_budget`, `approx_mode`,
-        `initial_prior_first_n_blocks`,
-            `initial_prior_diagonal_n_blocks`, `block_size`, `selection`.
+        **settings: any of `block_per_row`, `block_budget`, `approx_mode`, `block_size`,
+            `initial_prior_first_n_blocks`, `initial_prior_diagonal_n_blocks`, `selection`.
 
     Returns:
         `model`.
@@ -152,7 +151,7 @@ def set_attention(
     Raises:
         ValueError: an unknown name, setting or implementation, or a model that would ignore the
             attention function or be served wrongly by it (DeBERTa-v2, MPNet, sliding windows,
-            causal models).
+            causal models, relative position biases, grouped key heads).
     """
     if name not in ATTENTION_NAMES:
         raise ValueError(
@@ -164,8 +163,7 @@ def set_attention(
     if name == "mra2_s" and settings.get("approx_mode", "sparse") != "sparse":
         raise ValueError(
             f'approx_mode={settings["approx_mode"]!r} disagrees with name="mra2_s", which is the '
-            "sparse mode; "
-            'use name="mra2".'
+            'sparse mode; use name="mra2".'
         )
     attention_modules = refuse_unsuitable(model)
     if "block_per_row" in settings:
@@ -228,8 +226,7 @@ def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
         ):
             raise ValueError(
                 f"{kind} has layers with a sliding window, which mra2 would replace by full "
-                "attention; it is for "
-                "encoders whose layers all attend to the whole sequence."
+                "attention; it is for encoders whose layers all attend to the whole sequence."
             )
         biased = [name for name in _RELATIVE_BIAS if getattr(config, name, None)]
         biased += [
