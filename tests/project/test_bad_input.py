@@ -108,9 +108,6 @@ OPERATOR = {
     "selection of another block size": Wrong(
         attend(selection=CHOSEN, block_size=20), ("block_size=32",)
     ),
-    "selection and a budget": Wrong(
-        attend(selection=CHOSEN, block_budget=4), ("selection", "block_budget", "select_blocks")
-    ),
     "selection of a list": Wrong(
         attend(selection=BlockSelection([[1]], 32)), ("selection.blocks", "select_blocks")
     ),

@@ -67,8 +67,9 @@ def mra2_attention(
             off.
         selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
             row, so that every row gets its best pair when the budget allows one each (and no row's
-            maximum is tied); `"global"` by the coarse logit; or a ready `BlockSelection` from
-            `select_blocks`.
+            maximum is tied); `"global"` by the coarse logit. Or a ready `BlockSelection` from
+            `select_blocks`, which stands for its own budget and priors: those given here are then
+            not used.
         scale: factor of the logits, default `D ** -0.5`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer), or
             `"auto"`, which is `"torch"`. An explicit choice is never replaced. While `torch.export`
@@ -419,7 +420,6 @@ def _check_settings(
             (query.shape[0], query.shape[1], n_blocks, n_blocks),
             query.device,
             block_size=block_size,
-            others=(block_budget, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks),
         )
     else:
         _check_choice(
@@ -442,9 +442,7 @@ def _check_settings(
     }
 
 
-def _check_ready_selection(
-    selection: BlockSelection, shape, device, *, block_size: int, others: tuple
-) -> None:
+def _check_ready_selection(selection: BlockSelection, shape, device, *, block_size: int) -> None:
     blocks = selection.blocks
     if not isinstance(blocks, Tensor):
         raise ValueError(
@@ -464,12 +462,6 @@ def _check_ready_selection(
             f"block_size is {block_size} but the given selection was made with "
             f"{selection.block_size}; pass "
             f"block_size={selection.block_size}."
-        )
-    if others != (None, 0, 0):
-        raise ValueError(
-            "selection is a ready BlockSelection, so block_budget and the initial_prior_* "
-            "arguments would be ignored; "
-            "give them to select_blocks instead."
         )
 
 
