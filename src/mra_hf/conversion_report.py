@@ -200,7 +200,15 @@ class ConversionReport:
         lines += ["## Tensors", "", "| action | tensors |", "|---|---|"]
         lines += [f"| {action} | {number} |" for action, number in self.counts().items()]
         groups = [f"- {action}: {_as_code(text)}" for action, text in self._groups()]
-        lines += ["", *groups, "", "Each by name: `conversion_report.json`."]
+        lines += ["", *groups, "", "<details><summary>Every tensor</summary>", ""]
+        lines += ["| tensor | action | from | shape | note |", "|---|---|---|---|---|"]
+        lines += [
+            f"| `{record.name}` | {record.action} | "
+            f"{f'`{record.source}`' if record.source else ''} | {list(record.shape)} | "
+            f"{record.note} |"
+            for record in self.tensors
+        ]
+        lines += ["", "</details>"]
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"

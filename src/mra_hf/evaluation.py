@@ -190,7 +190,10 @@ def _choose(stream: Tensor, tokenizer, fraction: float, seed: int) -> Tensor:
     draws = torch.rand(len(stream), generator=torch.Generator().manual_seed(seed))
     draws[torch.isin(stream, torch.tensor(tokenizer.all_special_ids))] = 2.0
     if draws.min() > 1:
-        raise ValueError("texts hold special and unknown tokens only; is this the right tokenizer?")
+        raise ValueError(
+            "texts hold nothing but special and unknown tokens of this tokenizer; pass a text in "
+            "the language and alphabet of the model (--text FILE)."
+        )
     return (draws < fraction) | (draws == draws.min())
 
 

@@ -60,6 +60,14 @@ def test_the_whole_journey_runs_and_can_be_repeated(kind, tmp_path, capsys):
     assert "MRA-2" in capsys.readouterr().out
 
 
+def test_a_tokenizer_without_english_gets_words_of_its_own(tmp_path, capsys):
+    arguments = ["quickstart", source(tmp_path / "source", "roberta"), "--max-length", "512"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert "unknown to this tokenizer" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "quickstart.json").read_text())["masked_tokens"]
+    assert scores[0]["masked_tokens"] > 50
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [

@@ -283,3 +283,14 @@ def test_half_types_lose_no_digits_to_sharp_logits(dtype, block_per_row):
     for ours, theirs, truth in zip(fast, eager, exact, strict=True):
         error, allowed = ((x.double() - truth).norm() for x in (ours, theirs))
         assert error <= 1.02 * allowed
+
+
+def test_a_ready_selection_stands_for_its_own_budget_and_priors():
+    inputs = make_inputs(2, 2, 200, 16)
+    choice = {"block_budget": 9, "initial_prior_first_n_blocks": 1}
+    selection = select_blocks(*inputs[:2], **choice)
+    for impl in IMPLS:
+        chosen = attend(impl, inputs, selection=selection)
+        for beside in (choice, {"block_per_row": 1}):
+            again = attend(impl, inputs, selection=selection, **beside)
+            assert all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))

@@ -173,6 +173,24 @@ def test_no_real_row_is_empty_when_the_budget_allows_one_pair_each(impl, length,
 
 
 @for_impls
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pytest.mark.parametrize("length", [33, 100, 257, 700])
+@pytest.mark.parametrize("constants", [(0.3, 0.21), (0.7, 0.7), (-2.1, 1.3), "vectors"])
+def test_no_real_row_is_empty_with_constant_query_and_key(constants, length, mask_kind, impl):
+    """Blocks of different sizes must tie exactly, or rounding decides which rows go without."""
+    value = torch.ones(2, 2, length, 8)
+    if constants == "vectors":
+        query, key = (torch.randn(1, 1, 1, 8).expand_as(value) for _ in range(2))
+    else:
+        query, key = (torch.full_like(value, constant) for constant in constants)
+    mask = make_mask(mask_kind, 2, length)
+    arguments = {"block_per_row": 1, "approx_mode": "sparse", "impl": impl}
+    output = mra2_attention(query, key, value, mask, **arguments)
+    real = real_tokens(mask, 2, length).to(output.dtype)
+    torch.testing.assert_close(output, real.expand_as(output), rtol=0, atol=1e-5)
+
+
+@for_impls
 def test_sparse_rows_without_a_block_are_zero(impl):
     inputs = make_inputs(1, 1, 128, 8)
     chosen = select_blocks(*inputs[:2], block_budget=1)

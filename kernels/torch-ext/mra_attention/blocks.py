@@ -52,9 +52,11 @@ def mask_to_blocks(
     )
 
 
-def block_means(blocks: Tensor, counts: Tensor) -> Tensor:
-    """Mean over the real tokens of each block: `[B, H, R, M, D]`, `[B, R]` -> `[B, H, R, D]`; empty
-    blocks give 0.
+def block_means(blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Mean over the real tokens of each block, 0 where there is none.
+
+    `blocks` is `[B, H, R, M, D]`, `counts` `[B, R]`; returns `[B, H, R, D]` in `dtype` (default:
+    the compute dtype).
     """
-    dtype = compute_dtype(blocks.dtype)
+    dtype = dtype or compute_dtype(blocks.dtype)
     return blocks.sum(3, dtype=dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)

@@ -54,17 +54,22 @@ def coarse_scores(
 
     `rule` is `"row_normalized"` (coarse logit minus the largest one of its row over live pairs, the
     authors' code) or `"global"` (the coarse logit itself, the text of the paper, Algorithm 1).
+
+    Coarse logits are computed in float64 and rounded to float32 before anything is compared. What
+    is equal by definition (constant queries, repeated text) then ties exactly, instead of being
+    ranked by the rounding of blocks of different sizes.
     """
+    dtype = torch.float32 if query.device.type == "mps" else torch.float64
     mask_blocks = mask_to_blocks(
         token_mask, query.shape[0], query.shape[2], block_size, n_blocks, query.device
     )
     counts = mask_blocks.sum(-1)  # [B, R]
     live = counts > 0
-    pooled_query = block_means(
-        to_blocks(query, token_mask, block_size, n_blocks), counts
-    )  # [B, H, R, D]
-    pooled_key = block_means(to_blocks(key, token_mask, block_size, n_blocks), counts)
-    scores = pooled_query @ pooled_key.mT * scale  # [B, H, R, R]
+    pooled_query, pooled_key = (
+        block_means(to_blocks(x, token_mask, block_size, n_blocks), counts, dtype)  # [B, H, R, D]
+        for x in (query, key)
+    )
+    scores = (pooled_query @ pooled_key.mT * scale).float()  # [B, H, R, R]
     if rule == "row_normalized":
         row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
         scores = scores - row_max
@@ -93,7 +98,7 @@ def choose_blocks(
     """Choose the `budget` best live pairs per (batch, head) by prior, score and tie rank.
 
     Args:
-        scores: `[B, H, R, R]`; compared after rounding to float32.
+        scores: `[B, H, R, R]`, compared as float32.
         live: `[B, R]` bool, blocks that hold a real token.
         budget: `[B]` int64, pairs per head of each sample.
         largest_budget: the largest value `budget` can take, known from shapes; None sorts all

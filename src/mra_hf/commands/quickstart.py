@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -61,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run all steps; print a table per step and write `quickstart.json` and `attention.png`."""
     steps = _Steps(total=6)
-    texts, words = _texts(args)
     checkpoint = args.output / "checkpoint"
 
     steps.begin("get the source checkpoint")
+    texts, short_texts = _texts(args)
     source = args.source or str(sapiens.sapiens_checkpoint())
+    if args.source is not None and args.text is None:
+        texts, short_texts = _readable(texts, short_texts, source)
 
     steps.begin(f"convert it to {args.max_length} tokens and score masked tokens")
     report = convert_checkpoint(
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     scores = _compare(report, model, tokenizer, texts)
 
     steps.begin("fill masks with the converted checkpoint")
-    filled = _fill_masks(model, tokenizer, words)
+    filled = _fill_masks(model, tokenizer, short_texts)
 
     steps.begin(f"time attention at {_TIMED_LENGTH} tokens")
     timings = _time_attention(args.block_per_row)
@@ -146,6 +149,28 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     text = resources.files("mra_hf").joinpath("assets/sample.txt").read_text(encoding="utf-8")
     texts = text.split("\n\n")
     return texts, [part.split(". ")[0] + "." for part in texts[:3]]
+
+
+def _readable(texts: list[str], short_texts: list[str], source: str) -> tuple[list[str], list[str]]:
+    """The texts, or words of the tokenizer of `source` where they are unknown to it."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return texts, short_texts  # the conversion says what is wrong
+    special = set(tokenizer.all_special_ids)
+    known = [token not in special for token in tokenizer(" ".join(texts), verbose=False).input_ids]
+    if sum(known) >= len(known) / 2:
+        return texts, short_texts
+    print(
+        "The English sample is unknown to this tokenizer: random words of its vocabulary take its "
+        "place.\nPass --text FILE, a text the model was made for, for scores that mean something."
+    )
+    words = sorted({token for token in tokenizer.get_vocab().values() if token not in special})
+    generator = random.Random(0)
+    drawn = [
+        " ".join(tokenizer.decode([generator.choice(words)]) for _ in range(200)) for _ in range(5)
+    ]
+    return drawn, [" ".join(text.split()[:20]) for text in drawn[:3]]
 
 
 def _compare(report: ConversionReport, model, tokenizer, texts: list[str]) -> list[dict]:
