@@ -122,6 +122,11 @@ def masked_token_scores(
     )
 
 
+def masked_lm_head(model: PreTrainedModel) -> "torch.nn.Module | None":
+    """The part of a masked language model that turns hidden states into logits, if it is apart."""
+    return getattr(model, "lm_head", None) or getattr(model, "cls", None)
+
+
 def read_texts(text: "str | os.PathLike[str] | Sequence[str]") -> list[str]:
     """Return the texts of a UTF-8 file or of a list of strings.
 
@@ -211,7 +216,7 @@ def _predictions(model, tokenizer, rows, before, after) -> "Iterator[tuple[Tenso
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     # The head is applied to the masked tokens alone: all logits of 4096 tokens can take gigabytes.
-    head = getattr(model, "lm_head", None) or getattr(model, "cls", None)
+    head = masked_lm_head(model)
     states = model(**inputs).logits if head is None else model.base_model(**inputs)[0]
     for row, (tokens, masked) in enumerate(rows):
         if masked.any():

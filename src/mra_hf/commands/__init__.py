@@ -1,7 +1,8 @@
 """The `mra-hf` program: `mra-hf NAME ...` runs the module `mra_hf.commands.NAME`.
 
 Such a module has a docstring (the help text, with an example), `add_arguments(parser)` and
-`run(args) -> int`. Scripts call the same function through `run_command`.
+`run(args) -> int`; one that runs an experiment has `DATACLASSES` too, whose fields become arguments
+and keys of a YAML file. Scripts call the same function through `run_command`.
 """
 
 import argparse
@@ -9,9 +10,11 @@ import importlib
 import sys
 from typing import TYPE_CHECKING
 
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
 import mra_hf
+from mra_hf.commands import experiments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 #: Name of a command -> what it does; its module is imported when it is asked for.
 COMMANDS = {
     "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
+    "run-mlm": "train or evaluate a masked language model with Trainer",
     "quickstart": "the whole journey on a small real checkpoint, in two minutes",
 }
 
@@ -44,19 +48,21 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
 
     A `ValueError` or `OSError` is printed as one sentence; the status is then 2.
     """
-    module = importlib.import_module(f"mra_hf.commands.{name}")
-    parser = argparse.ArgumentParser(
+    module = importlib.import_module(f"mra_hf.commands.{name.replace('-', '_')}")
+    parser = HfArgumentParser(
+        getattr(module, "DATACLASSES", ()),
         prog=f"mra-hf {name}",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return module.run(args)
+        if hasattr(module, "DATACLASSES"):
+            return module.run(experiments.parse(parser, argv))
+        return module.run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,0 +1,57 @@
+"""Commands whose settings are dataclasses: a YAML file, overridden by the command line."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the YAML file as the first argument."""
+    parser.add_argument("config", nargs="?", help="YAML file of settings; the command line wins")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `argv`, with the settings of the YAML file it names as defaults.
+
+    Raises:
+        ValueError: no such file, no mapping in it, or a setting that does not exist.
+    """
+    first, _ = parser.parse_known_args(argv)
+    if first.config is not None:
+        settings = _read(first.config)
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(
+                f"{first.config} holds settings that do not exist: {', '.join(unknown)}; see "
+                f"{parser.prog} --help."
+            )
+        parser.set_defaults(**settings)
+    return parser.parse_args(argv)
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"config must be a YAML file, and {path} is no file.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold settings as `name: value`, a line each.")
+    return settings
+
+
+def dataclasses_of(args: argparse.Namespace, kinds: Sequence[type]) -> tuple[Any, ...]:
+    """Instances of the dataclasses `kinds` that the parsed arguments describe."""
+
+    def instance(kind: type) -> Any:
+        names = [field.name for field in dataclasses.fields(kind) if field.init]
+        return kind(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+    return tuple(instance(kind) for kind in kinds)

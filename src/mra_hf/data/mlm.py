@@ -1,0 +1,323 @@
+"""Text for masked language modelling: the English corpus, its tokenizer, packing.
+
+Documents become one stream of tokens, each document ended by `</s>`; the stream is cut into pieces
+of `length - 2` tokens and every piece is wrapped, `<s> ... </s>`: no padding, nothing dropped but
+the last incomplete piece of a shard (RoBERTa's FULL-SENTENCES, Liu et al. 2019, section 4.2).
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset, load_dataset
+from tokenizers import ByteLevelBPETokenizer
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, RobertaTokenizer
+
+from mra_attention.api import check_int
+from mra_hf.data import debian_text
+
+#: One document in so many is held out of every source that names no documents of its own.
+HELD_OUT_EVERY = 50
+
+#: Documents tokenised and packed together; a shard loses its last incomplete piece.
+SHARD_DOCUMENTS = 1000
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A Debian package that holds English text.
+
+    Args:
+        package: its name.
+        read: decoder of the unpacked package, see `mra_hf.data.debian_text`.
+        licence: what the text may be used under.
+        held_out: titles of the documents kept for evaluation; none means one in 50.
+    """
+
+    package: str
+    read: Callable[[Path], Iterator[tuple[str, str]]]
+    licence: str
+    held_out: frozenset[str] = frozenset()
+
+
+#: What `build_english_corpus` reads: about 26 million characters.
+ENGLISH_SOURCES = (
+    TextSource(
+        "r-cran-janeaustenr",
+        debian_text.austen_novels,
+        "text in the public domain, package MIT",
+        frozenset({"Persuasion"}),
+    ),
+    TextSource("sword-text-web", debian_text.web_bible, "public domain", frozenset({"Acts"})),
+    TextSource("wordnet-base", debian_text.wordnet_glosses, "WordNet 3.0 (permissive)"),
+    TextSource("dict-jargon", debian_text.dictionary, "public domain"),
+    TextSource("dict-devil", debian_text.dictionary, "public domain"),
+    TextSource("sqlite3-doc", debian_text.html_pages, "public domain"),
+)
+
+_QUOTES = str.maketrans("‘’“”", "''\"\"")
+
+
+def build_english_corpus(
+    output: str | os.PathLike[str],
+    *,
+    vocab_size: int = 6144,
+    packages: str | os.PathLike[str] | None = None,
+    sources: Sequence[TextSource] = ENGLISH_SOURCES,
+    progress: bool = False,
+) -> dict:
+    """Write a corpus of public-domain and permissively licensed English, and a tokenizer for it.
+
+    Args:
+        output: folder to write: `train/PACKAGE.jsonl` and `heldout/PACKAGE.jsonl` with one
+            document a line (fields "text" and "title"), `tokenizer/`, and `manifest.json`. It
+            appears when everything is done; it must not exist.
+        vocab_size: entries of the byte-level BPE vocabulary, special tokens included.
+        packages: where to download the packages, and to look for them (default None: a temporary
+            folder).
+        sources: what to read.
+        progress: show a bar.
+
+    Returns:
+        The manifest: per source the package, its version, licence, documents and characters of
+        both splits, and the SHA-256 of both files.
+
+    Raises:
+        ValueError: `output` exists, or a wrong `vocab_size`.
+        OSError: a package could not be had; see `debian_text.fetch_package`.
+    """
+    output = Path(output).expanduser().absolute()
+    check_int("vocab_size", vocab_size, 300)
+    if output.exists():
+        raise ValueError(f"output {output} exists; name a folder that does not, or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        partial, downloads = Path(scratch) / "corpus", Path(scratch) / "packages"
+        if packages is not None:
+            downloads = Path(packages).expanduser().absolute()
+        downloads.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "heldout"):
+            (partial / split).mkdir(parents=True)
+        rows = [
+            _write_source(source, downloads, partial)
+            for source in tqdm(sources, desc="packages", disable=not progress)
+        ]
+        manifest = {"sources": rows, "vocab_size": vocab_size}
+        files = sorted((partial / "train").glob("*.jsonl"))
+        train_tokenizer(_texts_of(files), vocab_size, partial / "tokenizer", progress=progress)
+        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
+        shutil.move(partial, output)
+    return manifest
+
+
+def _write_source(source: TextSource, downloads: Path, output: Path) -> dict:
+    unpacked, version = debian_text.fetch_package(source.package, downloads)
+    splits: dict[str, list[str]] = {"train": [], "heldout": []}
+    characters = dict.fromkeys(splits, 0)
+    for number, (title, text) in enumerate(source.read(unpacked)):
+        if source.held_out:
+            held_out = title in source.held_out
+        else:
+            held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        text = text.translate(_QUOTES)
+        split = "heldout" if held_out else "train"
+        splits[split].append(json.dumps({"title": title, "text": text}, ensure_ascii=False))
+        characters[split] += len(text)
+    row = {"package": source.package, "version": version, "licence": source.licence}
+    for split, lines in splits.items():
+        written = "".join(f"{line}\n" for line in lines).encode()
+        if lines:
+            (output / split / f"{source.package}.jsonl").write_bytes(written)
+        row[split] = {
+            "documents": len(lines),
+            "characters": characters[split],
+            "sha256": hashlib.sha256(written).hexdigest(),
+        }
+    return row
+
+
+def _texts_of(files: Iterable[Path]) -> Iterator[str]:
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            yield from (json.loads(line)["text"] for line in lines)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    output: str | os.PathLike[str],
+    *,
+    max_length: int = 512,
+    progress: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer with RoBERTa's special tokens and save it to `output`.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: entries, with the five special tokens and the 256 bytes.
+        output: folder for `tokenizer.json` and its settings.
+        max_length: its `model_max_length`, in tokens.
+        progress: show the bars of the trainer.
+    """
+    trained = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(
+        texts, vocab_size, min_frequency=2, show_progress=progress, special_tokens=special
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trained.save_model(folder)
+        vocab = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
+    tokenizer = RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    tokenizer.save_pretrained(output)
+    return tokenizer
+
+
+def load_documents(
+    source: "str | Sequence[str]",
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """Load documents: text files, JSON lines, or a dataset of the hub.
+
+    Args:
+        source: a file, a folder or a glob pattern, or several; `.txt` files are one document each,
+            `.jsonl` files one document a line in the field `text_column`. Anything that is not on
+            this machine is taken for the name of a dataset.
+        config_name: configuration of a dataset of the hub.
+        split: its split; ignored for files.
+        text_column: the field with the text.
+        streaming: read while training instead of first.
+
+    Returns:
+        A dataset with the one column `text_column`.
+
+    Raises:
+        ValueError: no files, files of both kinds or of another kind, or no such column.
+    """
+    names = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    files = [file for name in names for file in _files(name)]
+    if files:
+        kinds = {file.suffix for file in files}
+        if len(kinds) != 1 or not kinds <= {".txt", ".jsonl"}:
+            raise ValueError(
+                f"text files must all be .txt or all be .jsonl, got {sorted(kinds)} in {names}."
+            )
+        options = {"data_files": [str(file) for file in files], "split": "train"}
+        if kinds == {".txt"}:
+            options["sample_by"] = "document"
+            text_column = "text"
+        documents = load_dataset(
+            "text" if kinds == {".txt"} else "json", streaming=streaming, **options
+        )
+    else:
+        if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(names[0]):
+            raise ValueError(f"no text files in {names}; pass .txt or .jsonl files, or a folder.")
+        documents = load_dataset(names[0], config_name, split=split, streaming=streaming)
+    columns = documents.column_names or [text_column]
+    if text_column not in columns:
+        raise ValueError(
+            f"text_column must name a column of {names}, got {text_column!r}; it has {columns}."
+        )
+    return documents.select_columns(text_column)
+
+
+def _files(name: "str | os.PathLike[str]") -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.suffix in {".txt", ".jsonl"})
+    if path.is_file():
+        return [path]
+    if any(mark in path.name for mark in "*?["):
+        return sorted(path.parent.glob(path.name))
+    return []
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".jsonl"}
+
+
+def pack(
+    documents: "Dataset | IterableDataset",
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    text_column: str = "text",
+    workers: int | None = None,
+) -> "Dataset | IterableDataset":
+    """Tokenise documents and pack them into examples of exactly `length` tokens.
+
+    The result of a `Dataset` is cached by `datasets`; that of an `IterableDataset` is made while
+    it is read.
+
+    Args:
+        documents: a dataset with the column `text_column`.
+        tokenizer: a tokenizer that wraps a text in `bos_token` and `eos_token`, or cls and sep.
+        length: tokens of an example, special tokens included.
+        text_column: the field with the text.
+        workers: processes to tokenise with (default None: this one).
+
+    Returns:
+        A dataset with the columns `input_ids` and `special_tokens_mask`.
+
+    Raises:
+        ValueError: a length that leaves no room, or a tokenizer without special tokens.
+    """
+    check_int("length", length, 3)
+    first, last = boundary_tokens(tokenizer)
+    options = {"batched": True, "batch_size": SHARD_DOCUMENTS, "remove_columns": [text_column]}
+    if isinstance(documents, Dataset):
+        options |= {"num_proc": workers, "desc": f"packing to {length} tokens"}
+    return documents.map(
+        functools.partial(
+            _pack_shard,
+            tokenizer=tokenizer,
+            first=first,
+            last=last,
+            length=length,
+            text_column=text_column,
+        ),
+        **options,
+    )
+
+
+def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """The ids that stand before and after a text: `<s>` and `</s>`, or `[CLS]` and `[SEP]`."""
+    wrapped = tokenizer("", add_special_tokens=True)["input_ids"]
+    if len(wrapped) != 2:
+        raise ValueError(
+            "tokenizer must put one special token before a text and one after it, as RoBERTa's and "
+            f"BERT's do; it puts {len(wrapped)}."
+        )
+    return wrapped[0], wrapped[1]
+
+
+def _pack_shard(batch, *, tokenizer, first, last, length, text_column):
+    texts = [text for text in batch[text_column] if text and not text.isspace()]
+    stream: list[int] = []
+    if texts:
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            stream += ids
+            stream.append(last)
+    room = length - 2
+    pieces = [stream[i : i + room] for i in range(0, len(stream) - room + 1, room)]
+    special = {first, last}
+    return {
+        "input_ids": [[first, *piece, last] for piece in pieces],
+        "special_tokens_mask": [
+            [1, *(int(token in special) for token in piece), 1] for piece in pieces
+        ],
+    }

@@ -1,0 +1,446 @@
+"""Training with `Trainer`: the arguments of experiments, masked language modelling, result files.
+
+An experiment is described by dataclasses: a key of its YAML file *is* a field, the command line
+overrides it, and `save_experiment` writes what was in force beside the result.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+import mra_hf
+from mra_hf.data.mlm import load_documents, pack
+from mra_hf.evaluation import masked_lm_head
+
+EXPERIMENT_NAME = "experiment.yaml"
+RESULTS_NAME = "results.json"
+HISTORY_NAME = "training_curve.csv"
+
+#: Seed of the masks of an evaluation: the same tokens are hidden every time.
+EVALUATION_SEED = 0
+
+
+@dataclass
+class ModelArguments:
+    """Which model: a checkpoint to go on with, or sizes to start from scratch with."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "checkpoint with a masked-LM head to go on from; not set: from scratch"},
+    )
+    model_type: str = field(
+        default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "settings of the configuration: hidden_size=192,num_hidden_layers=4"},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer; not set: that of the checkpoint"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
+    )
+    sparse_prediction: bool = field(
+        default=True,
+        metadata={"help": "while training, compute logits at the masked places alone"},
+    )
+
+
+@dataclass
+class MaskedLMDataArguments:
+    """Which text, and how it becomes examples."""
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "text: .txt or .jsonl files, folders of them, or glob patterns"},
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "held-out text, as train_file"}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "a dataset by name, in place of files"}
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "configuration of that dataset"}
+    )
+    train_split: str = field(default="train", metadata={"help": "its split to train on"})
+    validation_split: str = field(
+        default="validation", metadata={"help": "its split to evaluate on"}
+    )
+    text_column: str = field(default="text", metadata={"help": "the column with the text"})
+    max_seq_length: int = field(
+        default=512, metadata={"help": "tokens of an example, special tokens included"}
+    )
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "share of the tokens to predict while training"}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the training text while training; needs max_steps"}
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "processes that tokenise; not set: one"}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on the first so many examples"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "evaluate on the first so many examples"}
+    )
+
+
+def run_masked_lm(
+    model_args: ModelArguments, data_args: MaskedLMDataArguments, training_args: TrainingArguments
+) -> dict[str, Any]:
+    """Train and evaluate a masked language model; write everything to `output_dir`.
+
+    `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
+    `results.json` (the metrics and their conditions) and `training_curve.csv`.
+
+    Args:
+        model_args: which model.
+        data_args: which text.
+        training_args: of `Trainer`; `do_train` and `do_eval` say what is done.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: settings that contradict one another, each with what to do.
+        OSError: no such checkpoint.
+    """
+    _check(model_args, data_args, training_args)
+    last_checkpoint = _checkpoint_to_resume(training_args)
+    set_seed(training_args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path
+    )
+    model = _masked_lm(model_args, tokenizer)
+    _check_length(model, data_args.max_seq_length)
+    training, validation = _examples(data_args, training_args, tokenizer)
+    trainer = MaskedLMTrainer(
+        model=model,
+        args=training_args,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=data_args.mlm_probability
+        ),
+        train_dataset=training,
+        eval_dataset=validation,
+        compute_metrics=masked_lm_metrics,
+        preprocess_logits_for_metrics=_scores_of_labels,
+        compute_loss_func=None if model_args.sparse_prediction else _loss_at_labels,
+    )
+    trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
+    if model_args.sparse_prediction:
+        predict_masked_places(model)
+    results = _conditions(model, tokenizer, data_args, training_args)
+    output = Path(training_args.output_dir)
+    if training_args.do_train:
+        trained = trainer.train(resume_from_checkpoint=last_checkpoint)
+        results["train"] = trained.metrics | {"steps": trainer.state.global_step}
+        trainer.save_model()
+        trainer.save_state()
+    if training_args.do_eval:
+        results["eval"] = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        save_experiment(output / EXPERIMENT_NAME, model_args, data_args, training_args)
+        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+        if training_args.do_train:
+            write_history(trainer.state.log_history, output / HISTORY_NAME)
+    return results
+
+
+class MaskedLMTrainer(Trainer):
+    """`Trainer` that hides the same tokens, all behind the mask token, at every evaluation."""
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer`'s, with a collator of its own: 15 % of the tokens, a fixed seed."""
+        of_training = self.data_collator
+        self.data_collator = DataCollatorForLanguageModeling(
+            self.processing_class,
+            mlm_probability=0.15,
+            mask_replace_prob=1.0,
+            random_replace_prob=0.0,
+            seed=EVALUATION_SEED,
+        )
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = of_training
+
+
+def predict_masked_places(model: PreTrainedModel) -> None:
+    """Make `model` compute logits at the labelled places alone while it trains.
+
+    Loss and gradients are those of all logits: places labelled -100 take no part in either. The
+    logits of a training step are then `[labelled, vocabulary]`; evaluation is not changed.
+
+    Raises:
+        ValueError: the model has no head apart from its encoder.
+    """
+    head = masked_lm_head(model)
+    if head is None:
+        raise ValueError(
+            f"sparse_prediction needs a model with an lm_head, and {type(model).__name__} has "
+            "none; pass --sparse_prediction false."
+        )
+    all_logits = model.forward
+
+    @functools.wraps(all_logits)
+    def forward(input_ids=None, *args, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None or not model.training:
+            return all_logits(input_ids, *args, labels=labels, **kwargs)
+        states = model.base_model(input_ids, *args, **kwargs).last_hidden_state  # [B, N, hidden]
+        labelled = labels != -100
+        logits = head(states[labelled])  # [labelled, vocabulary]
+        loss = _cross_entropy(logits, labels[labelled], num_items_in_batch)
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+    model.forward = forward
+
+
+def _loss_at_labels(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
+    """The same loss from all logits `[B, N, vocabulary]`."""
+    labelled = labels != -100
+    return _cross_entropy(outputs.logits[labelled], labels[labelled], num_items_in_batch)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, count) -> Tensor:
+    """Summed over the targets, divided by `count` (default None: their number)."""
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (max(1, len(targets)) if count is None else count)
+
+
+def _scores_of_labels(logits, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Per place: is the label the highest logit, and its negative log-likelihood. Both `[B, N]`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    labelled = labels != -100
+    log_probabilities = logits[labelled].float().log_softmax(-1)
+    targets = labels[labelled]
+    correct = torch.zeros(labels.shape, device=labels.device)
+    nll = torch.zeros_like(correct)
+    correct[labelled] = (log_probabilities.argmax(-1) == targets).float()
+    nll[labelled] = -log_probabilities.gather(1, targets[:, None])[:, 0]
+    return correct, nll
+
+
+def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, mean negative log-likelihood in nats, and bits per masked token."""
+    correct, nll = prediction.predictions
+    labelled = prediction.label_ids != -100
+    mean = float(nll[labelled].mean())
+    return {
+        "accuracy": float(correct[labelled].mean()),
+        "nll": mean,
+        "bits_per_token": mean / math.log(2),
+        "masked_tokens": int(labelled.sum()),
+    }
+
+
+def _check(model_args, data_args, training_args) -> None:
+    if not training_args.do_train and not training_args.do_eval:
+        raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
+    if model_args.model_name_or_path is None and model_args.tokenizer_name is None:
+        raise ValueError(
+            "training from scratch needs a tokenizer; pass --tokenizer_name, or a checkpoint with "
+            "--model_name_or_path."
+        )
+    if model_args.model_name_or_path is None and not training_args.do_train:
+        raise ValueError("there is no model to evaluate; pass --model_name_or_path.")
+    if not 0 < data_args.mlm_probability < 1:
+        raise ValueError(
+            f"mlm_probability must lie in (0, 1), got {data_args.mlm_probability}; 0.15 is usual."
+        )
+    wanted = {"train_file": training_args.do_train, "validation_file": training_args.do_eval}
+    for name, needed in wanted.items():
+        given = getattr(data_args, name)
+        if given and data_args.dataset_name:
+            raise ValueError(f"{name} and dataset_name are both given; keep one of them.")
+        if needed and not given and not data_args.dataset_name:
+            raise ValueError(f"there is no text to read; pass --{name} or --dataset_name.")
+    if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
+        raise ValueError("streaming text has no known length; say how long with --max_steps.")
+
+
+def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten."""
+    wanted = training_args.resume_from_checkpoint
+    output = Path(training_args.output_dir)
+    last = get_last_checkpoint(output) if output.is_dir() else None
+    if not training_args.do_train:
+        return None
+    if wanted is None or str(wanted).lower() == "false":
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(
+                f"output_dir {output} is not empty; go on with --resume_from_checkpoint true, or "
+                "name another folder."
+            )
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
+            )
+        return str(wanted)
+    return last  # none yet: the run was stopped before its first checkpoint
+
+
+def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
+    options = {}
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    if model_args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        if model_args.config_overrides:
+            config.update_from_string(model_args.config_overrides)
+        return AutoModelForMaskedLM.from_pretrained(
+            model_args.model_name_or_path, config=config, dtype=torch.float32, **options
+        )
+    config = AutoConfig.for_model(
+        model_args.model_type,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if model_args.config_overrides:
+        config.update_from_string(model_args.config_overrides)
+    return AutoModelForMaskedLM.from_config(config, **options)
+
+
+def _check_length(model: PreTrainedModel, length: int) -> None:
+    config = model.config
+    reserved = config.pad_token_id + 1 if config.model_type != "bert" else 0
+    room = getattr(config, "max_tokens", config.max_position_embeddings - reserved)
+    if length > room:
+        raise ValueError(
+            f"max_seq_length must be at most {room}, the positions of this model, got {length}; "
+            "convert the checkpoint to a longer one with mra-hf convert --max-length."
+        )
+
+
+def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
+    """The packed datasets for training and evaluation; None where not asked for."""
+
+    def read(files, split, streaming, limit):
+        documents = load_documents(
+            files or data_args.dataset_name,
+            config_name=data_args.dataset_config_name,
+            split=split,
+            text_column=data_args.text_column,
+            streaming=streaming,
+        )
+        with training_args.main_process_first(desc="packing"):
+            examples = pack(
+                documents,
+                tokenizer,
+                data_args.max_seq_length,
+                workers=data_args.preprocessing_num_workers,
+            )
+        if limit is not None:
+            examples = examples.take(limit) if streaming else examples.select(range(limit))
+        if not streaming and len(examples) == 0:
+            raise ValueError(
+                f"the text ({files or split}) is shorter than one example of "
+                f"{data_args.max_seq_length} tokens; pass more text or a smaller max_seq_length."
+            )
+        return examples
+
+    training = validation = None
+    if training_args.do_train:
+        training = read(
+            data_args.train_file,
+            data_args.train_split,
+            data_args.streaming,
+            data_args.max_train_samples,
+        )
+        if data_args.streaming:
+            training = training.shuffle(seed=training_args.seed, buffer_size=1000)
+    if training_args.do_eval:
+        validation = read(
+            data_args.validation_file,
+            data_args.validation_split,
+            False,
+            data_args.max_eval_samples,
+        )
+    return training, validation
+
+
+def _conditions(model, tokenizer, data_args, training_args) -> dict[str, Any]:
+    """What the numbers of a run depend on."""
+    device = training_args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "model_type": model.config.model_type,
+        "attention": model.config._attn_implementation,
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "max_seq_length": data_args.max_seq_length,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        "mra_hf": mra_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
+    """Write the settings of dataclasses to one YAML file that the command reads back.
+
+    Of `TrainingArguments` only what differs from its defaults is written.
+    """
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        plain = type(group)() if isinstance(group, TrainingArguments) else None
+        for item in dataclasses.fields(group):
+            value = getattr(group, item.name)
+            if isinstance(group, TrainingArguments) and value == getattr(plain, item.name):
+                continue
+            if item.init and isinstance(value, (str, int, float, bool, list, type(None))):
+                settings[item.name] = getattr(value, "value", value)  # an enum by its name
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def write_history(
+    history: Sequence[dict[str, float]], path: "str | os.PathLike[str]"
+) -> list[dict[str, float]]:
+    """Write the log of a `Trainer` as CSV, a row per step, and return the rows."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "train_runtime" not in entry:
+            rows.setdefault(entry["step"], {}).update(entry)
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    columns += ("eval_nll", "eval_accuracy", "eval_bits_per_token")
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+    return [rows[step] for step in sorted(rows)]
