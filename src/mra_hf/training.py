@@ -9,11 +9,10 @@ import dataclasses
 import functools
 import json
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +35,12 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 import mra_hf
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
+
+if TYPE_CHECKING:
+    import os
+
+if TYPE_CHECKING:
+    import os
 
 EXPERIMENT_NAME = "experiment.yaml"
 RESULTS_NAME = "results.json"

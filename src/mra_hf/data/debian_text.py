@@ -19,8 +19,10 @@ Documents = Iterator[tuple[str, str]]
 #: Characters after which the entries of a dictionary begin a new document.
 DICTIONARY_DOCUMENT = 20_000
 
-_HTML_BLOCKS = frozenset("p li h1 h2 h3 h4 h5 h6 td th dd dt div tr br blockquote title".split())
-_HTML_DROPPED = frozenset("script style pre svg head".split())
+_HTML_BLOCKS = frozenset(
+    ("p", "li", "h1", "h2", "h3", "h4", "h5", "h6", "td", "th", "dd", "dt", "div", "tr", "br")
+)
+_HTML_DROPPED = frozenset(("script", "style", "pre", "svg", "head"))
 
 
 def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
