@@ -1,4 +1,4 @@
-rr"""Train or evaluate a masked language model on text files or a dataset, with `Trainer`.
+r"""Train or evaluate a masked language model on text files or a dataset, with `Trainer`.
 
 Settings come from a YAML file, from the command line, or from both: the command line wins. Every
 argument of transformers' TrainingArguments is one of them.
