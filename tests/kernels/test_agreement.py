@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import (
     MASK_KINDS,
     MODES,
@@ -16,7 +17,13 @@ from attention_cases import (
     outputs_and_gradients,
 )
 
-from mra_attention import BlockSelection, mra2_attention, select_blocks, torch_impl
+from mra_attention import (
+    BlockSelection,
+    batched_attention,
+    mra2_attention,
+    select_blocks,
+    torch_impl,
+)
 
 LENGTHS = (1, 31, 33, 100, 257, 1000)
 DIMS = (8, 32, 64, 80, 128)
@@ -28,7 +35,8 @@ IMPLS = ("reference", "torch")
 @pytest.fixture
 def without_flash(monkeypatch):
     """The fast path without aten's private flash operator, as on other devices."""
-    monkeypatch.setattr(torch_impl, "flash_is_available", lambda device_type: False)
+    for module in (torch_impl, batched_attention):
+        monkeypatch.setattr(module, "flash_is_available", lambda device_type: False)
 
 
 def attend(impl, inputs, mask=None, **arguments):
@@ -227,8 +235,8 @@ def test_path_without_flash_errs_no_more_than_reference(dtype, mask_kind, withou
 
 
 def test_flash_is_available_here():
-    assert torch_impl.flash_is_available("cpu")
-    assert not torch_impl.flash_is_available("cuda")
+    assert batched_attention.flash_is_available("cpu")
+    assert not batched_attention.flash_is_available("cuda")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -271,18 +279,42 @@ def test_comparison_sees_a_wrong_gradient():
             assert_all_close(wrong, results, 1e-5)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize("block_per_row", [2, 16])
-def test_half_types_lose_no_digits_to_sharp_logits(dtype, block_per_row):
-    """Three times larger logits: an output rounded too early would show in the gradients."""
+def sharp_inputs(dtype):
+    """Three times larger logits: what is rounded too early shows in the gradients."""
     query, key, value, grad = make_inputs(2, 2, 257, 80)
-    inputs = [x.to(dtype) for x in (3 * query, 3 * key, value, grad)]
-    choice = {"selection": select_blocks(*inputs[:2], block_per_row=block_per_row)}
-    fast, eager = (attend(impl, inputs, **choice) for impl in ("torch", "reference"))
+    return [x.to(dtype) for x in (3 * query, 3 * key, value, grad)]
+
+
+def relative_errors(given, inputs, **choice):
     exact = attend("reference", [x.double() for x in inputs], **choice)
-    for ours, theirs, truth in zip(fast, eager, exact, strict=True):
-        error, allowed = ((x.double() - truth).norm() for x in (ours, theirs))
-        assert error <= 1.02 * allowed
+    return [
+        (x.double() - truth).norm() / truth.norm() for x, truth in zip(given, exact, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("block_per_row", [2, 16])
+def test_float16_loses_no_digits_to_sharp_logits(block_per_row):
+    inputs = sharp_inputs(torch.float16)
+    choice = {"selection": select_blocks(*inputs[:2], block_per_row=block_per_row)}
+    fast, eager = (
+        relative_errors(attend(impl, inputs, **choice), inputs, **choice)
+        for impl in ("torch", "reference")
+    )
+    for ours, theirs in zip(fast, eager, strict=True):
+        assert ours <= 1.02 * theirs
+
+
+@pytest.mark.parametrize("block_per_row", [2, 16])
+def test_bfloat16_errs_no_more_than_dense_attention_in_bfloat16(block_per_row):
+    """On a CPU bfloat16 operands are multiplied as such, as dense attention does."""
+    inputs = sharp_inputs(torch.bfloat16)
+    choice = {"selection": select_blocks(*inputs[:2], block_per_row=block_per_row)}
+    ours = relative_errors(attend("torch", inputs, **choice), inputs, **choice)
+    everything = {"selection": select_blocks(*inputs[:2], block_per_row=9)}
+    dense = outputs_and_gradients(F.scaled_dot_product_attention, *inputs)
+    for error, theirs in zip(ours, relative_errors(dense, inputs, **everything), strict=True):
+        # The exact and the coarse part are rounded one after the other: at most twice as often.
+        assert error <= 1.5 * theirs
 
 
 def test_a_ready_selection_stands_for_its_own_budget_and_priors():

@@ -20,7 +20,13 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mra_attention import mra2_attention, mra2_attention_matrix, select_blocks, torch_impl
+from mra_attention import (
+    batched_attention,
+    mra2_attention,
+    mra2_attention_matrix,
+    select_blocks,
+    torch_impl,
+)
 
 for_impls = pytest.mark.parametrize("impl", ["reference", "torch"])
 for_modes = pytest.mark.parametrize("mode", MODES)
@@ -225,7 +231,8 @@ def test_huge_logits_stay_finite(mask_kind, budget, impl, mode):
 @pytest.mark.parametrize("mask_kind", MASK_KINDS)
 def test_equal_huge_logits_give_the_mean_of_real_values(mask_kind, sign, flash, impl, monkeypatch):
     if not flash:
-        monkeypatch.setattr(torch_impl, "flash_is_available", lambda device_type: False)
+        for module in (torch_impl, batched_attention):
+            monkeypatch.setattr(module, "flash_is_available", lambda device_type: False)
     *_, value, grad = make_inputs(2, 2, 70, 16)
     query = torch.full_like(value, 50.0)  # logits of 1e4, and of 0 at padding that is not hidden
     mask = make_mask(mask_kind, 2, 70)

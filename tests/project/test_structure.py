@@ -20,7 +20,8 @@ OPERATOR_IMPORTS = {
     "blocks": set(),
     "selection": {"blocks"},
     "reference": {"blocks"},
-    "torch_impl": {"blocks"},
+    "torch_impl": {"batched_attention", "blocks"},
+    "batched_attention": {"blocks"},
 }
 
 

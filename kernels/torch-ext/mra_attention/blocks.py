@@ -1,14 +1,39 @@
 """Blocks of tokens: the few definitions that every implementation shares.
 
 A sequence of N tokens is cut from position 0 into R = ceil(N / M) blocks of M tokens. Tokens that
-are
-padding, and the tail that completes the last block, count as not real: they become zeros and are
-never counted.
+are padding, and the tail that completes the last block, count as not real: they become zeros and
+are never counted.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: Bytes of one operand, in float32, that a CPU works on at a time: fresh memory costs a page fault
+#: per 4 kB, and buffers of this size are used again instead.
+_PART_BYTES = 8 * 2**20
+
+#: Products of numbers up to this size, summed over any head dimension, are finite in float32.
+_HARMLESS = 2.0**40
+
+
+def parts(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
+    """Cut `[B, H, N, D]` into (samples, heads) to work on one after another: one part but on a CPU.
+
+    Every (sample, head) is a problem of its own, so cutting changes no result.
+    """
+    batch, heads, length, dim = shape
+    if device_type != "cpu":
+        yield slice(0, batch), slice(0, heads)
+        return
+    problems = max(1, _PART_BYTES // max(1, 4 * length * dim))
+    some_heads = max(1, min(heads, problems // max(1, batch)))
+    some_samples = max(1, min(batch, problems // some_heads))
+    for sample in range(0, batch, some_samples):
+        for head in range(0, heads, some_heads):
+            yield slice(sample, sample + some_samples), slice(head, head + some_heads)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,11 +54,37 @@ def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: i
     `token_mask` is `[B, N]` bool or None (all real). A view where nothing has to be filled.
     """
     if token_mask is not None:
-        x = x.masked_fill(~token_mask[:, None, :, None], 0)
+        x = fill_padding(x, token_mask, 0)
     missing = n_blocks * block_size - x.shape[2]
     if not isinstance(missing, int) or missing:
         x = F.pad(x, (0, 0, 0, missing))
     return x.unflatten(2, (n_blocks, block_size))
+
+
+def without_full_mask(token_mask: Tensor | None) -> Tensor | None:
+    """None for a mask that hides nothing, which is read on a CPU alone: no device waits for it."""
+    if token_mask is None or (token_mask.device.type == "cpu" and bool(token_mask.all())):
+        return None
+    return token_mask
+
+
+def fill_padding(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
+    """`x`, `[B, H, N, ...]`, with `value` where `token_mask` `[B, N]` is False; a copy."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return fill_padding_(x.clone(), token_mask, value)
+    return x.masked_fill(_padding_like(x, token_mask), value)
+
+
+def fill_padding_(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
+    """`fill_padding` in place. On a CPU it costs as much as there is padding, not as x is large."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        x.transpose(1, 2)[~token_mask] = value
+        return x
+    return x.masked_fill_(_padding_like(x, token_mask), value)
+
+
+def _padding_like(x: Tensor, token_mask: Tensor) -> Tensor:
+    return ~token_mask.reshape(x.shape[0], 1, x.shape[2], *(1 for _ in x.shape[3:]))
 
 
 def mask_to_blocks(
@@ -52,6 +103,32 @@ def mask_to_blocks(
     )
 
 
+def without_harmful_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """`x` itself where its padding is finite and moderate, so that a weight of 0 hides it; else a
+    copy with zeros there. Read on a CPU alone; elsewhere always a copy.
+    """
+    if token_mask is None:
+        return x
+    if x.device.type == "cpu":
+        padding = x.transpose(1, 2)[~token_mask]
+        if padding.numel() == 0 or bool(padding.abs().amax() <= _HARMLESS):
+            return x
+    return fill_padding(x, token_mask, 0)
+
+
+def block_sums(blocks: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sum over the real tokens of each block: `[B, H, R, M, D]` -> `[B, H, R, D]` in `dtype`.
+
+    `real` is `[B, R, M]` bool or None where everything else is zero already.
+    """
+    sums = blocks.sum(3, dtype=dtype)
+    if real is not None:
+        partial = ~real.all(-1)  # [B, R]: few, and summed again
+        tokens = blocks.transpose(1, 2)[partial].masked_fill_(~real[partial][:, None, :, None], 0)
+        sums.transpose(1, 2)[partial] = tokens.sum(2, dtype=dtype)
+    return sums
+
+
 def block_means(blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Mean over the real tokens of each block, 0 where there is none.
 
@@ -59,4 +136,4 @@ def block_means(blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None
     the compute dtype).
     """
     dtype = dtype or compute_dtype(blocks.dtype)
-    return blocks.sum(3, dtype=dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)
+    return block_sums(blocks, None, dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)

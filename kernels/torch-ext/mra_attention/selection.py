@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_means, count_blocks, mask_to_blocks, to_blocks
+from .blocks import block_means, count_blocks, mask_to_blocks, parts, to_blocks, without_full_mask
 
 _TIE_BITS = 30
 #: Block rows that fit the tie rank, 2 * R * R <= 2**30; 741,440 tokens in blocks of 32.
@@ -160,7 +160,7 @@ def select(
     instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
     and all pairs are sorted.
     """
-    length = query.shape[2]
+    batch, heads, length, _ = query.shape
     if traceable:
         n_blocks, largest_budget = length // block_size + 2, None
     else:
@@ -168,7 +168,8 @@ def select(
         largest_budget = min(
             n_blocks * block_per_row if block_budget is None else block_budget, n_blocks**2
         )
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+
+    def choose(query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         scores, live = coarse_scores(
             query, key, token_mask, block_size=block_size, n_blocks=n_blocks, scale=scale, rule=rule
         )
@@ -180,3 +181,13 @@ def select(
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
             initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         )
+
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        if traceable:
+            return choose(query, key, token_mask)
+        token_mask = without_full_mask(token_mask)
+        blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
+        for part in parts(query.shape, query.device.type):
+            mask_part = None if token_mask is None else token_mask[part[0]]
+            blocks[part] = choose(query[part], key[part], mask_part)
+        return blocks

@@ -5,31 +5,50 @@ numerator a_x and a denominator z_x; the exact part attends to the gathered keys
 selected blocks; both are merged by their log-sum-exp. With c_y real tokens in key block y, V_y the
 sum of their values and S the coarse logits,
 
-    E_xy = exp(S_xy - R_x) outside the selection, 0 inside      a_x = sum_y E_xy V_y      z_x =
-    sum_y E_xy c_y
+    E_xy = exp(S_xy - R_x) outside the selection, 0 inside
+    a_x = sum_y E_xy V_y        z_x = sum_y E_xy c_y
 
 and backward, with L_i the merged log-sum-exp, delta_i = dO_i . O_i and w_i = exp(R_x - L_i),
 
-    G_x = sum_i w_i dO_i    g_x = sum_i w_i delta_i    dS_xy = E_xy (G_x . V_y - c_y g_x)    dV_y =
-    sum_x E_xy G_x
+    G_x = sum_i w_i dO_i        g_x = sum_i w_i delta_i
+    dS_xy = E_xy (G_x . V_y - c_y g_x)        dV_y = sum_x E_xy G_x
 
 while the exact part is the backward of softmax attention fed the merged output and log-sum-exp.
 
-Query blocks are grouped by their number of selected blocks, so that a group is one batched
-attention; keys are gathered in pieces of about 2 MB, which costs less than the page faults of
-larger buffers. On a CPU the batched attention is aten's flash kernel, elsewhere (or where that
-private op is missing) it is matmul and softmax.
+Query blocks are sorted by their number of selected blocks, and those with about the same number
+form one batched attention (`batched_attention.py`); keys are gathered in pieces of about 1 MB,
+which costs less than the page faults of larger buffers.
 """
 
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from .blocks import block_means, compute_dtype, count_blocks, mask_to_blocks, to_blocks
+from .batched_attention import (
+    attend,
+    attend_backward,
+    flash_backward,
+    flash_forward,
+    flash_is_available,
+    operand_dtype,
+)
+from .blocks import (
+    block_sums,
+    compute_dtype,
+    count_blocks,
+    fill_padding_,
+    mask_to_blocks,
+    parts,
+    to_blocks,
+    without_full_mask,
+    without_harmful_padding,
+)
 
-_GATHER_BYTES = 2 * 2**20
+_GATHER_BYTES = 2**20
+#: Query blocks with different numbers of selected blocks share a batched attention when that takes
+#: at most so many blocks of padding: about what one more call costs.
+_PADDING_BLOCKS = 24
 
 
 def forward(
@@ -52,18 +71,36 @@ def forward(
     """
     if blocks is None and flash_is_available(query.device.type):
         return _dense_forward(query, key, value, token_mask, scale)
-    problem = _Problem(query, key, value, token_mask, blocks, scale, sparse, block_size)
-    exact_output, exact_lse = problem.exact_forward()
-    if problem.coarse is None:
-        output, lse = exact_output, exact_lse
-    else:
-        output, lse = problem.coarse.merge(exact_output, exact_lse)
-    dead = lse == -torch.inf
-    dead |= ~problem.real
-    output = output.masked_fill_(dead[..., None], 0)
-    lse = lse.masked_fill_(dead, torch.inf)
-    lse = problem.to_tokens(lse[..., None], lse.dtype)[..., 0].contiguous()
-    return problem.to_tokens(output, problem.dtype), lse
+    token_mask = without_full_mask(token_mask)
+    dtype = compute_dtype(query.dtype)
+    output = query.new_empty(query.shape, dtype=dtype)
+    lse = query.new_empty(query.shape[:3], dtype=dtype)
+    for part in parts(query.shape, query.device.type):
+        problem = _Problem(
+            *(x[part] for x in (query, key, value)),
+            None if token_mask is None else token_mask[part[0]],
+            None if blocks is None else blocks[part],
+            scale,
+            sparse,
+            block_size,
+        )
+        _forward_part(problem, output[part], lse[part])
+    return output, lse
+
+
+def _forward_part(problem: "_Problem", output_part: Tensor, lse_part: Tensor) -> None:
+    output, lse = problem.exact_forward()
+    if problem.coarse is not None:
+        lse = problem.coarse.merge_(output, lse)
+    dead = lse == -torch.inf  # nothing to attend to
+    if bool(dead.any()):
+        output.masked_fill_(dead[..., None], 0)
+        lse.masked_fill_(dead, torch.inf)
+    output_part.copy_(problem.to_tokens(output))
+    lse_part.copy_(problem.to_tokens(lse[..., None])[..., 0])
+    if problem.token_mask is not None:
+        fill_padding_(output_part, problem.token_mask, 0)
+        fill_padding_(lse_part, problem.token_mask, torch.inf)
 
 
 def backward(
@@ -83,35 +120,55 @@ def backward(
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
         return _dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
-    problem = _Problem(query, key, value, token_mask, blocks, scale, sparse, block_size)
-    dtype = problem.dtype
-    # Padding of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
-    missing = problem.n_blocks * block_size - query.shape[2]
-    row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf).reshape(-1, block_size)
-    row_grad, row_output = (problem.to_rows(x).to(dtype) for x in (grad_output, output))
-    delta = (row_grad * row_output).sum(-1)  # [G * R, M]
-    grads = problem.exact_backward(row_grad, row_output, row_lse, delta)
-    if problem.coarse is not None:
-        for grad, coarse_grad in zip(
-            grads, problem.coarse.backward(row_grad, row_lse, delta), strict=True
-        ):
-            grad.add_(coarse_grad)
+    token_mask = without_full_mask(token_mask)
+    grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
+    for part in parts(query.shape, query.device.type):
+        problem = _Problem(
+            *(x[part] for x in (query, key, value)),
+            None if token_mask is None else token_mask[part[0]],
+            None if blocks is None else blocks[part],
+            scale,
+            sparse,
+            block_size,
+        )
+        computed = _backward_part(problem, grad_output[part], output[part], lse[part])
+        for grad, part_grad in zip(grads, computed, strict=True):
+            grad[part].copy_(problem.to_tokens(part_grad))
     if token_mask is not None:
         for grad in grads:
-            grad.masked_fill_(~problem.real[..., None], 0)
-    grad_query, grad_key, grad_value = (problem.to_tokens(grad, query.dtype) for grad in grads)
-    return grad_query, grad_key, grad_value
+            fill_padding_(grad, token_mask, 0)
+    return grads
+
+
+def _backward_part(
+    problem: "_Problem", grad_output: Tensor, output: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of rows, keys and values, `[G * R, M, D]` each in the compute dtype."""
+    # Padding of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
+    missing = problem.n_blocks * problem.block_size - lse.shape[-1]
+    row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf)
+    row_lse = row_lse.reshape(-1, problem.block_size)
+    row_grad, row_output = (problem.to_rows(x).to(problem.dtype) for x in (grad_output, output))
+    if problem.coarse is None:
+        grads = tuple(torch.zeros_like(row_grad) for _ in range(3))
+    else:
+        coarse = problem.coarse.backward(row_grad, row_output, row_lse)
+        grads = tuple(x.expand_as(row_grad).contiguous() for x in coarse)
+    problem.add_exact_backward_(*grads, row_grad, row_output, row_lse)
+    return grads
 
 
 class _Problem:
-    """One call, laid out in blocks. G = B * H; a "row" is a query block, a "column" a key block,
-    both `[G * R, M, D]`.
+    """One part of a call, laid out in blocks.
+
+    G = B * H; a "row" is a query block, a "column" a key block, both `[G * R, M, D]`.
     """
 
     def __init__(self, query, key, value, token_mask, blocks, scale, sparse, block_size):
         batch, heads, length, _ = query.shape
         self.shape, self.block_size, self.scale = query.shape, block_size, scale
         self.token_mask, self.dtype = token_mask, compute_dtype(query.dtype)
+        self.operand_dtype = operand_dtype(query.dtype, query.device.type)
         self.n_blocks = count_blocks(length, block_size)
         self.rows, self.keys, self.values = (self.to_rows(x) for x in (query, key, value))
 
@@ -124,152 +181,196 @@ class _Problem:
         selected = live_pairs if blocks is None else blocks & live_pairs
         self.selected = selected.reshape(-1, self.n_blocks, self.n_blocks)  # [G, R, R]
         self.real = real[:, None].expand(-1, heads, -1, -1).reshape(-1, block_size)  # [G * R, M]
+        self.key_bias = None  # for the logits of tokens that are not real, in blocks with real ones
         partial = live & (counts < block_size)
-        self.key_bias = (
-            None  # added to the logits where a selected block also holds tokens that are not real
-        )
         if bool(partial.any()):
+            self.partial = partial[:, None].expand(-1, heads, -1).flatten()  # [G * R]
             self.key_bias = torch.zeros(self.real.shape, dtype=self.dtype, device=query.device)
             self.key_bias.masked_fill_(~self.real, -torch.inf)
-        self.coarse = None if sparse or blocks is None else _Coarse(self, counts, live_pairs)
+        self.coarse = None if sparse or blocks is None else _Coarse(self, real, live_pairs)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """`[B, H, N, D]` -> contiguous `[G * R, M, D]`, zeros where there is no real token."""
-        blocks = to_blocks(x, self.token_mask, self.block_size, self.n_blocks)
+        """`[B, H, N, D]` -> contiguous `[G * R, M, D]`; padding holds numbers that do no harm."""
+        x = without_harmful_padding(x, self.token_mask)
+        blocks = to_blocks(x, None, self.block_size, self.n_blocks)
         return blocks.reshape(-1, self.block_size, x.shape[-1]).contiguous()
 
-    def to_tokens(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[G * R, M, D]` -> contiguous `[B, H, N, D]` in `dtype`."""
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """`[G * R, M, D]` -> `[B, H, N, D]`, a view."""
         batch, heads, length, _ = self.shape
-        tokens = rows.view(batch, heads, self.n_blocks * self.block_size, rows.shape[-1])[
-            :, :, :length
-        ]
-        return tokens.to(dtype).contiguous()
+        padded = rows.view(batch, heads, self.n_blocks * self.block_size, rows.shape[-1])
+        return padded[:, :, :length]
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (rows `[n]`, columns `[n, P]`): n query blocks that select P key blocks each, a
-        gather of about 2 MB.
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield (rows `[n]`, columns `[n, P]`, surplus `[n, P]` bool or None).
+
+        A piece is n query blocks that select up to P key blocks each, a gather of about 1 MB; where
+        `surplus` is True the column only fills the list of a shorter row up.
         """
-        counts = self.selected.sum(-1).flatten()  # [G * R]
-        flat = self.selected.flatten().nonzero().squeeze(1)
-        row = flat // self.n_blocks
-        column = flat % self.n_blocks + row // self.n_blocks * self.n_blocks
-        start = counts.cumsum(0) - counts
-        block_bytes = self.block_size * self.shape[-1] * self.dtype.itemsize
-        for per_row in counts.unique().tolist():
-            if per_row == 0:
-                continue
-            rows = (counts == per_row).nonzero().squeeze(1)
-            columns = column[
-                start[rows, None] + torch.arange(per_row, device=rows.device)
-            ]  # [n, P]
-            size = max(1, _GATHER_BYTES // (block_bytes * per_row))
-            yield from zip(rows.split(size), columns.split(size), strict=True)
+        counts, order = self.selected.sum(-1).flatten().sort(stable=True)  # [G * R], ascending
+        pairs = self.selected.flatten(0, 1).index_select(0, order).nonzero()  # row by row
+        first_column = order // self.n_blocks * self.n_blocks  # of the head of each row
+        columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
+        starts = counts.cumsum(0) - counts
+        block_bytes = self.block_size * self.shape[-1] * self.operand_dtype.itemsize
+        for begin, end, width, uniform, offset in _groups(counts):
+            if uniform:
+                lists = columns[offset : offset + (end - begin) * width].view(-1, width)
+                surplus = None
+            else:
+                slots = torch.arange(width, device=counts.device)
+                last = counts[begin:end, None] - 1
+                lists = columns[starts[begin:end, None] + torch.minimum(slots, last)]
+                surplus = slots > last
+            size = max(1, _GATHER_BYTES // (block_bytes * width))
+            for piece in range(0, end - begin, size):
+                span = slice(piece, piece + size)
+                rows = order[begin:end][span]
+                yield rows, lists[span], None if surplus is None else surplus[span]
 
-    def gather(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]` of
-        their padding.
+    def gather(
+        self, columns: Tensor, surplus: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values `[n, 1, P * M, D]` of the columns `[n, P]`, and the bias
+        `[n, 1, 1, P * M]` that hides padding and surplus columns.
         """
         n, flat = columns.shape[0], columns.flatten()
-        dim = self.shape[-1]
-        keys = self.keys.index_select(0, flat).view(n, -1, dim).to(self.dtype)
-        values = self.values.index_select(0, flat).view(n, -1, dim).to(self.dtype)
-        bias = None if self.key_bias is None else self.key_bias.index_select(0, flat).view(n, 1, -1)
-        return keys, values, bias
+        shape = (n, 1, -1, self.shape[-1])
+        keys = self.keys.index_select(0, flat).view(shape).to(self.operand_dtype)
+        values = self.values.index_select(0, flat).view(shape).to(self.operand_dtype)
+        padded = self.key_bias is not None and bool(self.partial.index_select(0, flat).any())
+        if not padded and surplus is None:
+            return keys, values, None
+        if padded:
+            bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.block_size)
+        else:
+            bias = keys.new_zeros((*columns.shape, self.block_size), dtype=self.dtype)
+        if surplus is not None:
+            bias.masked_fill_(surplus[..., None], -torch.inf)
+        return keys, values, bias.view(n, 1, 1, -1)
 
     def exact_forward(self) -> tuple[Tensor, Tensor]:
         """Softmax over the selected blocks alone: `[G * R, M, D]` and its log-sum-exp `[G * R, M]`
         (-inf without any).
         """
-        attend = _flash_forward if flash_is_available(self.rows.device.type) else _matmul_forward
-        output = torch.zeros(self.rows.shape, dtype=self.dtype, device=self.rows.device)
+        output = torch.empty(self.rows.shape, dtype=self.dtype, device=self.rows.device)
         lse = torch.full(self.rows.shape[:2], -torch.inf, dtype=self.dtype, device=self.rows.device)
-        for rows, columns in self.pieces():
-            piece_query = self.rows.index_select(0, rows).to(self.dtype)
-            piece_output, piece_lse = attend(piece_query, *self.gather(columns), self.scale)
-            output.index_copy_(0, rows, piece_output)
-            lse.index_copy_(0, rows, piece_lse)
+        rows_4d, output_4d, lse_3d = self.rows[:, None], output[:, None], lse[:, None]
+        for rows, columns, surplus in self.pieces():
+            query = rows_4d.index_select(0, rows).to(self.operand_dtype)
+            keys, values, bias = self.gather(columns, surplus)
+            piece_output, piece_lse = attend(query, keys, values, bias, self.scale)
+            output_4d.index_copy_(0, rows, piece_output.to(self.dtype))
+            lse_3d.index_copy_(0, rows, piece_lse)
+        nothing = ~self.selected.any(-1).flatten()
+        if bool(nothing.any()):
+            output[nothing] = 0
         return output, lse
 
-    def exact_backward(
-        self, grad: Tensor, output: Tensor, lse: Tensor, delta: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of rows, keys and values through the selected blocks, each `[G * R, M, D]` in
+    def add_exact_backward_(
+        self,
+        grad_rows: Tensor,
+        grad_keys: Tensor,
+        grad_values: Tensor,
+        grad: Tensor,
+        output: Tensor,
+        lse: Tensor,
+    ) -> None:
+        """Add the gradients through the selected blocks to the first three, all `[G * R, M, D]` in
         the compute dtype.
         """
-        flash = flash_is_available(self.rows.device.type)
-        grad_rows, grad_keys, grad_values = (torch.zeros_like(grad) for _ in range(3))
-        for rows, columns in self.pieces():
-            piece_query = self.rows.index_select(0, rows).to(self.dtype)
-            piece = [
-                piece_query,
-                *self.gather(columns),
-                grad.index_select(0, rows),
-                lse.index_select(0, rows),
-            ]
-            if flash:
-                d_query, d_keys, d_values = _flash_backward(
-                    *piece, output.index_select(0, rows), self.scale
-                )
-            else:
-                d_query, d_keys, d_values = _matmul_backward(
-                    *piece, delta.index_select(0, rows), self.scale
-                )
-            grad_rows.index_copy_(0, rows, d_query)
-            add_blocks_(grad_keys, columns.flatten(), d_keys.reshape(-1, *grad.shape[1:]))
-            add_blocks_(grad_values, columns.flatten(), d_values.reshape(-1, *grad.shape[1:]))
-        return grad_rows, grad_keys, grad_values
+        rows_4d, grad_rows_4d, lse_3d = self.rows[:, None], grad_rows[:, None], lse[:, None]
+        grad_4d, output_4d = grad[:, None], output[:, None]
+        block = grad.shape[1:]
+        for rows, columns, surplus in self.pieces():
+            keys, values, bias = self.gather(columns, surplus)
+            d_query, d_keys, d_values = attend_backward(
+                grad_4d.index_select(0, rows),
+                rows_4d.index_select(0, rows).to(self.operand_dtype),
+                keys,
+                values,
+                bias,
+                output_4d.index_select(0, rows),
+                lse_3d.index_select(0, rows),
+                self.scale,
+            )
+            flat = columns.flatten()
+            add_blocks_(grad_rows_4d, rows, d_query)
+            add_blocks_(grad_keys, flat, d_keys.reshape(-1, *block))
+            add_blocks_(grad_values, flat, d_values.reshape(-1, *block))
+
+
+def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
+    """Cut rows, sorted by their number of selected blocks, into groups of about the same number.
+
+    Yields (begin, end, largest number, whether all have it, selected blocks before `begin`).
+    """
+    widths, sizes = (x.tolist() for x in counts.unique_consecutive(return_counts=True))
+    begin = offset = 0
+    i = 0
+    while i < len(widths):
+        if widths[i] == 0:
+            begin, i = sizes[i], i + 1
+            continue
+        j, surplus, members, held = i, 0, sizes[i], sizes[i] * widths[i]
+        while j + 1 < len(widths):
+            surplus += members * (widths[j + 1] - widths[j])
+            if surplus > _PADDING_BLOCKS:
+                break
+            j += 1
+            members += sizes[j]
+            held += sizes[j] * widths[j]
+        yield begin, begin + members, widths[j], i == j, offset
+        begin, offset, i = begin + members, offset + held, j + 1
 
 
 class _Coarse:
     """The low-resolution part: operands of R rows instead of N."""
 
-    def __init__(self, problem: _Problem, counts: Tensor, live_pairs: Tensor):
+    def __init__(self, problem: _Problem, real: Tensor, live_pairs: Tensor):
         batch, heads, _, dim = problem.shape
-        self.n_blocks, self.block_size, self.scale = (
-            problem.n_blocks,
-            problem.block_size,
-            problem.scale,
-        )
+        self.n_blocks, self.scale = problem.n_blocks, problem.scale
 
-        def by_head(x: Tensor) -> Tensor:  # rows [G * R, M, D] -> [B, H, R, M, D]
-            return x.view(batch, heads, self.n_blocks, self.block_size, dim)
+        real_or_none = None if problem.token_mask is None else real
 
-        self.query_means = block_means(by_head(problem.rows), counts).flatten(0, 1)  # [G, R, D]
-        self.key_means = block_means(by_head(problem.keys), counts).flatten(0, 1)
-        self.value_sums = by_head(problem.values).sum(3, dtype=problem.dtype).flatten(0, 1)
-        self.counts = (
-            counts[:, None].expand(-1, heads, -1).reshape(-1, 1, self.n_blocks).to(problem.dtype)
-        )  # [G, 1, R]
+        def sums(rows: Tensor) -> Tensor:  # [G * R, M, D] -> [B, H, R, D]
+            blocks = rows.view(batch, heads, self.n_blocks, problem.block_size, dim)
+            return block_sums(blocks, real_or_none, problem.dtype)
+
+        counts = real.sum(-1)  # [B, R]
+        size = counts.clamp_min(1)[:, None, :, None].to(problem.dtype)
+        self.query_means = (sums(problem.rows) / size).flatten(0, 1)  # [G, R, D]
+        self.key_means = (sums(problem.keys) / size).flatten(0, 1)
+        self.value_sums = sums(problem.values).flatten(0, 1)
+        counts_by_head = counts[:, None].expand(-1, heads, -1)
+        self.counts = counts_by_head.reshape(-1, 1, self.n_blocks).to(problem.dtype)  # [G, 1, R]
         inside = live_pairs.reshape(problem.selected.shape) & ~problem.selected
         logits = self.scale * torch.bmm(self.query_means, self.key_means.mT)
         logits = logits.masked_fill_(~inside, -torch.inf)
         row_max = logits.amax(-1)  # [G, R], -inf where nothing is left to the coarse part
         self.row_max = row_max.view(-1, 1)
-        self.weights = logits.sub_(
-            row_max.masked_fill(row_max == -torch.inf, 0)[..., None]
-        ).exp_()  # E
+        finite_max = row_max.masked_fill(row_max == -torch.inf, 0)
+        self.weights = logits.sub_(finite_max[..., None]).exp_()  # E
 
-    def merge(self, exact_output: Tensor, exact_lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Merge with the exact part, `[G * R, M, D]` and `[G * R, M]`; returns the same shapes."""
-        numerator = torch.bmm(self.weights, self.value_sums).view(
-            -1, 1, exact_output.shape[-1]
-        )  # [G * R, 1, D]
+    def merge_(self, output: Tensor, exact_lse: Tensor) -> Tensor:
+        """Merge into the exact part, `[G * R, M, D]` and `[G * R, M]`; returns the log-sum-exp."""
+        numerator = torch.bmm(self.weights, self.value_sums)  # [G, R, D]
         denominator = (self.weights * self.counts).sum(-1).view(-1, 1)
         lse = torch.logaddexp(exact_lse, self.row_max + denominator.log())  # [G * R, M]
         finite_lse = lse.masked_fill(lse == -torch.inf, 0)
-        output = exact_output.mul_((exact_lse - finite_lse).exp_()[..., None])
-        output.addcmul_((self.row_max - finite_lse).exp_()[..., None], numerator)
-        return output, lse
+        output.mul_((exact_lse - finite_lse).exp_()[..., None])
+        coarse_weight = (self.row_max - finite_lse).exp_()[..., None]
+        output.addcmul_(coarse_weight, numerator.view(-1, 1, output.shape[-1]))
+        return lse
 
-    def backward(self, grad: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients for every token of a block, `[G * R, 1, D]` each (the mean spreads them
         evenly).
         """
         dim = grad.shape[-1]
-        weight = (
-            self.row_max - lse
-        ).exp_()  # [G * R, M], 0 at padding and where there is no coarse part
+        # 0 at padding and where there is no coarse part
+        weight = (self.row_max - lse).exp_()  # [G * R, M]
+        delta = _row_dots(grad, output)  # [G * R, M]
         grad_sum = torch.bmm(weight[:, None], grad).view(-1, self.n_blocks, dim)  # G: [G, R, D]
         delta_sum = (weight * delta).sum(-1).view(-1, self.n_blocks, 1)  # g: [G, R, 1]
         grad_values = torch.bmm(self.weights.mT, grad_sum)
@@ -281,6 +382,13 @@ class _Coarse:
         grad_query = torch.bmm(grad_logits, self.key_means).mul_(per_token)
         grad_keys = torch.bmm(grad_logits.mT, self.query_means).mul_(per_token)
         return grad_query.view(-1, 1, dim), grad_keys.view(-1, 1, dim), grad_values.view(-1, 1, dim)
+
+
+def _row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over the last dimension of x * y, a few rows at a time: no product as large as x."""
+    size = max(1, _GATHER_BYTES // (x[0].numel() * x.dtype.itemsize))
+    pieces = zip(x.split(size), y.split(size), strict=True)
+    return torch.cat([(a * b).sum(-1) for a, b in pieces])
 
 
 def add_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
@@ -299,78 +407,6 @@ def add_sorted_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
     where, lengths = index.unique_consecutive(return_counts=True)
     sums = torch.segment_reduce(source[order].flatten(1), "sum", lengths=lengths)
     target[where] += sums.view(-1, *target.shape[1:])
-
-
-# -- one batched attention: query [n, M, D], keys and values [n, K, D], bias [n, 1, K] or None
-
-
-@cache
-def flash_is_available(device_type: str) -> bool:
-    """Whether aten's flash attention for CPUs, a private op, exists and accepts the calls made
-    here; tried once.
-    """
-    if device_type != "cpu":
-        return False
-    try:
-        query, bias = torch.ones(1, 2, 8), torch.zeros(1, 1, 2)
-        output, lse = _flash_forward(query, query, query, bias, 1.0)
-        _flash_backward(query, query, query, bias, query, lse, output, 1.0)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return output.shape == (1, 2, 8) and lse.shape == (1, 2)
-
-
-def _flash_forward(query, keys, values, bias, scale) -> tuple[Tensor, Tensor]:
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query[:, None],
-        keys[:, None],
-        values[:, None],
-        0.0,
-        False,
-        attn_mask=_one_head(bias),
-        scale=scale,
-    )
-    return output[:, 0], lse[:, 0]
-
-
-def _flash_backward(
-    query, keys, values, bias, grad, lse, output, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x[:, None] for x in (grad, query, keys, values, output, lse)),
-        0.0,
-        False,
-        attn_mask=_one_head(bias),
-        scale=scale,
-    )
-    return grads[0][:, 0], grads[1][:, 0], grads[2][:, 0]
-
-
-def _one_head(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias[:, None]
-
-
-def _matmul_forward(query, keys, values, bias, scale) -> tuple[Tensor, Tensor]:
-    logits = torch.bmm(query, keys.mT).mul_(scale)
-    if bias is not None:
-        logits += bias
-    lse = logits.logsumexp(-1)
-    return torch.bmm(logits.sub_(lse[..., None]).exp_(), values), lse
-
-
-def _matmul_backward(
-    query, keys, values, bias, grad, lse, delta, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = torch.bmm(query, keys.mT).mul_(scale)
-    if bias is not None:
-        logits += bias
-    weights = logits.sub_(lse[..., None]).exp_()
-    grad_logits = torch.bmm(grad, values.mT).sub_(delta[..., None]).mul_(weights).mul_(scale)
-    return (
-        torch.bmm(grad_logits, keys),
-        torch.bmm(grad_logits.mT, query),
-        torch.bmm(weights.mT, grad),
-    )
 
 
 # -- every live pair selected: dense softmax attention
@@ -394,9 +430,7 @@ def _dense_inputs(query, key, value, token_mask):
 
 def _dense_forward(query, key, value, token_mask, scale):
     query, key, value, bias = _dense_inputs(query, key, value, token_mask)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, False, attn_mask=bias, scale=scale
-    )
+    output, lse = flash_forward(query, key, value, bias, scale)
     output, lse = output.contiguous(), lse.contiguous()
     if token_mask is not None:
         output.masked_fill_(~token_mask[:, None, :, None], 0)
@@ -410,13 +444,7 @@ def _dense_backward(grad_output, query, key, value, output, lse, token_mask, sca
     grad_output = grad_output.to(query.dtype)
     if token_mask is not None:
         grad_output = grad_output.masked_fill(~token_mask[:, None, :, None], 0)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(grad_output.contiguous(), query, key, value, output, lse),
-        0.0,
-        False,
-        attn_mask=bias,
-        scale=scale,
-    )
+    grads = flash_backward(grad_output.contiguous(), query, key, value, bias, output, lse, scale)
     if token_mask is not None:
         grads = [grad.masked_fill(~token_mask[:, None, :, None], 0) for grad in grads]
     grad_query, grad_key, grad_value = (grad.to(input_dtype).contiguous() for grad in grads)
