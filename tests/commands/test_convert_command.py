@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedL
 from transformers.utils import logging
 
 from mra_hf.commands import COMMANDS, main, run_command
-from mra_hf.sapiens import SPECIALS, VOCABULARY, letter_tokenizer
+from sapiens import SPECIALS, VOCABULARY, letter_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SIZES = {

@@ -23,7 +23,7 @@ from mra_hf import MraConfig, checkpoint_files, conversion
 from mra_hf.checkpoint_files import staged_directory
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.evaluation import masked_token_scores
-from mra_hf.sapiens import SPECIALS, letter_tokenizer
+from sapiens import SPECIALS, letter_tokenizer
 
 LENGTH = 40  # learned positions of every source
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import mra_hf
-from mra_hf import sapiens
+import sapiens
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.evaluation import masked_token_scores
 from real_checkpoints import antiberty_checkpoint, fetched, minilm_checkpoint

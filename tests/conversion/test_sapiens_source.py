@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, RobertaForMaskedLM, pipeline
 
-from mra_hf import sapiens
+import sapiens
 from real_checkpoints import fetched
 
 ACCURACIES = (0.767, 0.868, 0.758, 0.724, 0.894, 0.856, 0.907, 0.967)

@@ -3,15 +3,11 @@
 import re
 from pathlib import Path
 
-from mra_hf import sapiens
-from real_checkpoints import fetched
-
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
-    fetched(sapiens.sapiens_checkpoint)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 4

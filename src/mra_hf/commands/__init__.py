@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 COMMANDS = {
     "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
     "run-mlm": "train or evaluate a masked language model with Trainer",
-    "quickstart": "the whole journey on a small real checkpoint, in two minutes",
+    "score": "masked-token accuracy and loss of checkpoints on held-out text",
+    "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
+    "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",
 }
 
 

@@ -1,7 +1,8 @@
-"""Convert a real checkpoint and see what comes out, in two minutes on a CPU.
+"""Convert a real checkpoint and see what comes out, in two minutes on a CPU, offline.
 
-Converts SOURCE to a long MRA checkpoint, compares both on masked tokens, fills masks, times
-attention against dense at 4096 tokens on this machine, and draws one head in two resolutions.
+Converts SOURCE to a long MRA checkpoint, compares both on masked tokens, fills masks in a long
+document, times attention against dense at 4096 tokens on this machine, and draws one head in two
+resolutions. Without SOURCE: a small English RoBERTa, and what becomes of it when training goes on.
 
 example:
   mra-hf quickstart
@@ -16,23 +17,26 @@ import random
 import statistics
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from mra_attention import mra2_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
-from mra_hf import sapiens
 from mra_hf.analysis.attention_maps import matrices_of_all_heads, plot_two_resolutions
 from mra_hf.conversion import REPORT_NAME, convert_checkpoint
 from mra_hf.conversion_report import ConversionReport
+from mra_hf.english import LENGTHS as ENGLISH_LENGTHS
+from mra_hf.english import english_checkpoint, english_sample
 from mra_hf.evaluation import masked_token_scores, read_texts
 
 _TIMED_LENGTH = 4096
 _PICTURE_TOKENS = 1024
+
+#: What byte-level BPE and SentencePiece put before a piece that begins a word.
+WORD_STARTS = ("\u0120", "\u2581")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="?",
         help="a checkpoint with a masked-LM head: a directory or hub id of type roberta, "
-        "xlm-roberta, camembert, bert or mra. Default: a small real RoBERTa of antibody chains, "
-        "fetched with pip",
+        "xlm-roberta, camembert, bert or mra. Default: the small English RoBERTa that comes with "
+        "this package",
     )
     parser.add_argument(
         "--output",
@@ -65,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.output / "checkpoint"
 
     steps.begin("get the source checkpoint")
-    texts, short_texts = _texts(args)
-    source = args.source or str(sapiens.sapiens_checkpoint())
+    text = _text(args)
+    source = args.source or str(english_checkpoint())
     if args.source is not None and args.text is None:
-        texts, short_texts = _readable(texts, short_texts, source)
+        text = _readable(text, source)
 
     steps.begin(f"convert it to {args.max_length} tokens and score masked tokens")
     report = convert_checkpoint(
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint,
         max_length=args.max_length,
         block_per_row=args.block_per_row,
-        text=texts,
+        text=[text],
         force=(checkpoint / REPORT_NAME).exists(),  # one of an earlier quickstart
     )
     print(dataclasses.replace(report, scores=()).summary())
@@ -84,20 +88,28 @@ def run(args: argparse.Namespace) -> int:
     steps.begin("compare source and result on masked tokens")
     model = AutoModelForMaskedLM.from_pretrained(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    scores = _compare(report, model, tokenizer, texts)
+    models = {"untrained": (model, "sdpa")}
+    continued = None
+    if args.source is None and args.max_length <= max(ENGLISH_LENGTHS):
+        continued = AutoModelForMaskedLM.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
+        continued.eval()
+        models["continued"] = (continued, "mra2")
+    scores = _compare(report, models, tokenizer, text)
 
-    steps.begin("fill masks with the converted checkpoint")
-    filled = _fill_masks(model, tokenizer, short_texts)
+    best = model if continued is None else continued
+    kind = "converted" if continued is None else "continued"
+    steps.begin(f"fill masks in a long document with the {kind} checkpoint")
+    filled = _fill_masks(best, tokenizer, text)
 
     steps.begin(f"time attention at {_TIMED_LENGTH} tokens")
     timings = _time_attention(args.block_per_row)
 
     steps.begin("draw one head in two resolutions")
     picture = args.output / "attention.png"
-    drawn = _draw(model, tokenizer, texts, picture)
+    drawn = _draw(best, tokenizer, text, picture)
 
     numbers = {
-        "source": args.source or "sapiens==1.0.5 (heavy chains)",
+        "source": args.source or "the embedded English checkpoint",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "masked_tokens": scores,
@@ -138,68 +150,63 @@ class _Steps:
         print(f"\ndone in {self.elapsed():.0f} s", file=sys.stderr)
 
 
-def _texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The texts to measure on, and a few short ones to mask a token of."""
-    if args.text is not None:
-        texts = read_texts(args.text)
-        return texts, [line for line in texts[0].splitlines() if line.strip()][:3]
-    if args.source is None:
-        # Four times over, about 4000 tokens; each copy has other tokens masked.
-        return list(sapiens.HEAVY_CHAINS) * 4, list(sapiens.HEAVY_CHAINS[:3])
-    text = resources.files("mra_hf").joinpath("assets/sample.txt").read_text(encoding="utf-8")
-    texts = text.split("\n\n")
-    return texts, [part.split(". ")[0] + "." for part in texts[:3]]
+def _text(args: argparse.Namespace) -> str:
+    """The document to measure on: the file given, or the English sample."""
+    return english_sample() if args.text is None else read_texts(args.text)[0]
 
 
-def _readable(texts: list[str], short_texts: list[str], source: str) -> tuple[list[str], list[str]]:
-    """The texts, or words of the tokenizer of `source` where they are unknown to it."""
+def _readable(text: str, source: str) -> str:
+    """The text, or words of the tokenizer of `source` where it is unknown to it."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
-        return texts, short_texts  # the conversion says what is wrong
+        return text  # the conversion says what is wrong
     special = set(tokenizer.all_special_ids)
-    known = [token not in special for token in tokenizer(" ".join(texts), verbose=False).input_ids]
+    known = [token not in special for token in tokenizer(text, verbose=False).input_ids]
     if sum(known) >= len(known) / 2:
-        return texts, short_texts
+        return text
     print(
         "The English sample is unknown to this tokenizer: random words of its vocabulary take its "
         "place.\nPass --text FILE, a text the model was made for, for scores that mean something."
     )
     words = sorted({token for token in tokenizer.get_vocab().values() if token not in special})
     generator = random.Random(0)
-    drawn = [
-        " ".join(tokenizer.decode([generator.choice(words)]) for _ in range(200)) for _ in range(5)
-    ]
-    return drawn, [" ".join(text.split()[:20]) for text in drawn[:3]]
+    return " ".join(tokenizer.decode([generator.choice(words)]) for _ in range(1000))
 
 
-def _compare(report: ConversionReport, model, tokenizer, texts: list[str]) -> list[dict]:
-    """The report's masked-token scores, and those of the result's weights with dense attention."""
-    rows = [
-        {
-            "model": row.model if row.model == "source" else "result, untrained",
-            "attention": row.attention,
-            "length": row.length,
-            "accuracy": round(row.accuracy, 4),
-            "nll": round(row.nll, 4),
-            "masked_tokens": row.n_masked,
+def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> list[dict]:
+    """The report's masked-token scores, then those of `models` (name -> (model, attention))."""
+
+    def row(name: str, attention: str, scores) -> dict:
+        return {
+            "model": name,
+            "attention": attention,
+            "length": scores.length,
+            "accuracy": round(scores.accuracy, 4),
+            "nll": round(scores.nll, 4),
+            "masked_tokens": scores.n_masked,
         }
-        for row in report.scores
-    ]
-    model.set_attn_implementation("sdpa")
-    dense = masked_token_scores(
-        model, tokenizer, texts, length=report.max_length, max_tokens=report.scores[-1].n_tokens
-    )
-    model.set_attn_implementation("mra2")
-    rows.append(
-        rows[-1]
-        | {"attention": "dense", "accuracy": round(dense.accuracy, 4), "nll": round(dense.nll, 4)}
-    )
-    print(f"{'model':<20}{'attention':<11}{'chunk':>6}{'accuracy':>10}{'loss':>8}{'masked':>8}")
-    for row in rows:
+
+    names = {"source": "source"}
+    rows = [row(names.get(s.model, "untrained"), s.attention, s) for s in report.scores]
+    for name, (model, attention) in models.items():
+        own = model.config._attn_implementation
+        model.set_attn_implementation(attention)
+        scores = masked_token_scores(
+            model,
+            tokenizer,
+            text,
+            length=report.max_length,
+            max_tokens=report.scores[-1].n_tokens,
+        )
+        model.set_attn_implementation(own)
+        shown = "dense" if attention == "sdpa" else "MRA-2"
+        rows.append(row(name, shown, scores))
+    print(f"{'model':<14}{'attention':<11}{'chunk':>6}{'accuracy':>10}{'loss':>8}{'masked':>8}")
+    for entry in rows:
         print(
-            f"{row['model']:<20}{row['attention']:<11}{row['length']:>6}{row['accuracy']:>10.1%}"
-            f"{row['nll']:>8.3f}{row['masked_tokens']:>8}"
+            f"{entry['model']:<14}{entry['attention']:<11}{entry['length']:>6}"
+            f"{entry['accuracy']:>10.1%}{entry['nll']:>8.3f}{entry['masked_tokens']:>8}"
         )
     print(f"Up to {report.dense_length} tokens the result is dense attention.", end=" ")
     if report.max_length > report.source_length:
@@ -212,25 +219,53 @@ def _compare(report: ConversionReport, model, tokenizer, texts: list[str]) -> li
     return rows
 
 
-def _fill_masks(model, tokenizer, texts) -> list[dict]:
-    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer, device="cpu")
+@torch.no_grad()
+def _fill_masks(model, tokenizer, text: str, places: int = 8) -> list[dict]:
+    """Hide some words of the document at once and print what the model puts there."""
+    ids = tokenizer(
+        text, truncation=True, max_length=model.config.max_tokens, return_tensors="pt"
+    ).input_ids
+    hidden = _words(ids[0].tolist(), tokenizer, places)
+    masked = ids.clone()
+    masked[0, hidden] = tokenizer.mask_token_id
+    begin = time.perf_counter()
+    states = model.base_model(masked).last_hidden_state[0, hidden]
+    probabilities = model.lm_head(states).float().softmax(-1)  # [places, vocabulary]
+    seconds = time.perf_counter() - begin
+    print(f"{ids.shape[1]} tokens, {len(hidden)} of them hidden, read at once in {seconds:.2f} s")
     rows = []
-    for text in texts:
-        room = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:room]
-        if len(ids) < 3:
-            continue
-        place = len(ids) // 2
-        truth = tokenizer.decode([ids[place]]).strip()
-        before, after = (tokenizer.decode(part) for part in (ids[:place], ids[place + 1 :]))
-        best = fill(f"{before}{tokenizer.mask_token}{after}", top_k=3)
-        guesses = [(guess["token_str"].strip(), round(guess["score"], 3)) for guess in best]
+    for place, guess in zip(hidden, probabilities, strict=True):
+        best = guess.topk(3)
+        before, after = (
+            " ".join(tokenizer.decode(part, skip_special_tokens=True).split())
+            for part in (ids[0, max(0, place - 12) : place], ids[0, place + 1 : place + 9])
+        )
+        truth = tokenizer.decode(ids[0, place]).strip()
+        guesses = [
+            (tokenizer.decode([token]).strip(), round(score, 3))
+            for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
         rows.append(
-            {"before": before[-30:], "after": after[:30], "truth": truth, "guesses": guesses}
+            {"place": place, "before": before, "after": after, "truth": truth, "guesses": guesses}
         )
         shown = ", ".join(f"{token} {score:.0%}" for token, score in guesses)
-        print(f"...{before[-30:]}[{truth}]{after[:30]}...  ->  {shown}")
+        print(f"{place:>6}  ...{before[-34:]} [{truth}] {after[:20]}...  ->  {shown}")
     return rows
+
+
+def _words(ids: list[int], tokenizer, places: int) -> list[int]:
+    """Places of whole words, spread evenly over the document; of any tokens if it has no words."""
+    special = set(tokenizer.all_special_ids)
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    words = [
+        i
+        for i, (token, piece) in enumerate(zip(ids, pieces, strict=True))
+        if token not in special and piece[:1] in WORD_STARTS and piece[1:].isalpha()
+    ]
+    if len(words) < places:
+        words = [i for i, token in enumerate(ids) if token not in special]
+    step = max(1, len(words) // places)
+    return words[step // 2 :: step][:places]
 
 
 def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
@@ -263,10 +298,8 @@ def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
     return measured
 
 
-def _draw(model, tokenizer, texts, path: Path) -> dict:
-    ids = tokenizer(
-        " ".join(texts), return_tensors="pt", truncation=True, max_length=model.config.max_tokens
-    )
+def _draw(model, tokenizer, text: str, path: Path) -> dict:
+    ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_tokens)
     ids = ids["input_ids"][:, :_PICTURE_TOKENS]
     heads = sorted(matrices_of_all_heads(model, {"input_ids": ids}), key=lambda m: m.relative_error)
     chosen = heads[len(heads) // 2]  # neither the best nor the worst head

@@ -80,23 +80,6 @@ def web_bible(folder: Path) -> Documents:
                 yield titles[-1], _osis_text(markup)
 
 
-def wordnet_glosses(folder: Path) -> Documents:
-    """Words and glosses of `wordnet-base`, synset by synset, in documents of equal size."""
-    for part in ("noun", "verb", "adj", "adv"):
-        lines = []
-        for line in _only(folder, f"data.{part}").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):
-                continue  # the licence at the top of the file
-            fields, _, gloss = line.partition("|")
-            fields = fields.split()
-            words = [
-                re.sub(r"\(\w+\)$", "", fields[4 + 2 * i]).replace("_", " ")
-                for i in range(int(fields[3], 16))
-            ]
-            lines.append(f"{', '.join(words)}: {gloss.strip()}")
-        yield from _pieces(f"WordNet {part}", lines)
-
-
 def dictionary(folder: Path) -> Documents:
     """A dictionary in dictd format (`*.dict.dz`), in documents of equal size."""
     file = _only(folder, "*.dict.dz")

@@ -1,0 +1,142 @@
+"""What the benchmark measures: attention alone, self-attention modules, whole models.
+
+Every section times its providers in turn on the same inputs and returns rows of the CSV; dense SDPA
+is always among them, and `ratio` is its median time over that of the row.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from memory import peak_megabytes
+from peers import self_attention_modules, whole_models
+from torch import Tensor
+
+from mra_attention import mra2_attention
+from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HEADS, HEAD_DIM = 12, 64
+
+#: Tokens that the mask of "mra2_padded" hides at the end: one block and a half.
+PADDING = 48
+
+#: (provider, block_per_row or None) -> function
+Providers = dict[tuple[str, int | None], Callable[..., Tensor]]
+
+
+def attention(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """Attention on ready query, key and value: SDPA and MRA-2, and MRA-2 with a padding mask."""
+    inputs = topical_inputs(length, dtype=DTYPES[dtype], device=device)
+    providers = attention_providers(length, budgets, device)
+    with torch.no_grad():
+        exact = F.scaled_dot_product_attention(*(x.float() for x in inputs))
+        real = slice(0, length - PADDING)
+        errors = {
+            name: _relative_error(function(*inputs)[:, :, real], exact[:, :, real])
+            for name, function in providers.items()
+        }
+    peaks = {}
+    if memory:
+        peaks = {name: peak_megabytes(device, length, dtype, budgets, name) for name in providers}
+    rows = []
+    for backward in (False, True):
+        samples = interleaved_milliseconds(providers, inputs, backward=backward, repeats=repeats)
+        rows += _rows("attention", length, dtype, backward, samples, errors, peaks)
+    return rows
+
+
+def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> Providers:
+    """SDPA, MRA-2 with each budget, and the largest but one padded by a block and a half."""
+    providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
+    for block_per_row in budgets:
+        providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
+            q, k, v, block_per_row=n
+        )
+    if length > PADDING and 8 in budgets:
+        mask = torch.ones(1, length, dtype=torch.bool, device=device)
+        mask[:, -PADDING:] = False
+        providers["mra2_padded", 8] = lambda q, k, v: mra2_attention(q, k, v, mask, block_per_row=8)
+    return providers
+
+
+def self_attention(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """Whole self-attention modules, projections included, hidden size 768: MRA-2 and its peers."""
+    assert not memory
+    hidden = torch.randn(1, length, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(device, DTYPES[dtype]).requires_grad_()
+    providers = self_attention_modules(length, DTYPES[dtype], budgets, device)
+    rows = []
+    for backward in (False, True):
+        samples = interleaved_milliseconds(providers, (hidden,), backward=backward, repeats=repeats)
+        rows += _rows("self_attention", length, dtype, backward, samples)
+    return rows
+
+
+def model(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """RoBERTa-base with a masked-LM head: a forward pass, and a training step with AdamW."""
+    assert not memory and dtype == "fp32"
+    rows = []
+    for name, training in (("fwd", False), ("step", True)):
+        providers, inputs = whole_models(length, budgets, device, training)
+        samples = interleaved_milliseconds(providers, inputs, backward=False, repeats=repeats)
+        rows += _rows("model", length, dtype, training, samples, passes=name)
+    return rows
+
+
+def _relative_error(output: Tensor, exact: Tensor) -> float:
+    return float((output.float() - exact).norm() / exact.norm())
+
+
+def _rows(op, length, dtype, backward, samples, errors=None, peaks=None, passes=None) -> list[dict]:
+    dense = statistics.median(samples["sdpa", None])
+    rows = []
+    for (provider, block_per_row), times in samples.items():
+        ordered = sorted(times)
+        median = statistics.median(ordered)
+        rows.append(
+            {
+                "op": op,
+                "provider": provider,
+                "dtype": dtype,
+                "batch": 1,
+                "heads": HEADS,
+                "length": length,
+                "head_dim": HEAD_DIM,
+                "block_per_row": block_per_row,
+                "mode": "full" if provider.startswith("mra2") else "",
+                "pass": passes or ("fwd+bwd" if backward else "fwd"),
+                "ms_median": round(median, 3),
+                "ms_p20": round(ordered[int(0.2 * (len(ordered) - 1))], 3),
+                "ms_p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
+                "peak_mb": (peaks or {}).get((provider, block_per_row)) if backward else None,
+                "rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None,
+                "ratio": dense / median,
+            }
+        )
+    return rows
+
+
+SECTIONS = {"attention": attention, "self_attention": self_attention, "model": model}

@@ -1,0 +1,88 @@
+"""Score masked language models on held-out text: accuracy and loss of hidden tokens.
+
+Every checkpoint hides the same tokens of the text at every length, so that rows can be compared.
+
+example:
+  mra-hf score roberta-base roberta-4096 --text held-out.txt --length 512 --out scores.csv
+"""
+
+import argparse
+import csv
+import datetime
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from mra_hf.data.mlm import load_documents
+from mra_hf.evaluation import masked_token_scores
+
+COLUMNS = (
+    *("date", "device", "threads", "torch", "transformers", "model", "attention", "length"),
+    *("text", "tokens", "masked_tokens", "accuracy", "nll"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("models", nargs="+", help="checkpoints with a masked-LM head")
+    parser.add_argument(
+        "--text", nargs="+", required=True, help=".txt or .jsonl files, or folders of them"
+    )
+    parser.add_argument(
+        "--length", type=int, help="tokens of a chunk (default: what each model can read)"
+    )
+    parser.add_argument("--attention", help="sdpa, mra2, mra2_s (default: each model's own)")
+    parser.add_argument("--max-tokens", type=int, help="read only the first so many tokens")
+    parser.add_argument("--out", type=Path, help="CSV to append the rows to")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score every model, print a table and append it to the CSV."""
+    texts = [row["text"] for row in load_documents(args.text)]
+    rows = []
+    print(f"{'model':<32}{'attention':<10}{'chunk':>6}{'accuracy':>10}{'nll':>8}{'masked':>8}")
+    for name in args.models:
+        options = {} if args.attention is None else {"attn_implementation": args.attention}
+        model = AutoModelForMaskedLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        scores = masked_token_scores(
+            model,
+            tokenizer,
+            texts,
+            length=args.length or tokenizer.model_max_length,
+            max_tokens=args.max_tokens,
+        )
+        rows.append(
+            {
+                "date": datetime.date.today().isoformat(),
+                "device": model.device.type,
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "model": Path(name).name,
+                "attention": model.config._attn_implementation,
+                "length": scores.length,
+                "text": " ".join(Path(text).name for text in args.text),
+                "tokens": scores.n_tokens,
+                "masked_tokens": scores.n_masked,
+                "accuracy": round(scores.accuracy, 4),
+                "nll": round(scores.nll, 4),
+            }
+        )
+        row = rows[-1]
+        print(
+            f"{row['model'][-30:]:<32}{row['attention']:<10}{row['length']:>6}"
+            f"{row['accuracy']:>10.1%}{row['nll']:>8.3f}{row['masked_tokens']:>8}",
+            flush=True,
+        )
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        begin = not args.out.exists()
+        with args.out.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if begin:
+                writer.writeheader()
+            writer.writerows(rows)
+    return 0

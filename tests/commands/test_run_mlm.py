@@ -1,0 +1,207 @@
+"""`mra-hf run-mlm`: settings, training, resuming, what is written; and the loss it trains with."""
+
+import csv
+import json
+import random
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForMaskedLM, RobertaForMaskedLM
+
+import mra_hf
+from mra_hf import training
+from mra_hf.commands import main
+from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
+
+SCRATCH = (
+    "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32,"
+    "max_position_embeddings=66,hidden_dropout_prob=0.0,attention_probs_dropout_prob=0.0"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Texts whose words follow one another by rule, a tokenizer, a YAML file."""
+    monkeypatch.chdir(tmp_path)
+    generator = random.Random(0)
+    for name, documents in (("train", 40), ("held-out", 4)):
+        lines = []
+        for _ in range(documents):
+            start = generator.randrange(80)
+            text = " ".join(f"w{10 + (start + i) % 80}" for i in range(150))
+            lines.append(json.dumps({"text": text}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    settings = {
+        "config_overrides": SCRATCH,
+        "start_with_neighbours": True,
+        "tokenizer_name": "tokenizer",
+        "train_file": ["train.jsonl"],
+        "validation_file": ["held-out.jsonl"],
+        "max_seq_length": 64,
+        "do_train": True,
+        "do_eval": True,
+        "output_dir": "run",
+        "max_steps": 4,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": "1e-3",
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    (tmp_path / "mlm.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def test_a_run_writes_model_results_curve_and_settings(folder, capsys):
+    assert main(["run-mlm", "mlm.yaml"]) == 0
+    assert "eval_bits_per_token" in capsys.readouterr().out
+    model = AutoModelForMaskedLM.from_pretrained("run")
+    assert isinstance(model, RobertaForMaskedLM) and model.config.hidden_size == 32
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["train"]["steps"] == 4 and results["max_seq_length"] == 64
+    assert 0 <= results["eval"]["eval_accuracy"] <= 1
+    nll, bits = results["eval"]["eval_nll"], results["eval"]["eval_bits_per_token"]
+    assert bits == pytest.approx(nll / 0.693147, rel=1e-4)
+    with (folder / "run" / "training_curve.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
+    assert rows[1]["eval_nll"] and not rows[0]["eval_nll"] and rows[0]["loss"]
+
+
+def test_the_saved_settings_repeat_the_run(folder):
+    assert main(["run-mlm", "mlm.yaml", "--max_steps", "2", "--max_train_samples", "50"]) == 0
+    saved = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
+    assert saved["max_steps"] == 2 and saved["max_train_samples"] == 50, "the command line wins"
+    assert saved["learning_rate"] == 1e-3
+    assert main(["run-mlm", "run/experiment.yaml", "--output_dir", "again"]) == 0
+    first, second = (
+        AutoModelForMaskedLM.from_pretrained(name).state_dict() for name in ("run", "again")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(folder):
+    assert main(["run-mlm", "mlm.yaml", "--output_dir", "whole"]) == 0
+    shutil_target = folder / "part"
+    assert main(["run-mlm", "mlm.yaml", "--output_dir", "part"]) == 0
+    for path in (shutil_target / "checkpoint-4").iterdir():
+        path.unlink()
+    (shutil_target / "checkpoint-4").rmdir()
+    arguments = ["run-mlm", "mlm.yaml", "--output_dir", "part"]
+    assert main([*arguments, "--resume_from_checkpoint", "true"]) == 0
+    whole, part = (
+        AutoModelForMaskedLM.from_pretrained(name).state_dict() for name in ("whole", "part")
+    )
+    for name in whole:
+        torch.testing.assert_close(part[name], whole[name], rtol=0, atol=1e-6)
+
+
+def test_an_mra_checkpoint_is_trained_and_evaluated(folder):
+    model = mra_hf.MraForMaskedLM(mra_config(block_per_row=2))
+    model.save_pretrained("mra")
+    arguments = ["--model_name_or_path", "mra", "--tokenizer_name", "tokenizer"]
+    arguments += ["--start_with_neighbours", "false", "--max_seq_length", "256"]
+    (folder / "mlm.yaml").write_text(
+        (folder / "mlm.yaml").read_text().replace(f"config_overrides: {SCRATCH}\n", "")
+    )
+    settings = yaml.safe_load((folder / "mlm.yaml").read_text())
+    settings.pop("config_overrides", None)
+    (folder / "mlm.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["run-mlm", "mlm.yaml", *arguments, "--max_steps", "1"]) == 0
+    trained = AutoModelForMaskedLM.from_pretrained("run")
+    assert isinstance(trained, mra_hf.MraForMaskedLM)
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["attention"] == "mra2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output_dir", "."], "is not empty"),
+        (["--max_seq_length", "100"], "max_seq_length must be at most 64"),
+        (["--mlm_probability", "0"], "mlm_probability"),
+        (["--do_train", "false", "--do_eval", "false"], "nothing to do"),
+        (["--dataset_name", "some/text"], "both given"),
+        (["--tokenizer_name", ""], "tokenizer"),
+        (["--streaming", "true", "--max_steps", "-1"], "max_steps"),
+        (["--resume_from_checkpoint", "nowhere"], "checkpoint folder"),
+        (["--validation_file", "none.txt"], "no text files"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(arguments, words, folder, capsys):
+    assert main(["run-mlm", "mlm.yaml", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+    assert not (folder / "run").exists()
+
+
+def test_a_yaml_key_that_does_not_exist_is_named(folder, capsys):
+    (folder / "bad.yaml").write_text("learning_rat: 1\n")
+    assert main(["run-mlm", "bad.yaml"]) == 2
+    assert "learning_rat" in capsys.readouterr().err
+    assert main(["run-mlm", "missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mra"])
+def test_logits_at_masked_places_alone_give_the_same_loss_and_gradients(kind):
+    torch.manual_seed(0)
+    config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    if kind == "roberta":
+        model = RobertaForMaskedLM(roberta_config(**config))
+    else:
+        model = mra_hf.MraForMaskedLM(mra_config(block_per_row=2, **config))
+    batch = padded_batch()
+    labels = torch.where(torch.rand(batch["input_ids"].shape) < 0.2, batch["input_ids"], -100)
+    model.train()
+    expected = model(**batch, labels=labels)
+    expected.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    training.predict_masked_places(model)
+    given = model(**batch, labels=labels)
+    given.loss.backward()
+    assert given.logits.shape == (int((labels != -100).sum()), config_of(model).vocab_size)
+    torch.testing.assert_close(given.loss, expected.loss)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)
+    # Accumulated over two batches, the loss of each is divided by the labels of both.
+    halved = model(**batch, labels=labels, num_items_in_batch=2 * (labels != -100).sum())
+    torch.testing.assert_close(2 * halved.loss, expected.loss)
+    model.eval()
+    assert model(**batch, labels=labels).logits.shape[:2] == labels.shape
+
+
+def config_of(model):
+    return model.config
+
+
+def test_an_evaluation_hides_the_same_tokens_every_time(folder):
+    arguments = ["run-mlm", "mlm.yaml", "--max_steps", "1", "--learning_rate", "0"]
+    assert main([*arguments, "--eval_steps", "1"]) == 0
+    with (folder / "run" / "training_curve.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert float(row["eval_nll"]) == pytest.approx(results["eval"]["eval_nll"], abs=1e-6)
+
+
+def test_heads_of_the_first_layer_begin_with_neighbours():
+    torch.manual_seed(0)
+    config = roberta_config(
+        initializer_range=0.05, hidden_size=192, num_attention_heads=3, attn_implementation="eager"
+    )
+    model = RobertaForMaskedLM(config).eval()
+    training.start_with_neighbours(model)
+    assert model.roberta.embeddings.position_embeddings.weight[1].abs().max() == 0, "padding"
+    ids = torch.randint(5, 99, (4, 100))
+    weights = model(ids, output_attentions=True).attentions[0]  # [B, H, N, N]
+    for head, offset in enumerate((-1, 1, -2)):
+        diagonal = weights[:, head].diagonal(offset, -2, -1).mean()
+        assert diagonal > 3 * weights[:, head].diagonal(0, -2, -1).mean()
+        assert diagonal > 0.2
