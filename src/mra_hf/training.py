@@ -326,7 +326,7 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def _check(model_args, data_args, training_args) -> None:
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
-    if model_args.model_name_or_path is None and model_args.tokenizer_name is None:
+    if not model_args.model_name_or_path and not model_args.tokenizer_name:
         raise ValueError(
             "training from scratch needs a tokenizer; pass --tokenizer_name, or a checkpoint with "
             "--model_name_or_path."
