@@ -33,6 +33,7 @@ from transformers.modeling_outputs import MaskedLMOutput
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 import mra_hf
+from mra_hf.analysis.training_curve import plot_training_curve
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 EXPERIMENT_NAME = "experiment.yaml"
 RESULTS_NAME = "results.json"
 HISTORY_NAME = "training_curve.csv"
+PICTURE_NAME = "training_curve.png"
 
 #: Of `start_with_neighbours`: radians per token of the fastest wave and the slowest's share of it,
 #: amplitude in units of `initializer_range`, scale of query and key, and the offsets of the heads.
@@ -134,7 +136,7 @@ def run_masked_lm(
     """Train and evaluate a masked language model; write everything to `output_dir`.
 
     `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
-    `results.json` (the metrics and their conditions) and `training_curve.csv`.
+    `results.json` (the metrics and their conditions), `training_curve.csv` and its picture.
 
     Args:
         model_args: which model.
@@ -187,7 +189,9 @@ def run_masked_lm(
         save_experiment(output / EXPERIMENT_NAME, model_args, data_args, training_args)
         (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
         if training_args.do_train:
-            write_history(trainer.state.log_history, output / HISTORY_NAME)
+            rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
+            title = f"{model.config.model_type}, {data_args.max_seq_length} tokens"
+            plot_training_curve(rows, output / PICTURE_NAME, title)
     return results
 
 

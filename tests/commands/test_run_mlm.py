@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_a_run_writes_model_results_curve_and_settings(folder, capsys):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4]
     assert rows[1]["eval_nll"] and not rows[0]["eval_nll"] and rows[0]["loss"]
+    assert (folder / "run" / "training_curve.png").stat().st_size > 10_000
+
+
+def test_the_smoke_experiment_runs_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    arguments = ["run-mlm", "configs/smoke/mlm.yaml", "--output_dir", str(tmp_path / "run")]
+    assert main([*arguments, "--max_steps", "2"]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["attention"] == "mra2" and results["eval"]["eval_accuracy"] > 0.2
 
 
 def test_the_saved_settings_repeat_the_run(folder):
