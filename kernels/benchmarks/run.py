@@ -49,7 +49,7 @@ class Sweep:
     memory: bool = True
 
 
-_ALL = (512, 1024, 2048, 4096, 8192, 16384)
+_SHORT, _LONG = (512, 1024, 2048), (4096, 8192, 16384)
 PRESETS = {
     "smoke": (
         Sweep("attention", (64,), ("fp32",), (1,), 1, memory=False),
@@ -58,10 +58,15 @@ PRESETS = {
     ),
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), repeats=3, memory=False),),
     "full": (
-        Sweep("attention", _ALL),
-        Sweep("self_attention", _ALL, ("fp32",), (8,), 3, memory=False),
+        Sweep("attention", _SHORT, memory=False),
+        Sweep("attention", _LONG),
+        Sweep("self_attention", _SHORT, ("fp32",), (8,), 5, memory=False),
+        Sweep("self_attention", _LONG, ("fp32",), (8,), 2, memory=False),
     ),
-    "models": (Sweep("model", _ALL[:-1], ("fp32",), (8,), 3, memory=False),),
+    "models": (
+        Sweep("model", _SHORT, ("fp32",), (8,), 3, memory=False),
+        Sweep("model", (4096, 8192), ("fp32",), (8,), 1, memory=False),
+    ),
 }
 
 

@@ -1,15 +1,18 @@
 """A picture of a training run: loss of training and evaluation, accuracy of evaluation."""
 
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
 
 def plot_training_curve(
-    rows: Sequence[Mapping[str, float]], path: "str | os.PathLike[str]", title: str
+    rows: "Sequence[Mapping[str, float]]", path: "str | os.PathLike[str]", title: str
 ) -> None:
     """Draw `rows` (keys "step", "loss", "eval_nll", "eval_accuracy", the last three where known).
 
