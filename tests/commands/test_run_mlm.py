@@ -82,7 +82,7 @@ def test_the_smoke_experiment_runs_from_the_root(tmp_path, monkeypatch):
     arguments = ["run-mlm", "configs/smoke/mlm.yaml", "--output_dir", str(tmp_path / "run")]
     assert main([*arguments, "--max_steps", "2"]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["attention"] == "mra2" and results["eval"]["eval_accuracy"] > 0.2
+    assert results["attention"] == "mra2" and results["eval"]["eval_accuracy"] > 0.1
 
 
 def test_the_saved_settings_repeat_the_run(folder):

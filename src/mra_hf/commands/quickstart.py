@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from mra_attention import mra2_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
@@ -34,6 +34,8 @@ from mra_hf.evaluation import masked_token_scores, read_texts
 
 _TIMED_LENGTH = 4096
 _PICTURE_TOKENS = 1024
+
+_CONVERSION_SETTINGS = ("block_per_row", "approx_mode", "initial_prior_diagonal_n_blocks")
 
 #: What byte-level BPE and SentencePiece put before a piece that begins a word.
 WORD_STARTS = ("\u0120", "\u2581")
@@ -59,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, default=4096, help="tokens (default: %(default)s)"
     )
     parser.add_argument(
-        "--block-per-row", type=int, default=8, help="exact blocks per row (default: %(default)s)"
+        "--block-per-row",
+        type=int,
+        help="exact blocks per row (default: 8; for the embedded checkpoint as it was trained)",
     )
 
 
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         source,
         checkpoint,
         max_length=args.max_length,
-        block_per_row=args.block_per_row,
+        **_settings(args),
         text=[text],
         force=(checkpoint / REPORT_NAME).exists(),  # one of an earlier quickstart
     )
@@ -90,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     models = {"untrained": (model, "sdpa")}
     continued = None
-    if args.source is None and args.max_length <= max(ENGLISH_LENGTHS):
+    own = args.source is None and args.block_per_row is None
+    if own and args.max_length <= max(ENGLISH_LENGTHS):
         continued = AutoModelForMaskedLM.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
         continued.eval()
         models["continued"] = (continued, "mra2")
@@ -102,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     filled = _fill_masks(best, tokenizer, text)
 
     steps.begin(f"time attention at {_TIMED_LENGTH} tokens")
-    timings = _time_attention(args.block_per_row)
+    timings = _time_attention(args.block_per_row or 8)
 
     steps.begin("draw one head in two resolutions")
     picture = args.output / "attention.png"
@@ -148,6 +153,14 @@ class _Steps:
     def end(self) -> None:
         sys.stdout.flush()
         print(f"\ndone in {self.elapsed():.0f} s", file=sys.stderr)
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """Of the conversion: those of the continued checkpoint, so that both rows are of one model."""
+    if args.source is None and args.block_per_row is None:
+        config = AutoConfig.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
+        return {name: getattr(config, name) for name in _CONVERSION_SETTINGS}
+    return {"block_per_row": args.block_per_row or 8}
 
 
 def _text(args: argparse.Namespace) -> str:
@@ -200,7 +213,7 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
             max_tokens=report.scores[-1].n_tokens,
         )
         model.set_attn_implementation(own)
-        shown = "dense" if attention == "sdpa" else "MRA-2"
+        shown = "dense" if attention == "sdpa" else report.scores[-1].attention
         rows.append(row(name, shown, scores))
     print(f"{'model':<14}{'attention':<11}{'chunk':>6}{'accuracy':>10}{'loss':>8}{'masked':>8}")
     for entry in rows:

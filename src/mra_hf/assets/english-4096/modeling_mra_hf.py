@@ -1,0 +1,9 @@
+from mra_hf import (
+    MraConfig,
+    MraForMaskedLM,
+    MraForMultipleChoice,
+    MraForQuestionAnswering,
+    MraForSequenceClassification,
+    MraForTokenClassification,
+    MraModel,
+)
