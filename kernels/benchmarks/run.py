@@ -49,7 +49,7 @@ class Sweep:
     memory: bool = True
 
 
-_SHORT, _LONG = (512, 1024, 2048), (4096, 8192, 16384)
+_SHORT = (512, 1024, 2048)
 PRESETS = {
     "smoke": (
         Sweep("attention", (64,), ("fp32",), (1,), 1, memory=False),
@@ -59,9 +59,10 @@ PRESETS = {
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), repeats=3, memory=False),),
     "full": (
         Sweep("attention", _SHORT, memory=False),
-        Sweep("attention", _LONG),
+        Sweep("attention", (4096, 8192)),
+        Sweep("attention", (16384,), repeats=3),
         Sweep("self_attention", _SHORT, ("fp32",), (8,), 5, memory=False),
-        Sweep("self_attention", _LONG, ("fp32",), (8,), 2, memory=False),
+        Sweep("self_attention", (4096, 8192, 16384), ("fp32",), (8,), 1, memory=False),
     ),
     "models": (
         Sweep("model", _SHORT, ("fp32",), (8,), 3, memory=False),

@@ -101,7 +101,10 @@ def model(
     rows = []
     for name, training in (("fwd", False), ("step", True)):
         providers, inputs = whole_models(length, budgets, device, training)
-        samples = interleaved_milliseconds(providers, inputs, backward=False, repeats=repeats)
+        # One pass of a long model takes a minute: it warms itself up.
+        samples = interleaved_milliseconds(
+            providers, inputs, backward=False, repeats=repeats, warm_up=length < 4096
+        )
         rows += _rows("model", length, dtype, training, samples, passes=name)
     return rows
 

@@ -41,8 +41,9 @@ def interleaved_milliseconds(
     *,
     backward: bool,
     repeats: int,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
-    """Time `provider(*inputs)` of each provider in turn, `repeats` times after one warm-up round.
+    """Time `provider(*inputs)` of each provider in turn, `repeats` times after a warm-up round.
 
     Turns are taken so that a change of the machine's speed meets all providers alike.
 
@@ -51,6 +52,7 @@ def interleaved_milliseconds(
         inputs: query, key, value.
         backward: include the gradients of all inputs.
         repeats: rounds that count.
+        warm_up: run one round more that does not count, first.
 
     Returns:
         Wall-clock milliseconds per provider, one per round.
@@ -72,7 +74,7 @@ def interleaved_milliseconds(
         return 1e3 * (time.perf_counter() - begin)
 
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    for counts in [False] + [True] * repeats:
+    for counts in [False] * warm_up + [True] * repeats:
         for name, function in providers.items():
             milliseconds = once(function)
             if counts:
