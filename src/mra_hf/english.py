@@ -48,7 +48,7 @@ def write_half(source: "str | os.PathLike[str]", output: "str | os.PathLike[str]
     The configuration keeps float32, so that `from_pretrained` loads float32.
     """
     model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
-    largest = max(float(parameter.abs().max()) for parameter in model.parameters())
+    largest = max(float(weight.abs().max()) for weight in model.state_dict().values())
     if largest > torch.finfo(torch.float16).max:
         raise ValueError(f"a weight of source is {largest:.0f}, too large for float16.")
     model.half().save_pretrained(output)

@@ -1,15 +1,12 @@
 """Training with `Trainer`: the arguments of experiments, masked language modelling, result files.
 
 An experiment is described by dataclasses: a key of its YAML file *is* a field, the command line
-overrides it, and `save_experiment` writes what was in force beside the result.
+overrides it, and what was in force is saved beside the result.
 """
 
-import csv
-import dataclasses
 import functools
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 import transformers
-import yaml
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,15 +26,15 @@ from transformers import (
     set_seed,
 )
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
 import mra_hf
 from mra_hf.analysis.training_curve import plot_training_curve
+from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
-
-if TYPE_CHECKING:
-    import os
+from mra_hf.experiment_files import save_experiment, write_history
+from mra_hf.neighbour_heads import start_with_neighbours
 
 if TYPE_CHECKING:
     import os
@@ -47,11 +43,6 @@ EXPERIMENT_NAME = "experiment.yaml"
 RESULTS_NAME = "results.json"
 HISTORY_NAME = "training_curve.csv"
 PICTURE_NAME = "training_curve.png"
-
-#: Of `start_with_neighbours`: radians per token of the fastest wave and the slowest's share of it,
-#: amplitude in units of `initializer_range`, scale of query and key, and the offsets of the heads.
-_FASTEST_WAVE, _WAVE_RANGE, _WAVE_SIZE, _SHARPNESS = 2.8, 0.002, 1.5, 1.2
-_OFFSETS = (-1, 1, -2, 2)
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0
@@ -214,51 +205,6 @@ class MaskedLMTrainer(Trainer):
             self.data_collator = of_training
 
 
-@torch.no_grad()
-def start_with_neighbours(model: PreTrainedModel) -> None:
-    """Let the heads of the first layer begin by reading the tokens next to each, in place.
-
-    A small post-norm model spends thousands of steps on the frequencies of words before it finds
-    out that neighbours matter. Here positions start as sinusoids, as in Vaswani et al. 2017
-    (section 3.5) but with wavelengths from two tokens on, and query and key of the first heads pick
-    out the fast waves, the query turned by the angle of an offset: -1, +1, -2 and +2 tokens. All of
-    it is trained like every other weight.
-
-    Raises:
-        ValueError: no learned position table, or heads of odd size.
-    """
-    embeddings = getattr(model.base_model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    if table is None:
-        raise ValueError(
-            f"start_with_neighbours needs learned positions, and {type(model).__name__} has none."
-        )
-    rows, hidden = table.weight.shape
-    head_dim = hidden // model.config.num_attention_heads
-    if head_dim % 2 or hidden % 2:
-        raise ValueError(f"start_with_neighbours needs an even head size, got {head_dim}.")
-    waves = hidden // 2
-    frequencies = _FASTEST_WAVE * _WAVE_RANGE ** (torch.arange(waves) / max(1, waves - 1))
-    angles = torch.arange(rows)[:, None] * frequencies
-    values = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-    table.weight.copy_(_WAVE_SIZE * model.config.initializer_range * values)
-    if table.padding_idx is not None:
-        table.weight[table.padding_idx] = 0
-
-    attention = model.base_model.encoder.layer[0].attention.self
-    picked = torch.eye(head_dim, hidden)  # the fastest waves
-    for head, offset in zip(range(model.config.num_attention_heads), _OFFSETS, strict=False):
-        cosine, sine = ((offset * frequencies[: head_dim // 2]).cos(), (offset * frequencies).sin())
-        turn = torch.zeros(head_dim, hidden)
-        even = torch.arange(0, head_dim, 2)
-        turn[even, even] = turn[even + 1, even + 1] = cosine
-        turn[even, even + 1] = sine[: head_dim // 2]
-        turn[even + 1, even] = -sine[: head_dim // 2]
-        of_head = slice(head * head_dim, (head + 1) * head_dim)
-        attention.query.weight[of_head] = _SHARPNESS * turn
-        attention.key.weight[of_head] = _SHARPNESS * picked
-
-
 def predict_masked_places(model: PreTrainedModel) -> None:
     """Make `model` compute logits at the labelled places alone while it trains.
 
@@ -337,6 +283,13 @@ def _check(model_args, data_args, training_args) -> None:
         )
     if model_args.model_name_or_path is None and not training_args.do_train:
         raise ValueError("there is no model to evaluate; pass --model_name_or_path.")
+    if model_args.model_name_or_path and model_args.start_with_neighbours:
+        raise ValueError("start_with_neighbours is for training from scratch; drop it.")
+    if model_args.sparse_prediction and training_args.n_gpu > 1:
+        raise ValueError(
+            "one process cannot train on several GPUs with sparse_prediction; start it with "
+            "torchrun or accelerate launch."
+        )
     if not 0 < data_args.mlm_probability < 1:
         raise ValueError(
             f"mlm_probability must lie in (0, 1), got {data_args.mlm_probability}; 0.15 is usual."
@@ -354,37 +307,69 @@ def _check(model_args, data_args, training_args) -> None:
 
 def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten."""
-    wanted = training_args.resume_from_checkpoint
+    wanted = str(training_args.resume_from_checkpoint or "false")
     output = Path(training_args.output_dir)
-    last = get_last_checkpoint(output) if output.is_dir() else None
-    if not training_args.do_train:
-        return None
-    if wanted is None or str(wanted).lower() == "false":
+    if not training_args.do_train or wanted.lower() == "false":
         if output.is_dir() and any(output.iterdir()):
             raise ValueError(
                 f"output_dir {output} is not empty; go on with --resume_from_checkpoint true, or "
                 "name another folder."
             )
         return None
-    if str(wanted).lower() != "true":
+    if wanted.lower() != "true":
         if not Path(wanted).is_dir():
             raise ValueError(
                 f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
             )
-        return str(wanted)
-    return last  # none yet: the run was stopped before its first checkpoint
+        return wanted
+    # The state is written last: a folder without it was cut off.
+    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    if not complete and (output / RESULTS_NAME).exists():
+        raise ValueError(f"output_dir {output} holds a finished run and no checkpoint to resume.")
+    # None yet: the run was stopped before its first checkpoint.
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def load_masked_lm(
+    name: "str | os.PathLike[str]", attention: str | None = None, overrides: str | None = None
+) -> PreTrainedModel:
+    """Load a masked language model in float32 with all of its weights.
+
+    Args:
+        name: a directory or hub id.
+        attention: "sdpa", "mra2", ...; the model's own if not given.
+        overrides: settings of the configuration, "name=value,name=value".
+
+    Raises:
+        ValueError: the checkpoint has no masked-LM head, or the model cannot use `attention`.
+    """
+    config = AutoConfig.from_pretrained(name)
+    if overrides:
+        config.update_from_string(overrides)
+    model, info = AutoModelForMaskedLM.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{name} has no masked-LM head or lacks other weights ({missing}, ...).")
+    return with_attention(model, attention)
+
+
+def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
+    """`model` with the attention of that name, or as it is."""
+    if attention in ATTENTION_NAMES:
+        return set_attention(model, attention)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
 
 
 def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
-    options = {}
-    if model_args.attn_implementation is not None:
-        options["attn_implementation"] = model_args.attn_implementation
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        if model_args.config_overrides:
-            config.update_from_string(model_args.config_overrides)
-        return AutoModelForMaskedLM.from_pretrained(
-            model_args.model_name_or_path, config=config, dtype=torch.float32, **options
+    if model_args.model_name_or_path:
+        return load_masked_lm(
+            model_args.model_name_or_path,
+            model_args.attn_implementation,
+            model_args.config_overrides,
         )
     config = AutoConfig.for_model(
         model_args.model_type,
@@ -395,16 +380,19 @@ def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
     )
     if model_args.config_overrides:
         config.update_from_string(model_args.config_overrides)
-    model = AutoModelForMaskedLM.from_config(config, **options)
+    model = AutoModelForMaskedLM.from_config(config)
     if model_args.start_with_neighbours:
         start_with_neighbours(model)
-    return model
+    return with_attention(model, model_args.attn_implementation)
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:
-    config = model.config
-    reserved = config.pad_token_id + 1 if config.model_type != "bert" else 0
-    room = getattr(config, "max_tokens", config.max_position_embeddings - reserved)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, torch.nn.Embedding):
+        return  # positions are not learned
+    reserved = 0 if table.padding_idx is None else table.padding_idx + 1
+    room = table.num_embeddings - reserved
     if length > room:
         raise ValueError(
             f"max_seq_length must be at most {room}, the positions of this model, got {length}; "
@@ -431,7 +419,11 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
                 workers=data_args.preprocessing_num_workers,
             )
         if limit is not None:
-            examples = examples.take(limit) if streaming else examples.select(range(limit))
+            examples = (
+                examples.take(limit)
+                if streaming
+                else examples.select(range(min(limit, len(examples))))
+            )
         if not streaming and len(examples) == 0:
             raise ValueError(
                 f"the text ({files or split}) is shorter than one example of "
@@ -476,37 +468,3 @@ def _conditions(model, tokenizer, data_args, training_args) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
-    """Write the settings of dataclasses to one YAML file that the command reads back.
-
-    Of `TrainingArguments` only what differs from its defaults is written.
-    """
-    settings: dict[str, Any] = {}
-    for group in arguments:
-        plain = type(group)() if isinstance(group, TrainingArguments) else None
-        for item in dataclasses.fields(group):
-            value = getattr(group, item.name)
-            if isinstance(group, TrainingArguments) and value == getattr(plain, item.name):
-                continue
-            if item.init and isinstance(value, (str, int, float, bool, list, type(None))):
-                settings[item.name] = getattr(value, "value", value)  # an enum by its name
-    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def write_history(
-    history: Sequence[dict[str, float]], path: "str | os.PathLike[str]"
-) -> list[dict[str, float]]:
-    """Write the log of a `Trainer` as CSV, a row per step, and return the rows."""
-    rows: dict[int, dict[str, float]] = {}
-    for entry in history:
-        if "train_runtime" not in entry:
-            rows.setdefault(entry["step"], {}).update(entry)
-    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    columns += ("eval_nll", "eval_accuracy", "eval_bits_per_token")
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[step] for step in sorted(rows))
-    return [rows[step] for step in sorted(rows)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, RobertaForMaskedLM
 
 import mra_hf
-from mra_hf import training
+from mra_hf import neighbour_heads, training
 from mra_hf.commands import main
 from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
 
@@ -150,6 +150,31 @@ def test_settings_that_cannot_work_are_refused(arguments, words, folder, capsys)
     assert not (folder / "run").exists()
 
 
+def test_another_text_column_and_a_generous_limit_are_fine(folder):
+    for name in ("train", "held-out"):
+        file = folder / f"{name}.jsonl"
+        file.write_text(file.read_text().replace('"text"', '"body"'))
+    arguments = ["run-mlm", "mlm.yaml", "--text_column", "body", "--max_eval_samples", "999"]
+    assert main([*arguments, "--max_steps", "1"]) == 0
+
+
+def test_a_model_without_head_is_refused_and_scores_are_appended(folder, capsys):
+    model = RobertaForMaskedLM(roberta_config())
+    model.save_pretrained("whole")
+    model.roberta.save_pretrained("bare")
+    for name in ("whole", "bare"):
+        word_tokenizer().save_pretrained(name)
+    arguments = ["score", "--text", "held-out.jsonl", "--length", "128", "--out", "scores.csv"]
+    assert main([*arguments, "whole"]) == 0
+    assert main([*arguments, "whole", "--attention", "mra2"]) == 0
+    assert main([*arguments, "bare"]) == 2
+    assert "masked-LM head" in capsys.readouterr().err
+    with (folder / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["attention"] for row in rows] == ["sdpa", "mra2"]
+    assert rows[0]["masked_tokens"] == rows[1]["masked_tokens"]
+
+
 def test_a_yaml_key_that_does_not_exist_is_named(folder, capsys):
     (folder / "bad.yaml").write_text("learning_rat: 1\n")
     assert main(["run-mlm", "bad.yaml"]) == 2
@@ -203,7 +228,7 @@ def test_heads_of_the_first_layer_begin_with_neighbours():
         initializer_range=0.05, hidden_size=192, num_attention_heads=3, attn_implementation="eager"
     )
     model = RobertaForMaskedLM(config).eval()
-    training.start_with_neighbours(model)
+    neighbour_heads.start_with_neighbours(model)
     assert model.roberta.embeddings.position_embeddings.weight[1].abs().max() == 0, "padding"
     ids = torch.randint(5, 99, (4, 100))
     weights = model(ids, output_attentions=True).attentions[0]  # [B, H, N, N]

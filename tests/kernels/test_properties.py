@@ -278,6 +278,21 @@ def test_padding_that_holds_nan_or_inf_does_not_leak(mask_kind, poison, budget, 
 
 @for_modes
 @for_impls
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_padding_that_holds_inf_does_not_leak_in_half_types(dtype, impl, mode):
+    inputs, mask = make_inputs(2, 2, 200, 16, dtype=dtype), make_mask("holes", 2, 200)
+    arguments = {"block_per_row": 2, "approx_mode": mode, "impl": impl}
+    padding = ~mask[:, None, :, None]
+    clean = [x.masked_fill(padding, 0) for x in inputs]
+    poisoned = [x.masked_fill(padding, float("inf")) for x in inputs[:3]]
+    assert_all_equal(
+        attend([*poisoned, inputs[3]], mask, **arguments),
+        attend([*clean[:3], inputs[3]], mask, **arguments),
+    )
+
+
+@for_modes
+@for_impls
 @pytest.mark.parametrize("budget", [2, 8])
 @pytest.mark.parametrize("mask_kind", MASK_KINDS[1:])
 def test_the_gradient_that_arrives_at_padding_is_ignored(mask_kind, budget, impl, mode):

@@ -111,7 +111,7 @@ def without_harmful_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
         return x
     if x.device.type == "cpu":
         padding = x.transpose(1, 2)[~token_mask]
-        if padding.numel() == 0 or bool(padding.abs().amax() <= _HARMLESS):
+        if padding.numel() == 0 or bool(padding.abs().amax().float() <= _HARMLESS):
             return x
     return fill_padding(x, token_mask, 0)
 

@@ -160,7 +160,7 @@ def _settings(args: argparse.Namespace) -> dict:
     if args.source is None and args.block_per_row is None:
         config = AutoConfig.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
         return {name: getattr(config, name) for name in _CONVERSION_SETTINGS}
-    return {"block_per_row": args.block_per_row or 8}
+    return {"block_per_row": 8 if args.block_per_row is None else args.block_per_row}
 
 
 def _text(args: argparse.Namespace) -> str:
@@ -272,8 +272,11 @@ def _words(ids: list[int], tokenizer, places: int) -> list[int]:
     pieces = tokenizer.convert_ids_to_tokens(ids)
     words = [
         i
-        for i, (token, piece) in enumerate(zip(ids, pieces, strict=True))
-        if token not in special and piece[:1] in WORD_STARTS and piece[1:].isalpha()
+        for i, (token, piece) in enumerate(zip(ids[:-1], pieces[:-1], strict=True))
+        if token not in special
+        and piece[:1] in WORD_STARTS
+        and piece[1:].isalpha()
+        and not pieces[i + 1][:1].isalpha()  # no piece of the same word follows
     ]
     if len(words) < places:
         words = [i for i, token in enumerate(ids) if token not in special]

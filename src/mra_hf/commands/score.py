@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import masked_token_scores
+from mra_hf.training import load_masked_lm
 
 COLUMNS = (
     *("date", "device", "threads", "torch", "transformers", "model", "attention", "length"),
@@ -41,11 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score every model, print a table and append it to the CSV."""
     texts = [row["text"] for row in load_documents(args.text)]
-    rows = []
     print(f"{'model':<32}{'attention':<10}{'chunk':>6}{'accuracy':>10}{'nll':>8}{'masked':>8}")
     for name in args.models:
-        options = {} if args.attention is None else {"attn_implementation": args.attention}
-        model = AutoModelForMaskedLM.from_pretrained(name, **options)
+        model = load_masked_lm(name, args.attention)
         tokenizer = AutoTokenizer.from_pretrained(name)
         scores = masked_token_scores(
             model,
@@ -54,35 +53,36 @@ def run(args: argparse.Namespace) -> int:
             length=args.length or tokenizer.model_max_length,
             max_tokens=args.max_tokens,
         )
-        rows.append(
-            {
-                "date": datetime.date.today().isoformat(),
-                "device": model.device.type,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "model": Path(name).name,
-                "attention": model.config._attn_implementation,
-                "length": scores.length,
-                "text": " ".join(Path(text).name for text in args.text),
-                "tokens": scores.n_tokens,
-                "masked_tokens": scores.n_masked,
-                "accuracy": round(scores.accuracy, 4),
-                "nll": round(scores.nll, 4),
-            }
-        )
-        row = rows[-1]
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "device": model.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": Path(name).name,
+            "attention": model.config._attn_implementation,
+            "length": scores.length,
+            "text": " ".join(Path(text).name for text in args.text),
+            "tokens": scores.n_tokens,
+            "masked_tokens": scores.n_masked,
+            "accuracy": round(scores.accuracy, 4),
+            "nll": round(scores.nll, 4),
+        }
         print(
             f"{row['model'][-30:]:<32}{row['attention']:<10}{row['length']:>6}"
             f"{row['accuracy']:>10.1%}{row['nll']:>8.3f}{row['masked_tokens']:>8}",
             flush=True,
         )
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        begin = not args.out.exists()
-        with args.out.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if begin:
-                writer.writeheader()
-            writer.writerows(rows)
+        if args.out is not None:
+            _append(row, args.out)
     return 0
+
+
+def _append(row: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begin = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        if begin:
+            writer.writeheader()
+        writer.writerow(row)

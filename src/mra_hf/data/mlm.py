@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, RobertaTokenizer
 
@@ -178,7 +178,11 @@ def train_tokenizer(
         vocab = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
         lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [tuple(line.split()) for line in lines if not line.startswith("#version")]
-    tokenizer = RobertaTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    # The mask stands for a word with the space before it.
+    mask = AddedToken("<mask>", lstrip=True, special=True)
+    tokenizer = RobertaTokenizer(
+        vocab=vocab, merges=merges, mask_token=mask, model_max_length=max_length
+    )
     tokenizer.save_pretrained(output)
     return tokenizer
 
@@ -203,7 +207,7 @@ def load_documents(
         streaming: read while training instead of first.
 
     Returns:
-        A dataset with the one column `text_column`.
+        A dataset with the one column "text".
 
     Raises:
         ValueError: no files, files of both kinds or of another kind, or no such column.
@@ -232,7 +236,8 @@ def load_documents(
         raise ValueError(
             f"text_column must name a column of {names}, got {text_column!r}; it has {columns}."
         )
-    return documents.select_columns(text_column)
+    documents = documents.select_columns(text_column)
+    return documents if text_column == "text" else documents.rename_column(text_column, "text")
 
 
 def _files(name: "str | os.PathLike[str]") -> list[Path]:
@@ -247,7 +252,11 @@ def _files(name: "str | os.PathLike[str]") -> list[Path]:
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".jsonl"}
+    return (
+        name.startswith((".", "/", "~"))
+        or name.endswith("/")
+        or Path(name).suffix in {".txt", ".jsonl"}
+    )
 
 
 def pack(
@@ -255,7 +264,6 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     *,
-    text_column: str = "text",
     workers: int | None = None,
 ) -> "Dataset | IterableDataset":
     """Tokenise documents and pack them into examples of exactly `length` tokens.
@@ -264,10 +272,9 @@ def pack(
     it is read.
 
     Args:
-        documents: a dataset with the column `text_column`.
+        documents: a dataset with the column "text".
         tokenizer: a tokenizer that wraps a text in `bos_token` and `eos_token`, or cls and sep.
         length: tokens of an example, special tokens included.
-        text_column: the field with the text.
         workers: processes to tokenise with (default None: this one).
 
     Returns:
@@ -278,7 +285,7 @@ def pack(
     """
     check_int("length", length, 3)
     first, last = boundary_tokens(tokenizer)
-    options = {"batched": True, "batch_size": SHARD_DOCUMENTS, "remove_columns": [text_column]}
+    options = {"batched": True, "batch_size": SHARD_DOCUMENTS, "remove_columns": ["text"]}
     if isinstance(documents, Dataset):
         options |= {"num_proc": workers, "desc": f"packing to {length} tokens"}
     return documents.map(
@@ -288,7 +295,6 @@ def pack(
             first=first,
             last=last,
             length=length,
-            text_column=text_column,
         ),
         **options,
     )
@@ -305,8 +311,8 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return wrapped[0], wrapped[1]
 
 
-def _pack_shard(batch, *, tokenizer, first, last, length, text_column):
-    texts = [text for text in batch[text_column] if text and not text.isspace()]
+def _pack_shard(batch, *, tokenizer, first, last, length):
+    texts = [text for text in batch["text"] if text and not text.isspace()]
     stream: list[int] = []
     if texts:
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:

@@ -1,0 +1,47 @@
+"""Files that a run leaves beside its result: the settings in force and the log as rows."""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import TrainingArguments
+
+if TYPE_CHECKING:
+    import os
+
+
+def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
+    """Write the settings of dataclasses to one YAML file that the command reads back.
+
+    Of `TrainingArguments` only what differs from its defaults is written.
+    """
+    settings: dict[str, Any] = {}
+    for group in arguments:
+        plain = type(group)() if isinstance(group, TrainingArguments) else None
+        for item in dataclasses.fields(group):
+            value = getattr(group, item.name)
+            if isinstance(group, TrainingArguments) and value == getattr(plain, item.name):
+                continue
+            if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
+                settings[item.name] = getattr(value, "value", value)  # an enum by its name
+    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def write_history(
+    history: Sequence[dict[str, float]], path: "str | os.PathLike[str]"
+) -> list[dict[str, float]]:
+    """Write the log of a `Trainer` as CSV, a row per step, and return the rows."""
+    rows: dict[int, dict[str, float]] = {}
+    for entry in history:
+        if "train_runtime" not in entry:
+            rows.setdefault(entry["step"], {}).update(entry)
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+    columns += ("eval_nll", "eval_accuracy", "eval_bits_per_token")
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+    return [rows[step] for step in sorted(rows)]
