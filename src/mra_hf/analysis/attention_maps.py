@@ -114,12 +114,13 @@ def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None
     left, right = figure.subplots(1, 2, sharey=True)
     exact_pairs = int(matrices.blocks.sum())
     share = exact_pairs / matrices.blocks.numel()
+    mode = "MRA-2-s" if bool((matrices.approximate == 0).any()) else "MRA-2"
     for axes, matrix, name in (
         (left, matrices.exact, "exact softmax attention"),
         (
             right,
             matrices.approximate,
-            f"MRA-2: {exact_pairs} of {matrices.blocks.numel()} blocks exact ({share:.0%}), "
+            f"{mode}: {exact_pairs} of {matrices.blocks.numel()} blocks exact ({share:.0%}), "
             f"relative error {matrices.relative_error:.2f}",
         ),
     ):
