@@ -66,7 +66,7 @@ def test_the_smoke_preset_writes_every_kind_of_row_and_can_be_resumed(tmp_path):
     assert all(float(row["ms_median"]) > 0 and row["device"] and row["torch"] for row in rows)
     assert "longformer_64" in {row["provider"] for row in rows}
     errors = [float(row["rel_error"]) for row in rows if row["op"] == "attention"]
-    assert errors[0] == 0 and max(errors) < 0.1
+    assert errors[0] == 0 and 0 < max(errors) < 1
 
     kept = out.read_text().splitlines()
     missing = [line for line in kept if ",attention," not in line]
