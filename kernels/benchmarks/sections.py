@@ -55,7 +55,7 @@ def attention(
 
 
 def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> Providers:
-    """SDPA, MRA-2 with each budget, and the largest but one padded by a block and a half."""
+    """SDPA, MRA-2 with each budget, and with 8 blocks and a block and a half of padding."""
     providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
     for block_per_row in budgets:
         providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(

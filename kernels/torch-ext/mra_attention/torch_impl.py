@@ -75,15 +75,8 @@ def forward(
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    for part in parts(query.shape, query.device.type):
-        problem = _Problem(
-            *(x[part] for x in (query, key, value)),
-            None if token_mask is None else token_mask[part[0]],
-            None if blocks is None else blocks[part],
-            scale,
-            sparse,
-            block_size,
-        )
+    settings = (scale, sparse, block_size)
+    for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
         _forward_part(problem, output[part], lse[part])
     return output, lse
 
@@ -122,15 +115,8 @@ def backward(
         return _dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
     token_mask = without_full_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
-    for part in parts(query.shape, query.device.type):
-        problem = _Problem(
-            *(x[part] for x in (query, key, value)),
-            None if token_mask is None else token_mask[part[0]],
-            None if blocks is None else blocks[part],
-            scale,
-            sparse,
-            block_size,
-        )
+    settings = (scale, sparse, block_size)
+    for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
         computed = _backward_part(problem, grad_output[part], output[part], lse[part])
         for grad, part_grad in zip(grads, computed, strict=True):
             grad[part].copy_(problem.to_tokens(part_grad))
@@ -156,6 +142,14 @@ def _backward_part(
         grads = tuple(x.expand_as(row_grad).contiguous() for x in coarse)
     problem.add_exact_backward_(*grads, row_grad, row_output, row_lse)
     return grads
+
+
+def _problems(query, key, value, token_mask, blocks, *settings):
+    """Yield (samples, heads) as slices, and the part of the call they are."""
+    for part in parts(query.shape, query.device.type):
+        mask_part = None if token_mask is None else token_mask[part[0]]
+        blocks_part = None if blocks is None else blocks[part]
+        yield part, _Problem(query[part], key[part], value[part], mask_part, blocks_part, *settings)
 
 
 class _Problem:
