@@ -2,16 +2,20 @@
 
 Shapes are those of one-headed attention: query `[n, 1, M, D]`, keys and values `[n, 1, K, D]`, bias
 `[n, 1, 1, K]` or None, log-sum-exp `[n, 1, M]`. On a CPU this is aten's flash kernel, a private op
-that is tried once; elsewhere, and where that op is missing, it is matmul and softmax. bfloat16
-operands are multiplied as bfloat16; logits, softmax and log-sum-exp are float32 always.
+that is tried once; elsewhere, and where that op is missing, it is matmul and softmax, with powers of
+2 in place of e, which CPUs compute several times faster. bfloat16 operands are multiplied as
+bfloat16; logits, softmax and log-sum-exp are float32 always.
 """
 
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from .blocks import compute_dtype
+
+_LOG2_E = math.log2(math.e)
 
 
 @cache
@@ -43,13 +47,13 @@ def attend(
         return flash_forward(query, keys, values, bias, scale)
     wide = compute_dtype(query.dtype)
     query, keys, values = (x[:, 0] for x in (query, keys, values))
-    weights = torch.bmm(query.to(wide) * scale, keys.to(wide).mT)  # [n, M, K]
+    weights = torch.bmm(query.to(wide) * (scale * _LOG2_E), keys.to(wide).mT)  # [n, M, K]
     if bias is not None:
         weights += bias[:, 0]
     largest = weights.amax(-1, keepdim=True)
-    total = weights.sub_(largest).exp_().sum(-1, keepdim=True)
+    total = weights.sub_(largest).exp2_().sum(-1, keepdim=True)
     output = torch.bmm(weights.to(values.dtype), values).to(wide).div_(total)
-    return output[:, None], total.log_().add_(largest)[:, None, :, 0]
+    return output[:, None], total.log2_().add_(largest).div_(_LOG2_E)[:, None, :, 0]
 
 
 def attend_backward(
@@ -74,16 +78,19 @@ def attend_backward(
     delta = (grad * output).sum(-1)[:, 0, :, None]  # [n, M, 1]
     grad, query, keys, values = (x[:, 0] for x in (grad, query, keys, values))
     # Logits in the compute dtype: a product rounded to bfloat16 would be no logit.
-    lse = lse[:, 0, :, None]
-    weights = torch.baddbmm(-lse, query.to(wide) * scale, keys.to(wide).mT)  # [n, M, K]
+    lse = lse[:, 0, :, None] * _LOG2_E
+    weights = torch.baddbmm(  # [n, M, K]
+        lse, query.to(wide) * (scale * _LOG2_E), keys.to(wide).mT, beta=-1
+    )
     if bias is not None:
         weights += bias[:, 0]
-    weights.exp_()
+    weights.exp2_()
     # Both factors are differences of nearly equal numbers: they stay wide until they are done.
-    grad_logits = torch.baddbmm(-delta, grad, values.to(wide).mT).mul_(weights).to(dtype)
+    grad_logits = torch.baddbmm(delta, grad, values.to(wide).mT, beta=-scale, alpha=scale)
+    grad_logits = grad_logits.mul_(weights).to(dtype)
     return (
-        torch.bmm(grad_logits, keys).to(wide).mul_(scale)[:, None],
-        torch.bmm(grad_logits.mT, query).to(wide).mul_(scale)[:, None],
+        torch.bmm(grad_logits, keys).to(wide)[:, None],
+        torch.bmm(grad_logits.mT, query).to(wide)[:, None],
         torch.bmm(weights.to(dtype).mT, grad.to(dtype)).to(wide)[:, None],
     )
 

@@ -13,7 +13,10 @@ from torch import Tensor
 
 #: Bytes of one operand, in float32, that a CPU works on at a time: fresh memory costs a page fault
 #: per 4 kB, and buffers of this size are used again instead.
-_PART_BYTES = 8 * 2**20
+_PART_BYTES = 16 * 2**20
+
+#: Bytes of a temporary that stays in a core's cache.
+_PIECE_BYTES = 2**20
 
 #: Products of numbers up to this size, summed over any head dimension, are finite in float32.
 _HARMLESS = 2.0**40
@@ -29,7 +32,7 @@ def parts(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
         yield slice(0, batch), slice(0, heads)
         return
     problems = max(1, _PART_BYTES // max(1, 4 * length * dim))
-    some_heads = max(1, min(heads, problems // max(1, batch)))
+    some_heads = max(1, min(heads, problems))
     some_samples = max(1, min(batch, problems // some_heads))
     for sample in range(0, batch, some_samples):
         for head in range(0, heads, some_heads):
@@ -121,12 +124,23 @@ def block_sums(blocks: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tenso
 
     `real` is `[B, R, M]` bool or None where everything else is zero already.
     """
-    sums = blocks.sum(3, dtype=dtype)
+    sums = _sum_tokens(blocks, dtype)
     if real is not None:
         partial = ~real.all(-1)  # [B, R]: few, and summed again
         tokens = blocks.transpose(1, 2)[partial].masked_fill_(~real[partial][:, None, :, None], 0)
         sums.transpose(1, 2)[partial] = tokens.sum(2, dtype=dtype)
     return sums
+
+
+def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """`blocks.sum(3, dtype=dtype)`; on a CPU, where torch would first convert all of it, a few
+    heads at a time.
+    """
+    head_bytes = blocks[0, 0].numel() * dtype.itemsize if blocks.numel() else 1
+    heads = max(1, _PIECE_BYTES // head_bytes)
+    if blocks.dtype == dtype or blocks.device.type != "cpu" or torch.compiler.is_compiling():
+        return blocks.sum(3, dtype=dtype)
+    return torch.cat([x.sum(3, dtype=dtype) for x in blocks.split(heads, dim=1)], dim=1)
 
 
 def block_means(blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None) -> Tensor:

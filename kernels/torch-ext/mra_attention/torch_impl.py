@@ -82,14 +82,15 @@ def forward(
 
 
 def _forward_part(problem: "_Problem", output_part: Tensor, lse_part: Tensor) -> None:
-    output, lse = problem.exact_forward()
+    output = problem.rows_to_write(output_part)
+    lse = problem.exact_forward(output)
     if problem.coarse is not None:
         lse = problem.coarse.merge_(output, lse)
     dead = lse == -torch.inf  # nothing to attend to
     if bool(dead.any()):
         output.masked_fill_(dead[..., None], 0)
         lse.masked_fill_(dead, torch.inf)
-    output_part.copy_(problem.to_tokens(output))
+    problem.write(output, output_part)
     lse_part.copy_(problem.to_tokens(lse[..., None])[..., 0])
     if problem.token_mask is not None:
         fill_padding_(output_part, problem.token_mask, 0)
@@ -117,9 +118,8 @@ def backward(
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
     settings = (scale, sparse, block_size)
     for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
-        computed = _backward_part(problem, grad_output[part], output[part], lse[part])
-        for grad, part_grad in zip(grads, computed, strict=True):
-            grad[part].copy_(problem.to_tokens(part_grad))
+        part_grads = [grad[part] for grad in grads]
+        _backward_part(problem, grad_output[part], output[part], lse[part], part_grads)
     if token_mask is not None:
         for grad in grads:
             fill_padding_(grad, token_mask, 0)
@@ -127,21 +127,25 @@ def backward(
 
 
 def _backward_part(
-    problem: "_Problem", grad_output: Tensor, output: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows, keys and values, `[G * R, M, D]` each in the compute dtype."""
+    problem: "_Problem", grad_output: Tensor, output: Tensor, lse: Tensor, part_grads: list[Tensor]
+) -> None:
+    """Write the gradients of query, key and value into the last argument."""
     # Padding of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
     missing = problem.n_blocks * problem.block_size - lse.shape[-1]
     row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf)
     row_lse = row_lse.reshape(-1, problem.block_size)
     row_grad, row_output = (problem.to_rows(x).to(problem.dtype) for x in (grad_output, output))
+    grads = [problem.rows_to_write(part_grad) for part_grad in part_grads]
     if problem.coarse is None:
-        grads = tuple(torch.zeros_like(row_grad) for _ in range(3))
+        for grad in grads:
+            grad.zero_()
     else:
         coarse = problem.coarse.backward(row_grad, row_output, row_lse)
-        grads = tuple(x.expand_as(row_grad).contiguous() for x in coarse)
+        for grad, coarse_grad in zip(grads, coarse, strict=True):
+            grad.copy_(coarse_grad)  # the same for every token of a block
     problem.add_exact_backward_(*grads, row_grad, row_output, row_lse)
-    return grads
+    for grad, part_grad in zip(grads, part_grads, strict=True):
+        problem.write(grad, part_grad)
 
 
 def _problems(query, key, value, token_mask, blocks, *settings):
@@ -195,6 +199,20 @@ class _Problem:
         padded = rows.view(batch, heads, self.n_blocks * self.block_size, rows.shape[-1])
         return padded[:, :, :length]
 
+    def rows_to_write(self, tokens: Tensor) -> Tensor:
+        """Rows `[G * R, M, D]` in the compute dtype for the result `tokens` `[B, H, N, D]`: its own
+        memory where it is laid out in whole blocks, else new memory. `write` ends it.
+        """
+        whole = tokens.shape[2] == self.n_blocks * self.block_size
+        if whole and tokens.dtype == self.dtype and tokens.is_contiguous():
+            return tokens.view(-1, self.block_size, tokens.shape[-1])
+        return torch.empty(self.rows.shape, dtype=self.dtype, device=tokens.device)
+
+    def write(self, rows: Tensor, tokens: Tensor) -> None:
+        """Copy rows from `rows_to_write` to `tokens` unless they are the same memory."""
+        if rows.data_ptr() != tokens.data_ptr():
+            tokens.copy_(self.to_tokens(rows))
+
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield (rows `[n]`, columns `[n, P]`, surplus `[n, P]` bool or None).
 
@@ -243,11 +261,10 @@ class _Problem:
             bias.masked_fill_(surplus[..., None], -torch.inf)
         return keys, values, bias.view(n, 1, 1, -1)
 
-    def exact_forward(self) -> tuple[Tensor, Tensor]:
-        """Softmax over the selected blocks alone: `[G * R, M, D]` and its log-sum-exp `[G * R, M]`
-        (-inf without any).
+    def exact_forward(self, output: Tensor) -> Tensor:
+        """Write the softmax over the selected blocks alone to `output` `[G * R, M, D]`; returns its
+        log-sum-exp `[G * R, M]` (-inf without any).
         """
-        output = torch.empty(self.rows.shape, dtype=self.dtype, device=self.rows.device)
         lse = torch.full(self.rows.shape[:2], -torch.inf, dtype=self.dtype, device=self.rows.device)
         rows_4d, output_4d, lse_3d = self.rows[:, None], output[:, None], lse[:, None]
         for rows, columns, surplus in self.pieces():
@@ -259,7 +276,7 @@ class _Problem:
         nothing = ~self.selected.any(-1).flatten()
         if bool(nothing.any()):
             output[nothing] = 0
-        return output, lse
+        return lse
 
     def add_exact_backward_(
         self,
