@@ -16,7 +16,7 @@ from torch import Tensor
 _PART_BYTES = 16 * 2**20
 
 #: Bytes of a temporary that stays in a core's cache.
-_PIECE_BYTES = 2**20
+_CACHED_BYTES = 2**20
 
 #: Products of numbers up to this size, summed over any head dimension, are finite in float32.
 _HARMLESS = 2.0**40
@@ -137,7 +137,7 @@ def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     heads at a time.
     """
     head_bytes = blocks[0, 0].numel() * dtype.itemsize if blocks.numel() else 1
-    heads = max(1, _PIECE_BYTES // head_bytes)
+    heads = max(1, _CACHED_BYTES // head_bytes)
     if blocks.dtype == dtype or blocks.device.type != "cpu" or torch.compiler.is_compiling():
         return blocks.sum(3, dtype=dtype)
     return torch.cat([x.sum(3, dtype=dtype) for x in blocks.split(heads, dim=1)], dim=1)

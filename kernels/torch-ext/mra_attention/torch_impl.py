@@ -16,8 +16,8 @@ and backward, with L_i the merged log-sum-exp, delta_i = dO_i . O_i and w_i = ex
 while the exact part is the backward of softmax attention fed the merged output and log-sum-exp.
 
 Query blocks are sorted by their number of selected blocks, and those with about the same number
-form one batched attention (`batched_attention.py`); keys are gathered in pieces of about 1 MB,
-which costs less than the page faults of larger buffers.
+form one batched attention (`batched_attention.py`); keys are gathered in pieces, on a CPU of about
+1 MB, which costs less than the page faults of larger buffers.
 """
 
 from collections.abc import Iterator
@@ -46,6 +46,7 @@ from .blocks import (
 )
 
 _GATHER_BYTES = 2**20
+_GATHER_BYTES_OF_A_GPU = 2**28
 #: Query blocks with different numbers of selected blocks share a batched attention when that takes
 #: at most so many blocks of padding: about what one more call costs.
 _PADDING_BLOCKS = 24
@@ -216,8 +217,8 @@ class _Problem:
     def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield (rows `[n]`, columns `[n, P]`, surplus `[n, P]` bool or None).
 
-        A piece is n query blocks that select up to P key blocks each, a gather of about 1 MB; where
-        `surplus` is True the column only fills the list of a shorter row up.
+        A piece is n query blocks that select up to P key blocks each; where `surplus` is True the
+        column only fills the list of a shorter row up.
         """
         counts, order = self.selected.sum(-1).flatten().sort(stable=True)  # [G * R], ascending
         pairs = self.selected.flatten(0, 1).index_select(0, order).nonzero()  # row by row
@@ -225,6 +226,7 @@ class _Problem:
         columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
         starts = counts.cumsum(0) - counts
         block_bytes = self.block_size * self.shape[-1] * self.operand_dtype.itemsize
+        gather_bytes = _GATHER_BYTES if counts.device.type == "cpu" else _GATHER_BYTES_OF_A_GPU
         for begin, end, width, uniform, offset in _groups(counts):
             if uniform:
                 lists = columns[offset : offset + (end - begin) * width].view(-1, width)
@@ -234,7 +236,7 @@ class _Problem:
                 last = counts[begin:end, None] - 1
                 lists = columns[starts[begin:end, None] + torch.minimum(slots, last)]
                 surplus = slots > last
-            size = max(1, _GATHER_BYTES // (block_bytes * width))
+            size = max(1, gather_bytes // (block_bytes * width))
             for piece in range(0, end - begin, size):
                 span = slice(piece, piece + size)
                 rows = order[begin:end][span]
