@@ -46,7 +46,7 @@ from .blocks import (
 )
 
 _GATHER_BYTES = 2**20
-_GATHER_BYTES_OF_A_GPU = 2**28
+_GATHER_BYTES_ON_A_GPU = 2**28
 #: Query blocks with different numbers of selected blocks share a batched attention when that takes
 #: at most so many blocks of padding: about what one more call costs.
 _PADDING_BLOCKS = 24
@@ -226,7 +226,11 @@ class _Problem:
         columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
         starts = counts.cumsum(0) - counts
         block_bytes = self.block_size * self.shape[-1] * self.operand_dtype.itemsize
-        gather_bytes = _GATHER_BYTES if counts.device.type == "cpu" else _GATHER_BYTES_OF_A_GPU
+        if counts.device.type == "cpu":
+            # A short sequence leaves little freed memory behind that a piece could use again.
+            gather_bytes = min(_GATHER_BYTES, self.rows.numel() * self.dtype.itemsize // 3)
+        else:
+            gather_bytes = _GATHER_BYTES_ON_A_GPU
         for begin, end, width, uniform, offset in _groups(counts):
             if uniform:
                 lists = columns[offset : offset + (end - begin) * width].view(-1, width)
