@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ASSETS = Path(__file__).parent / "assets"
 
-#: Positions -> folder: RoBERTa with dense attention, and MRA-2 after continued training.
+#: Positions -> folder: RoBERTa with dense attention, and MRA-2-s after continued training.
 _CHECKPOINTS = {512: _ASSETS / "english", 4096: _ASSETS / "english-4096"}
 
 #: What `english_checkpoint` accepts.
@@ -27,7 +27,7 @@ def english_checkpoint(length: int = 512) -> Path:
     """The folder of the embedded checkpoint with `length` positions.
 
     512 is a `RobertaForMaskedLM` with dense attention, the source to convert; 4096 is the same
-    model converted to MRA-2 and trained further on long documents.
+    model converted to MRA-2-s and trained further on long documents.
 
     Raises:
         ValueError: another length.

@@ -20,14 +20,24 @@ def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
     """
     settings: dict[str, Any] = {}
     for group in arguments:
-        plain = type(group)() if isinstance(group, TrainingArguments) else None
         for item in dataclasses.fields(group):
             value = getattr(group, item.name)
-            if isinstance(group, TrainingArguments) and value == getattr(plain, item.name):
+            if isinstance(group, TrainingArguments) and _is_default(item, value):
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its name
     Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def _is_default(item: dataclasses.Field, value: Any) -> bool:
+    """Whether a field was left alone; what is None may have become False or empty since.
+
+    No second `TrainingArguments` is made to compare with: it would reset accelerate's state.
+    """
+    default = item.default
+    if item.default_factory is not dataclasses.MISSING:
+        default = item.default_factory()
+    return value == default or (default in (None, "none") and not value)
 
 
 def write_history(

@@ -4,15 +4,13 @@ An experiment is described by dataclasses: a key of its YAML file *is* a field, 
 overrides it, and what was in force is saved beside the result.
 """
 
-import functools
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import (
@@ -25,19 +23,21 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_outputs import MaskedLMOutput
 from transformers.trainer_utils import EvalPrediction
 
 import mra_hf
 from mra_hf.analysis.training_curve import plot_training_curve
-from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
 from mra_hf.experiment_files import save_experiment, write_history
+from mra_hf.masked_lm import (
+    check_length,
+    cross_entropy,
+    load_masked_lm,
+    predict_masked_places,
+    with_attention,
+)
 from mra_hf.neighbour_heads import start_with_neighbours
-
-if TYPE_CHECKING:
-    import os
 
 EXPERIMENT_NAME = "experiment.yaml"
 RESULTS_NAME = "results.json"
@@ -143,12 +143,13 @@ def run_masked_lm(
     """
     _check(model_args, data_args, training_args)
     last_checkpoint = _checkpoint_to_resume(training_args)
+    training_args.remove_unused_columns = False  # the collator reads special_tokens_mask
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path
     )
     model = _masked_lm(model_args, tokenizer)
-    _check_length(model, data_args.max_seq_length)
+    check_length("max_seq_length", data_args.max_seq_length, model)
     training, validation = _examples(data_args, training_args, tokenizer)
     trainer = MaskedLMTrainer(
         model=model,
@@ -160,7 +161,6 @@ def run_masked_lm(
         train_dataset=training,
         eval_dataset=validation,
         compute_metrics=masked_lm_metrics,
-        preprocess_logits_for_metrics=_scores_of_labels,
         compute_loss_func=None if model_args.sparse_prediction else _loss_at_labels,
     )
     trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
@@ -168,26 +168,36 @@ def run_masked_lm(
         predict_masked_places(model)
     results = _conditions(model, tokenizer, data_args, training_args)
     output = Path(training_args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    settings = (model_args, data_args, training_args)
     if training_args.do_train:
         trained = trainer.train(resume_from_checkpoint=last_checkpoint)
         results["train"] = trained.metrics | {"steps": trainer.state.global_step}
         trainer.save_model()
         trainer.save_state()
+        _write(trainer, output, settings, results)  # the last evaluation may fail
     if training_args.do_eval:
         results["eval"] = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        save_experiment(output / EXPERIMENT_NAME, model_args, data_args, training_args)
-        (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
-        if training_args.do_train:
-            rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
-            title = f"{model.config.model_type}, {data_args.max_seq_length} tokens"
-            plot_training_curve(rows, output / PICTURE_NAME, title)
+    _write(trainer, output, settings, results)
     return results
 
 
+def _write(trainer: Trainer, output: Path, settings: tuple, results: dict[str, Any]) -> None:
+    """Settings, results, curve and its picture, by one process."""
+    if not trainer.is_world_process_zero():
+        return
+    save_experiment(output / EXPERIMENT_NAME, *settings)
+    (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
+    if trainer.args.do_train:
+        rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
+        title = f"{results['model_type']}, {results['max_seq_length']} tokens"
+        plot_training_curve(rows, output / PICTURE_NAME, title)
+
+
 class MaskedLMTrainer(Trainer):
-    """`Trainer` that hides the same tokens, all behind the mask token, at every evaluation."""
+    """`Trainer` whose evaluations hide the same tokens every time, all behind the mask token, and
+    compute logits at those places alone: all of a long example can take gigabytes.
+    """
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As `Trainer`'s, with a collator of its own: 15 % of the tokens, a fixed seed."""
@@ -204,60 +214,34 @@ class MaskedLMTrainer(Trainer):
         finally:
             self.data_collator = of_training
 
-
-def predict_masked_places(model: PreTrainedModel) -> None:
-    """Make `model` compute logits at the labelled places alone while it trains.
-
-    Loss and gradients are those of all logits: places labelled -100 take no part in either. The
-    logits of a training step are then `[labelled, vocabulary]`; evaluation is not changed.
-
-    Raises:
-        ValueError: the model has no head apart from its encoder.
-    """
-    head = masked_lm_head(model)
-    if head is None:
-        raise ValueError(
-            f"sparse_prediction needs a model with an lm_head, and {type(model).__name__} has "
-            "none; pass --sparse_prediction false."
-        )
-    all_logits = model.forward
-
-    @functools.wraps(all_logits)
-    def forward(input_ids=None, *args, labels=None, num_items_in_batch=None, **kwargs):
-        if labels is None or not model.training:
-            return all_logits(input_ids, *args, labels=labels, **kwargs)
-        states = model.base_model(input_ids, *args, **kwargs).last_hidden_state  # [B, N, hidden]
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the loss; per place, is the label the highest logit and its negative
+        log-likelihood, both `[B, N]`; and the labels.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
         labelled = labels != -100
-        logits = head(states[labelled])  # [labelled, vocabulary]
-        loss = _cross_entropy(logits, labels[labelled], num_items_in_batch)
-        return MaskedLMOutput(loss=loss, logits=logits)
-
-    model.forward = forward
+        plain = self.accelerator.unwrap_model(model)
+        head = masked_lm_head(plain)
+        with torch.no_grad(), self.accelerator.autocast():
+            if head is None:
+                logits = plain(**inputs).logits[labelled]
+            else:
+                logits = head(plain.base_model(**inputs).last_hidden_state[labelled])
+        log_probabilities = logits.float().log_softmax(-1)  # [labelled, vocabulary]
+        targets = labels[labelled]
+        correct = torch.zeros(labels.shape, device=labels.device)
+        nll = torch.zeros_like(correct)
+        correct[labelled] = (log_probabilities.argmax(-1) == targets).float()
+        nll[labelled] = -log_probabilities.gather(1, targets[:, None])[:, 0]
+        loss = nll.sum() / max(1, len(targets))
+        return (loss, None, None) if prediction_loss_only else (loss, (correct, nll), labels)
 
 
 def _loss_at_labels(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
     """The same loss from all logits `[B, N, vocabulary]`."""
     labelled = labels != -100
-    return _cross_entropy(outputs.logits[labelled], labels[labelled], num_items_in_batch)
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, count) -> Tensor:
-    """Summed over the targets, divided by `count` (default None: their number)."""
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (max(1, len(targets)) if count is None else count)
-
-
-def _scores_of_labels(logits, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Per place: is the label the highest logit, and its negative log-likelihood. Both `[B, N]`."""
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    labelled = labels != -100
-    log_probabilities = logits[labelled].float().log_softmax(-1)
-    targets = labels[labelled]
-    correct = torch.zeros(labels.shape, device=labels.device)
-    nll = torch.zeros_like(correct)
-    correct[labelled] = (log_probabilities.argmax(-1) == targets).float()
-    nll[labelled] = -log_probabilities.gather(1, targets[:, None])[:, 0]
-    return correct, nll
+    return cross_entropy(outputs.logits[labelled], labels[labelled], num_items_in_batch)
 
 
 def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -330,40 +314,6 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def load_masked_lm(
-    name: "str | os.PathLike[str]", attention: str | None = None, overrides: str | None = None
-) -> PreTrainedModel:
-    """Load a masked language model in float32 with all of its weights.
-
-    Args:
-        name: a directory or hub id.
-        attention: "sdpa", "mra2", ...; the model's own if not given.
-        overrides: settings of the configuration, "name=value,name=value".
-
-    Raises:
-        ValueError: the checkpoint has no masked-LM head, or the model cannot use `attention`.
-    """
-    config = AutoConfig.from_pretrained(name)
-    if overrides:
-        config.update_from_string(overrides)
-    model, info = AutoModelForMaskedLM.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{name} has no masked-LM head or lacks other weights ({missing}, ...).")
-    return with_attention(model, attention)
-
-
-def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
-    """`model` with the attention of that name, or as it is."""
-    if attention in ATTENTION_NAMES:
-        return set_attention(model, attention)
-    if attention is not None:
-        model.set_attn_implementation(attention)
-    return model
-
-
 def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.model_name_or_path:
         return load_masked_lm(
@@ -384,20 +334,6 @@ def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.start_with_neighbours:
         start_with_neighbours(model)
     return with_attention(model, model_args.attn_implementation)
-
-
-def _check_length(model: PreTrainedModel, length: int) -> None:
-    embeddings = getattr(model.base_model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    if not isinstance(table, torch.nn.Embedding):
-        return  # positions are not learned
-    reserved = 0 if table.padding_idx is None else table.padding_idx + 1
-    room = table.num_embeddings - reserved
-    if length > room:
-        raise ValueError(
-            f"max_seq_length must be at most {room}, the positions of this model, got {length}; "
-            "convert the checkpoint to a longer one with mra-hf convert --max-length."
-        )
 
 
 def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):

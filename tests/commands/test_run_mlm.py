@@ -11,9 +11,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, RobertaForMaskedLM
+from transformers.models.roberta.modeling_roberta import RobertaLMHead
 
 import mra_hf
-from mra_hf import neighbour_heads, training
+from mra_hf import masked_lm, neighbour_heads
 from mra_hf.commands import main
 from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
 
@@ -175,6 +176,52 @@ def test_a_model_without_head_is_refused_and_scores_are_appended(folder, capsys)
     assert rows[0]["masked_tokens"] == rows[1]["masked_tokens"]
 
 
+def test_scores_need_a_length_that_the_model_can_read(folder, capsys):
+    RobertaForMaskedLM(roberta_config()).save_pretrained("whole")  # 64 positions
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained("whole")
+    arguments = ["score", "whole", "--text", "held-out.jsonl", "--out", "scores.csv"]
+    room = masked_lm.longest_input(RobertaForMaskedLM(roberta_config()))
+    assert main(arguments) == 0, "the model knows its length"
+    assert main([*arguments, "--length", str(room + 1)]) == 2
+    assert f"at most {room}" in capsys.readouterr().err
+    with (folder / "scores.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["length"] == str(room) and row["approx_mode"] == row["block_per_row"] == ""
+    assert main([*arguments, "--attention", "mra2_s"]) == 0
+    with (folder / "scores.csv").open() as file:
+        row = list(csv.DictReader(file))[-1]
+    assert (row["approx_mode"], row["block_per_row"]) == ("sparse", "8")
+    (folder / "scores.csv").write_text("model,accuracy\n")
+    assert main(arguments) == 2
+    assert "other columns" in capsys.readouterr().err
+
+
+def test_an_evaluation_computes_no_logits_but_those_it_scores(folder, monkeypatch):
+    shapes = []
+    all_places = RobertaLMHead.forward
+
+    def forward(self, features, **kwargs):
+        shapes.append((self.training, features.shape[:-1]))
+        return all_places(self, features, **kwargs)
+
+    monkeypatch.setattr(RobertaLMHead, "forward", forward)
+    assert main(["run-mlm", "mlm.yaml", "--sparse_prediction", "false"]) == 0
+    in_evaluation = [shape for training, shape in shapes if not training]
+    assert in_evaluation and all(len(shape) == 1 for shape in in_evaluation)
+    assert {len(shape) for training, shape in shapes if training} == {2}, "as it was asked for"
+
+
+def test_sizes_are_chosen_from_scratch_alone(folder, capsys):
+    RobertaForMaskedLM(roberta_config()).save_pretrained("whole")
+    arguments = ["run-mlm", "mlm.yaml", "--model_name_or_path", "whole"]
+    arguments += ["--start_with_neighbours", "false", "--config_overrides"]
+    assert main([*arguments, "hidden_size=64"]) == 2
+    assert "change the shape of weights" in capsys.readouterr().err
+    assert main([*arguments, "hidden_dropout_prob=0.0", "--max_steps", "1"]) == 0
+
+
 def test_a_yaml_key_that_does_not_exist_is_named(folder, capsys):
     (folder / "bad.yaml").write_text("learning_rat: 1\n")
     assert main(["run-mlm", "bad.yaml"]) == 2
@@ -198,7 +245,7 @@ def test_logits_at_masked_places_alone_give_the_same_loss_and_gradients(kind):
     expected.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    training.predict_masked_places(model)
+    masked_lm.predict_masked_places(model)
     given = model(**batch, labels=labels)
     given.loss.backward()
     assert given.logits.shape == (int((labels != -100).sum()), model.config.vocab_size)

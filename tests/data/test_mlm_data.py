@@ -7,6 +7,7 @@ import zlib
 
 import pytest
 
+from mra_hf.commands import main
 from mra_hf.data import debian_text, mlm
 from mra_hf.data.mlm import TextSource, build_english_corpus, load_documents, pack, train_tokenizer
 from tiny_models import word_tokenizer
@@ -102,6 +103,17 @@ def test_the_corpus_appears_whole_with_its_manifest(sources, tmp_path):
         build_english_corpus(out, vocab_size=320, sources=sources)
 
 
+def test_the_command_builds_it_and_says_what_it_holds(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(build_english_corpus.__kwdefaults__, "sources", sources)
+    arguments = ["build-corpus", str(tmp_path / "corpus"), "--vocab-size", "320"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "books" in shown and "1.2-3" in shown and "tokenizer/" in shown
+    assert (tmp_path / "corpus" / "train" / "books.jsonl").exists()
+    assert main(arguments) == 2
+    assert "exists" in capsys.readouterr().err
+
+
 def test_a_corpus_that_fails_leaves_nothing_behind(sources, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError("no room")
@@ -154,6 +166,15 @@ def test_wrong_sources_are_refused(source, options, words, files, monkeypatch):
     monkeypatch.chdir(files)
     with pytest.raises(ValueError, match=words):
         load_documents(source, **options)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"bad\.txt.*UTF-8"):
+        load_documents(tmp_path / "bad.txt")
+    (tmp_path / "bad.jsonl").write_text('{"text": "w10"}\n{"text": w11}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl.*one JSON object"):
+        load_documents(tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -17,7 +17,7 @@ def plot_training_curve(
     """Draw `rows` (keys "step", "loss", "eval_nll", "eval_accuracy", the last three where known).
 
     Args:
-        rows: as `mra_hf.training.write_history` returns them.
+        rows: as `mra_hf.experiment_files.write_history` returns them.
         path: PNG to write.
         title: stands above the picture.
     """

@@ -15,14 +15,19 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import masked_token_scores
-from mra_hf.training import load_masked_lm
+from mra_hf.masked_lm import check_length, load_masked_lm, longest_input
 
 COLUMNS = (
-    *("date", "device", "threads", "torch", "transformers", "model", "attention", "length"),
+    *("date", "device", "threads", "torch", "transformers", "model", "attention"),
+    *("approx_mode", "block_per_row", "length"),
     *("text", "tokens", "masked_tokens", "accuracy", "nll"),
 )
+
+#: Tokenizers without a length of their own say 1e30.
+_NO_LENGTH = 10**9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,12 +51,14 @@ def run(args: argparse.Namespace) -> int:
     for name in args.models:
         model = load_masked_lm(name, args.attention)
         tokenizer = AutoTokenizer.from_pretrained(name)
+        length = args.length or _longest(model, tokenizer, name)
+        check_length("--length", length, model)
         scores = masked_token_scores(
-            model,
-            tokenizer,
-            texts,
-            length=args.length or tokenizer.model_max_length,
-            max_tokens=args.max_tokens,
+            model, tokenizer, texts, length=length, max_tokens=args.max_tokens
+        )
+        attention = model.config._attn_implementation
+        settings = (
+            attention_settings(model.config, attention) if attention in ATTENTION_NAMES else {}
         )
         row = {
             "date": datetime.date.today().isoformat(),
@@ -60,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "model": Path(name).name,
-            "attention": model.config._attn_implementation,
+            "attention": attention,
+            "approx_mode": settings.get("approx_mode"),
+            "block_per_row": settings.get("block_per_row"),
             "length": scores.length,
             "text": " ".join(Path(text).name for text in args.text),
             "tokens": scores.n_tokens,
@@ -78,9 +87,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _longest(model, tokenizer, name: str) -> int:
+    """What the model can read: its learned positions, or the tokenizer's limit."""
+    limits = (longest_input(model), tokenizer.model_max_length)
+    known = [limit for limit in limits if limit is not None and limit < _NO_LENGTH]
+    if not known:
+        raise ValueError(
+            f"neither {name} nor its tokenizer says how long a text it reads; pass --length."
+        )
+    return min(known)
+
+
 def _append(row: dict, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     begin = not file.exists()
+    if not begin:
+        with file.open(newline="", encoding="utf-8") as held:
+            columns = next(csv.reader(held), [])
+        if tuple(columns) != COLUMNS:
+            raise ValueError(f"--out {file} has other columns than this command; name a new file.")
     with file.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         if begin:

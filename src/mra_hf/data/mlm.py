@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, RobertaTokenizer
@@ -210,7 +211,8 @@ def load_documents(
         A dataset with the one column "text".
 
     Raises:
-        ValueError: no files, files of both kinds or of another kind, or no such column.
+        ValueError: no files, files of both kinds or of another kind, text that is not UTF-8, lines
+            that are not JSON, or no such column.
     """
     names = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     files = [file for name in names for file in _files(name)]
@@ -224,9 +226,14 @@ def load_documents(
         if kinds == {".txt"}:
             options["sample_by"] = "document"
             text_column = "text"
-        documents = load_dataset(
-            "text" if kinds == {".txt"} else "json", streaming=streaming, **options
-        )
+        kind = "text" if kinds == {".txt"} else "json"
+        try:
+            documents = load_dataset(kind, streaming=streaming, **options)
+        except DatasetGenerationError as error:
+            raise ValueError(
+                f"cannot read {names}: {error.__cause__ or error}; files must be UTF-8, and every "
+                "line of a .jsonl file one JSON object with the same fields."
+            ) from error
     else:
         if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(names[0]):
             raise ValueError(f"no text files in {names}; pass .txt or .jsonl files, or a folder.")
