@@ -94,6 +94,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="CSV to write (default: only print)")
     parser.add_argument("--resume", action="store_true", help="keep the sections OUT already has")
     args = parser.parse_args()
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but torch sees no CUDA or ROCm device here")
     torch.set_num_threads(args.threads)
@@ -106,8 +108,13 @@ def main() -> int:
     sections = list(_sections(args.preset))
     for number, (sweep, dtype, length) in enumerate(sections, 1):
         section = (sweep.op, dtype, str(length))
-        if {str(budget) for budget in sweep.budgets} <= done.get(section, set()):
+        wanted = {str(budget) for budget in sweep.budgets}
+        if wanted <= done.get(section, set()):
             continue
+        if section in done:
+            parser.error(
+                f"{args.out} has {section} with other budgets; write this preset to another file"
+            )
         begin = time.perf_counter()
         rows = SECTIONS[sweep.op](
             length, dtype, sweep.budgets, args.device, sweep.repeats, sweep.memory

@@ -8,21 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 if TYPE_CHECKING:
     import os
+
+#: Fields of `TrainingArguments` that become False or empty when nothing is given.
+_FILLED_IN = frozenset(
+    {"activation_checkpointing", "gradient_checkpointing", "disable_tqdm", "report_to", "debug"}
+)
 
 
 def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
     """Write the settings of dataclasses to one YAML file that the command reads back.
 
-    Of `TrainingArguments` only what differs from its defaults is written.
+    Of `TrainingArguments` only what differs from its defaults is written, and never
+    `resume_from_checkpoint`: a repetition begins at the beginning.
     """
     settings: dict[str, Any] = {}
     for group in arguments:
         for item in dataclasses.fields(group):
             value = getattr(group, item.name)
+            if isinstance(value, AcceleratorConfig):
+                value = None if value == AcceleratorConfig() else value.to_dict()
             if isinstance(group, TrainingArguments) and _is_default(item, value):
+                continue
+            if item.name == "resume_from_checkpoint":
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its name
@@ -30,14 +41,14 @@ def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
 
 
 def _is_default(item: dataclasses.Field, value: Any) -> bool:
-    """Whether a field was left alone; what is None may have become False or empty since.
+    """Whether a field was left alone, some of which `TrainingArguments` fills in itself.
 
     No second `TrainingArguments` is made to compare with: it would reset accelerate's state.
     """
     default = item.default
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
-    return value == default or (default in (None, "none") and not value)
+    return value == default or (item.name in _FILLED_IN and not value)
 
 
 def write_history(

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.evaluation import masked_lm_head
 
 if TYPE_CHECKING:
     import os
+
+logger = logging.get_logger(__name__)
 
 
 def load_masked_lm(
@@ -34,7 +37,7 @@ def load_masked_lm(
     """
     config = AutoConfig.from_pretrained(name)
     if overrides:
-        config.update_from_string(overrides)
+        override(config, overrides)
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
@@ -46,10 +49,29 @@ def load_masked_lm(
                 "only be chosen from scratch (without model_name_or_path)."
             ) from error
         raise
+    if attention is None and getattr(config, "mra", None):
+        logger.warning(
+            f"{name} holds settings of multi-resolution attention but is read with "
+            f'{model.config._attn_implementation!r}; choose "mra2" to use them.'
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(f"{name} has no masked-LM head or lacks other weights ({missing}, ...).")
     return with_attention(model, attention)
+
+
+def override(config: PreTrainedConfig, overrides: str) -> None:
+    """Apply "name=value,name=value" to `config`.
+
+    Raises:
+        ValueError: not of that form, no such setting, or a value of another type.
+    """
+    try:
+        config.update_from_string(overrides)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"
+        ) from error
 
 
 def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
@@ -57,7 +79,10 @@ def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedM
     if attention in ATTENTION_NAMES:
         return set_attention(model, attention)
     if attention is not None:
-        model.set_attn_implementation(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except ImportError as error:
+            raise ValueError(f"attention {attention!r} cannot be used here: {error}") from error
     return model
 
 
@@ -71,13 +96,17 @@ def longest_input(model: PreTrainedModel) -> int | None:
     return table.num_embeddings - reserved
 
 
-def check_length(name: str, length: int, model: PreTrainedModel) -> None:
+def check_length(
+    name: str,
+    length: int,
+    model: PreTrainedModel,
+    remedy: str = "convert the checkpoint to a longer one with mra-hf convert --max-length",
+) -> None:
     """Raise a `ValueError` that names the argument if `length` is too long for `model`."""
     room = longest_input(model)
     if room is not None and length > room:
         raise ValueError(
-            f"{name} must be at most {room}, the positions of this model, got {length}; convert "
-            "the checkpoint to a longer one with mra-hf convert --max-length."
+            f"{name} must be at most {room}, the positions of this model, got {length}; {remedy}."
         )
 
 

@@ -6,6 +6,7 @@ overrides it, and what was in force is saved beside the result.
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 import mra_hf
+from mra_attention.api import check_int
 from mra_hf.analysis.training_curve import plot_training_curve
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
@@ -34,6 +36,7 @@ from mra_hf.masked_lm import (
     check_length,
     cross_entropy,
     load_masked_lm,
+    override,
     predict_masked_places,
     with_attention,
 )
@@ -149,7 +152,15 @@ def run_masked_lm(
         model_args.tokenizer_name or model_args.model_name_or_path
     )
     model = _masked_lm(model_args, tokenizer)
-    check_length("max_seq_length", data_args.max_seq_length, model)
+    check_length(
+        "max_seq_length",
+        data_args.max_seq_length,
+        model,
+        "convert the checkpoint to a longer one with mra-hf convert --max-length"
+        if model_args.model_name_or_path
+        else "give the new model more with --config_overrides max_position_embeddings=N (RoBERTa: "
+        "tokens + 2)",
+    )
     training, validation = _examples(data_args, training_args, tokenizer)
     trainer = MaskedLMTrainer(
         model=model,
@@ -173,6 +184,8 @@ def run_masked_lm(
     if training_args.do_train:
         trained = trainer.train(resume_from_checkpoint=last_checkpoint)
         results["train"] = trained.metrics | {"steps": trainer.state.global_step}
+        if last_checkpoint is not None:  # the runtime is that of the steps since
+            results["train"]["resumed_from"] = Path(last_checkpoint).name
         trainer.save_model()
         trainer.save_state()
         _write(trainer, output, settings, results)  # the last evaluation may fail
@@ -209,10 +222,16 @@ class MaskedLMTrainer(Trainer):
             random_replace_prob=0.0,
             seed=EVALUATION_SEED,
         )
+        # The generator of the masks belongs to one pass of one process.
+        workers, self.args.dataloader_num_workers = self.args.dataloader_num_workers, 0
+        persistent = self.args.dataloader_persistent_workers
+        self.args.dataloader_persistent_workers = False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = of_training
+            self.args.dataloader_num_workers = workers
+            self.args.dataloader_persistent_workers = persistent
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss; per place, is the label the highest logit and its negative
@@ -274,6 +293,13 @@ def _check(model_args, data_args, training_args) -> None:
             "one process cannot train on several GPUs with sparse_prediction; start it with "
             "torchrun or accelerate launch."
         )
+    if Path(training_args.output_dir).is_file():
+        raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
+    for name in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(data_args, name)
+        if limit is not None:
+            check_int(name, limit, 1)
+    check_int("max_seq_length", data_args.max_seq_length, 3)
     if not 0 < data_args.mlm_probability < 1:
         raise ValueError(
             f"mlm_probability must lie in (0, 1), got {data_args.mlm_probability}; 0.15 is usual."
@@ -295,23 +321,37 @@ def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     output = Path(training_args.output_dir)
     if not training_args.do_train or wanted.lower() == "false":
         if output.is_dir() and any(output.iterdir()):
-            raise ValueError(
-                f"output_dir {output} is not empty; go on with --resume_from_checkpoint true, or "
-                "name another folder."
-            )
+            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
+            raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
         return None
-    if wanted.lower() != "true":
-        if not Path(wanted).is_dir():
+    if wanted.lower() == "true":
+        # The state is written last: a folder without it was cut off.
+        steps = {
+            int(match[1]): path.parent
+            for path in output.glob("checkpoint-*/trainer_state.json")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
+        }
+        if not steps and (output / RESULTS_NAME).exists():
+            raise ValueError(
+                f"output_dir {output} holds a finished run and no checkpoint to resume."
+            )
+        if not steps:
+            return None  # the run was stopped before its first checkpoint
+        checkpoint = steps[max(steps)]
+    else:
+        checkpoint = Path(wanted)
+        if not (checkpoint / "trainer_state.json").is_file():
             raise ValueError(
                 f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
             )
-        return wanted
-    # The state is written last: a folder without it was cut off.
-    complete = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
-    if not complete and (output / RESULTS_NAME).exists():
-        raise ValueError(f"output_dir {output} holds a finished run and no checkpoint to resume.")
-    # None yet: the run was stopped before its first checkpoint.
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
+    if state["global_step"] >= wanted_steps:
+        raise ValueError(
+            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
+            "another output_dir, or raise max_steps to train further."
+        )
+    return str(checkpoint)
 
 
 def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
@@ -329,7 +369,7 @@ def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
         eos_token_id=tokenizer.eos_token_id,
     )
     if model_args.config_overrides:
-        config.update_from_string(model_args.config_overrides)
+        override(config, model_args.config_overrides)
     model = AutoModelForMaskedLM.from_config(config)
     if model_args.start_with_neighbours:
         start_with_neighbours(model)
@@ -399,6 +439,7 @@ def _conditions(model, tokenizer, data_args, training_args) -> dict[str, Any]:
         "max_seq_length": data_args.max_seq_length,
         "device": name,
         "threads": torch.get_num_threads(),
+        "eval_batch_size": training_args.eval_batch_size,  # which tokens are hidden depends on it
         "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         "mra_hf": mra_hf.__version__,
         "torch": torch.__version__,

@@ -142,6 +142,10 @@ def test_an_mra_checkpoint_is_trained_and_evaluated(folder):
         (["--streaming", "true", "--max_steps", "-1"], "max_steps"),
         (["--resume_from_checkpoint", "nowhere"], "checkpoint folder"),
         (["--validation_file", "none.txt"], "no text files"),
+        (["--train_file", "train.jsonl", "none.txt"], "no text files in ['none.txt']"),
+        (["--max_train_samples", "0"], "max_train_samples"),
+        (["--config_overrides", "hidden_size=wide"], "config_overrides"),
+        (["--attn_implementation", "flash_attention_2"], "flash_attention_2"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(arguments, words, folder, capsys):
@@ -222,10 +226,53 @@ def test_sizes_are_chosen_from_scratch_alone(folder, capsys):
     assert main([*arguments, "hidden_dropout_prob=0.0", "--max_steps", "1"]) == 0
 
 
+def test_a_finished_run_is_not_trained_on_by_accident(folder, capsys):
+    assert main(["run-mlm", "mlm.yaml"]) == 0
+    results = (folder / "run" / "results.json").read_text()
+    capsys.readouterr()
+    assert main(["run-mlm", "mlm.yaml", "--resume_from_checkpoint", "true"]) == 2
+    assert "finished run (4 steps)" in capsys.readouterr().err
+    checkpoint = ["--resume_from_checkpoint", "run/checkpoint-4"]
+    assert main(["run-mlm", "mlm.yaml", *checkpoint]) == 2
+    assert (folder / "run" / "results.json").read_text() == results
+    assert (
+        main(["run-mlm", "mlm.yaml", "--resume_from_checkpoint", "true", "--max_steps", "6"]) == 0
+    )
+    train = json.loads((folder / "run" / "results.json").read_text())["train"]
+    assert (train["steps"], train["resumed_from"]) == (6, "checkpoint-4")
+    settings = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
+    assert "resume_from_checkpoint" not in settings
+    only_evaluate = ["--do_train", "false", "--model_name_or_path", "run"]
+    only_evaluate += ["--start_with_neighbours", "false"]
+    assert main(["run-mlm", "mlm.yaml", *only_evaluate]) == 2
+    assert "not empty; name another folder" in capsys.readouterr().err
+
+
+def test_settings_given_as_false_or_zero_are_saved(folder):
+    arguments = ["--metric_for_best_model", "eval_nll", "--greater_is_better", "false"]
+    arguments += ["--data_seed", "0", "--accelerator_config", '{"even_batches": false}']
+    assert main(["run-mlm", "mlm.yaml", "--max_steps", "1", *arguments]) == 0
+    settings = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
+    assert settings["greater_is_better"] is False and settings["data_seed"] == 0
+    assert settings["accelerator_config"]["even_batches"] is False
+    repeat = ["run-mlm", "run/experiment.yaml", "--output_dir", "again"]
+    assert main(repeat) == 0
+    assert yaml.safe_load((folder / "again" / "experiment.yaml").read_text()) == settings | {
+        "output_dir": "again"
+    }
+
+
 def test_a_yaml_key_that_does_not_exist_is_named(folder, capsys):
     (folder / "bad.yaml").write_text("learning_rat: 1\n")
     assert main(["run-mlm", "bad.yaml"]) == 2
     assert "learning_rat" in capsys.readouterr().err
+    for content, words in (
+        ("true: 1", "True"),
+        ("max_steps: [1, 2]", "max_steps must be one value"),
+    ):
+        (folder / "bad.yaml").write_text(content)
+        assert main(["run-mlm", "bad.yaml"]) == 2
+        assert words in capsys.readouterr().err
     assert main(["run-mlm", "missing.yaml"]) == 2
     assert "missing.yaml" in capsys.readouterr().err
 

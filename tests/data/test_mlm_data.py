@@ -139,7 +139,7 @@ def files(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("w10 w11\n\nw12")
     (tmp_path / "texts" / "b.txt").write_text("w13")
-    (tmp_path / "c.jsonl").write_text('{"text": "w14\\nw15", "title": "x"}\n{"text": "w16"}\n')
+    (tmp_path / "c.jsonl").write_text('{"text": "w14\\nw15", "number": 1}\n{"text": "w16"}\n')
     return tmp_path
 
 
@@ -159,6 +159,8 @@ def test_a_text_file_is_one_document_and_a_json_line_is_one(files):
         ("c.jsonl", {"text_column": "body"}, "text_column"),
         (["c.jsonl", "texts/a.txt"], {}, "all be .txt or all be .jsonl"),
         ("nothing.txt", {}, "no text files"),
+        (["texts/a.txt", "nothing.txt"], {}, "no text files in"),
+        ("c.jsonl", {"text_column": "number"}, "must hold text"),
         ("no*.txt", {}, "no text files"),
     ],
 )

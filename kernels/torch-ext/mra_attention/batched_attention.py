@@ -2,9 +2,9 @@
 
 Shapes are those of one-headed attention: query `[n, 1, M, D]`, keys and values `[n, 1, K, D]`, bias
 `[n, 1, 1, K]` or None, log-sum-exp `[n, 1, M]`. On a CPU this is aten's flash kernel, a private op
-that is tried once; elsewhere, and where that op is missing, it is matmul and softmax, with powers
-of 2 in place of e, which CPUs compute several times faster. bfloat16 operands are multiplied as
-bfloat16; logits, softmax and log-sum-exp are float32 always.
+that is tried once. For bfloat16, elsewhere, and where that op is missing, it is matmul and softmax,
+with powers of 2 in place of e, which CPUs compute several times faster. bfloat16 operands are
+multiplied as bfloat16; logits, softmax and log-sum-exp are float32 always.
 """
 
 import math

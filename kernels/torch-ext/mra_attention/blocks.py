@@ -18,7 +18,7 @@ _PART_BYTES = 16 * 2**20
 #: Bytes of a temporary that stays in a core's cache.
 _CACHED_BYTES = 2**20
 
-#: Products of numbers up to this size, summed over any head dimension, are finite in float32.
+#: Padding up to this size gives finite products with operands up to 2^80 in float32.
 _HARMLESS = 2.0**40
 
 

@@ -24,12 +24,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     if first.config is not None:
         settings = _read(first.config)
         known = {action.dest for action in parser._actions}
-        unknown = sorted(set(settings) - known)
+        unknown = sorted(str(name) for name in set(settings) - known)
         if unknown:
             raise ValueError(
                 f"{first.config} holds settings that do not exist: {', '.join(unknown)}; see "
                 f"{parser.prog} --help."
             )
+        single = {action.dest for action in parser._actions if action.nargs not in ("+", "*")}
+        for name, value in settings.items():
+            if isinstance(value, list) and name in single:
+                raise ValueError(f"{first.config}: {name} must be one value, got {value}.")
         parser.set_defaults(**settings)
     return parser.parse_args(argv)
 
@@ -40,8 +44,8 @@ def _read(path: str) -> dict[str, Any]:
         raise ValueError(f"config must be a YAML file, and {path} is no file.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML in UTF-8: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold settings as `name: value`, a line each.")
     return settings

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+from mra_attention.api import check_int
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import masked_token_scores
@@ -37,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", nargs="+", required=True, help=".txt or .jsonl files, or folders of them"
     )
     parser.add_argument(
+        "--text-column", default="text", help="field of .jsonl files (default: %(default)s)"
+    )
+    parser.add_argument(
         "--length", type=int, help="tokens of a chunk (default: what each model can read)"
     )
     parser.add_argument("--attention", help="sdpa, mra2, mra2_s (default: each model's own)")
@@ -46,12 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score every model, print a table and append it to the CSV."""
-    texts = [row["text"] for row in load_documents(args.text)]
+    if args.length is not None:
+        check_int("--length", args.length, 3)
+    if args.out is not None:
+        _check_columns(args.out)
+    texts = [row["text"] for row in load_documents(args.text, text_column=args.text_column)]
     print(f"{'model':<32}{'attention':<10}{'chunk':>6}{'accuracy':>10}{'nll':>8}{'masked':>8}")
     for name in args.models:
         model = load_masked_lm(name, args.attention)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        length = args.length or _longest(model, tokenizer, name)
+        length = _longest(model, tokenizer, name) if args.length is None else args.length
         check_length("--length", length, model)
         scores = masked_token_scores(
             model, tokenizer, texts, length=length, max_tokens=args.max_tokens
@@ -98,14 +106,17 @@ def _longest(model, tokenizer, name: str) -> int:
     return min(known)
 
 
-def _append(row: dict, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    begin = not file.exists()
-    if not begin:
+def _check_columns(file: Path) -> None:
+    if file.exists():
         with file.open(newline="", encoding="utf-8") as held:
             columns = next(csv.reader(held), [])
         if tuple(columns) != COLUMNS:
             raise ValueError(f"--out {file} has other columns than this command; name a new file.")
+
+
+def _append(row: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begin = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         if begin:

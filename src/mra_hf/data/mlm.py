@@ -215,8 +215,12 @@ def load_documents(
             that are not JSON, or no such column.
     """
     names = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    files = [file for name in names for file in _files(name)]
+    found = {str(name): _files(name) for name in names}
+    files = [file for some in found.values() for file in some]
     if files:
+        empty = [name for name, some in found.items() if not some]
+        if empty:
+            raise ValueError(f"no text files in {empty}; pass .txt or .jsonl files, or folders.")
         kinds = {file.suffix for file in files}
         if len(kinds) != 1 or not kinds <= {".txt", ".jsonl"}:
             raise ValueError(
@@ -235,7 +239,7 @@ def load_documents(
                 "line of a .jsonl file one JSON object with the same fields."
             ) from error
     else:
-        if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(names[0]):
+        if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(str(names[0])):
             raise ValueError(f"no text files in {names}; pass .txt or .jsonl files, or a folder.")
         documents = load_dataset(names[0], config_name, split=split, streaming=streaming)
     columns = documents.column_names or [text_column]
@@ -243,6 +247,9 @@ def load_documents(
         raise ValueError(
             f"text_column must name a column of {names}, got {text_column!r}; it has {columns}."
         )
+    kind = None if documents.features is None else documents.features[text_column]
+    if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"column {text_column!r} of {names} must hold text, and holds {kind}.")
     documents = documents.select_columns(text_column)
     return documents if text_column == "text" else documents.rename_column(text_column, "text")
 
@@ -263,6 +270,7 @@ def _is_path(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or name.endswith("/")
         or Path(name).suffix in {".txt", ".jsonl"}
+        or Path(name).is_dir()
     )
 
 
