@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 import zlib
 
@@ -70,6 +71,13 @@ def test_only_the_prose_of_pages_is_kept(tmp_path):
 def test_a_package_that_is_laid_out_differently_is_named(tmp_path):
     with pytest.raises(OSError, match=r"one Rdata\.rdb, found 0"):
         list(debian_text.austen_novels(tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
+def test_a_damaged_package_is_named(tmp_path):
+    (tmp_path / "some_1_all.deb").write_bytes(b"cut off")
+    with pytest.raises(OSError, match=r"some_1_all\.deb is damaged.*delete it"):
+        debian_text.fetch_package("some", tmp_path)
 
 
 def test_a_machine_without_apt_is_told_what_to_do(tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
         The folder it was unpacked to, and the version of the package.
 
     Raises:
-        OSError: no `apt-get` or `dpkg-deb` on this machine, or the package could not be had.
+        OSError: no `apt-get` or `dpkg-deb` on this machine, or the package could not be had or
+            read.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
@@ -53,9 +54,12 @@ def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
                 f"the Debian package {name} could not be downloaded ({reason}); is the machine "
                 "online, and are its package lists there (apt-get update)?"
             )
-    subprocess.run(["dpkg-deb", "-x", found[-1], unpacked], check=True)
-    field = ["dpkg-deb", "-f", found[-1], "Version"]
-    version = subprocess.run(field, capture_output=True, text=True, check=True).stdout.strip()
+    version = ""
+    for command in (["-x", found[-1], unpacked], ["-f", found[-1], "Version"]):
+        done = subprocess.run(["dpkg-deb", *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"the package {found[-1]} is damaged ({done.stderr.strip()}); delete it.")
+        version = done.stdout.strip()
     return unpacked, version
 
 
