@@ -1,9 +1,1 @@
-from mra_hf import (
-    MraConfig,
-    MraForMaskedLM,
-    MraForMultipleChoice,
-    MraForQuestionAnswering,
-    MraForSequenceClassification,
-    MraForTokenClassification,
-    MraModel,
-)
+from mra_hf import MraConfig, MraForMaskedLM, MraForMultipleChoice, MraForQuestionAnswering, MraForSequenceClassification, MraForTokenClassification, MraModel
