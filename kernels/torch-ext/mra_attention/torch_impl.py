@@ -220,7 +220,14 @@ class _Problem:
         A piece is n query blocks that select up to P key blocks each; where `surplus` is True the
         column only fills the list of a shorter row up.
         """
-        counts, order = self.selected.sum(-1).flatten().sort(stable=True)  # [G * R], ascending
+        counts = self.selected.sum(-1).flatten()  # [G * R]
+        rank = counts
+        if self.key_bias is not None:
+            # Of rows with equal counts those that need a bias come last, into as few pieces as can.
+            partial = self.partial.view(-1, 1, self.n_blocks)  # [G, 1, R]
+            rank = 2 * counts + (self.selected & partial).any(-1).flatten()
+        order = rank.argsort(stable=True)
+        counts = counts.index_select(0, order)  # ascending
         pairs = self.selected.flatten(0, 1).index_select(0, order).nonzero()  # row by row
         first_column = order // self.n_blocks * self.n_blocks  # of the head of each row
         columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
