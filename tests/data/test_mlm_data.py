@@ -2,7 +2,7 @@
 
 import gzip
 import json
-import shutil
+import os
 import struct
 import zlib
 
@@ -73,8 +73,13 @@ def test_a_package_that_is_laid_out_differently_is_named(tmp_path):
         list(debian_text.austen_novels(tmp_path))
 
 
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
-def test_a_damaged_package_is_named(tmp_path):
+def test_a_damaged_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for tool in ("apt-get", "dpkg-deb"):  # what the real one says and returns
+        file = tmp_path / "bin" / tool
+        file.write_text("#!/bin/sh\necho 'not a Debian format archive' >&2\nexit 2\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "some_1_all.deb").write_bytes(b"cut off")
     with pytest.raises(OSError, match=r"some_1_all\.deb is damaged.*delete it"):
         debian_text.fetch_package("some", tmp_path)

@@ -136,10 +136,9 @@ def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """`blocks.sum(3, dtype=dtype)`; on a CPU, where torch would first convert all of it, a few
     heads at a time.
     """
-    head_bytes = blocks[0, 0].numel() * dtype.itemsize if blocks.numel() else 1
-    heads = max(1, _CACHED_BYTES // head_bytes)
     if blocks.dtype == dtype or blocks.device.type != "cpu" or torch.compiler.is_compiling():
         return blocks.sum(3, dtype=dtype)
+    heads = max(1, _CACHED_BYTES // max(1, blocks[:, 0].numel() * dtype.itemsize))
     return torch.cat([x.sum(3, dtype=dtype) for x in blocks.split(heads, dim=1)], dim=1)
 
 
