@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,8 @@ from attention_cases import (
     outputs_and_gradients,
 )
 
-from mra_attention import (
-    BlockSelection,
-    batched_attention,
-    mra2_attention,
-    select_blocks,
-    torch_impl,
-)
+from mra_attention import BlockSelection, mra2_attention, scratch, select_blocks, torch_impl
+from mra_attention.dense_attention import flash_is_available
 
 LENGTHS = (1, 31, 33, 100, 257, 1000)
 DIMS = (8, 32, 64, 80, 128)
@@ -35,8 +32,7 @@ IMPLS = ("reference", "torch")
 @pytest.fixture
 def without_flash(monkeypatch):
     """The fast path without aten's private flash operator, as on other devices."""
-    for module in (torch_impl, batched_attention):
-        monkeypatch.setattr(module, "flash_is_available", lambda device_type: False)
+    monkeypatch.setattr(torch_impl, "flash_is_available", lambda device_type: False)
 
 
 def attend(impl, inputs, mask=None, **arguments):
@@ -235,8 +231,8 @@ def test_path_without_flash_errs_no_more_than_reference(dtype, mask_kind, withou
 
 
 def test_flash_is_available_here():
-    assert batched_attention.flash_is_available("cpu")
-    assert not batched_attention.flash_is_available("cuda")
+    assert flash_is_available("cpu")
+    assert not flash_is_available("cuda")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -326,3 +322,35 @@ def test_a_ready_selection_stands_for_its_own_budget_and_priors():
         for beside in (choice, {"block_per_row": 1}):
             again = attend(impl, inputs, selection=selection, **beside)
             assert all(torch.equal(a, b) for a, b in zip(chosen, again, strict=True))
+
+
+def test_what_a_buffer_held_before_changes_nothing():
+    """Buffers are kept between calls: NaN in all of them must not reach any result."""
+    mask = make_mask("right", 2, 257)
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = make_inputs(2, 2, 257, 16, dtype=dtype)
+        first = attend("torch", inputs, mask, block_per_row=2)
+        buffers = scratch._kept.buffers.values()
+        assert len(buffers) > 5
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
+        assert_all_close(attend("torch", inputs, mask, block_per_row=2), first, 0)
+
+
+def test_buffers_of_an_inference_serve_a_training_step_and_other_threads():
+    inputs = make_inputs(1, 2, 300, 16)
+    expected = attend("torch", inputs, block_per_row=2)
+
+    def in_a_new_thread(results):
+        with torch.inference_mode():
+            results.append(mra2_attention(*inputs[:3], block_per_row=2, impl="torch"))
+        results.extend(attend("torch", inputs, block_per_row=2))
+
+    results = [[] for _ in range(4)]
+    threads = [threading.Thread(target=in_a_new_thread, args=(x,)) for x in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        torch.testing.assert_close(result, [expected[0], *expected])

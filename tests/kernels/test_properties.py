@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mra_attention import (
-    batched_attention,
     mra2_attention,
     mra2_attention_matrix,
     select_blocks,
@@ -231,8 +230,7 @@ def test_huge_logits_stay_finite(mask_kind, budget, impl, mode):
 @pytest.mark.parametrize("mask_kind", MASK_KINDS)
 def test_equal_huge_logits_give_the_mean_of_real_values(mask_kind, sign, flash, impl, monkeypatch):
     if not flash:
-        for module in (torch_impl, batched_attention):
-            monkeypatch.setattr(module, "flash_is_available", lambda device_type: False)
+        monkeypatch.setattr(torch_impl, "flash_is_available", lambda device_type: False)
     *_, value, grad = make_inputs(2, 2, 70, 16)
     query = torch.full_like(value, 50.0)  # logits of 1e4, and of 0 at padding that is not hidden
     mask = make_mask(mask_kind, 2, 70)

@@ -20,8 +20,10 @@ OPERATOR_IMPORTS = {
     "blocks": set(),
     "selection": {"blocks"},
     "reference": {"blocks"},
-    "torch_impl": {"batched_attention", "blocks"},
-    "batched_attention": {"blocks"},
+    "torch_impl": {"batched_attention", "blocks", "dense_attention", "scratch"},
+    "batched_attention": {"blocks", "scratch"},
+    "dense_attention": {"blocks"},
+    "scratch": set(),
 }
 
 

@@ -1,35 +1,20 @@
 """Softmax attention of many small problems at once: n query blocks, each with K keys of its own.
 
-Shapes are those of one-headed attention: query `[n, 1, M, D]`, keys and values `[n, 1, K, D]`, bias
-`[n, 1, 1, K]` or None, log-sum-exp `[n, 1, M]`. On a CPU this is aten's flash kernel, a private op
-that is tried once. For bfloat16, elsewhere, and where that op is missing, it is matmul and softmax,
-with powers of 2 in place of e, which CPUs compute several times faster. bfloat16 operands are
-multiplied as bfloat16; logits, softmax and log-sum-exp are float32 always.
+Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]` or None, the log-sum-exp
+`[n, M]`. Logits are powers of 2 in place of e, which CPUs compute several times faster. Operands
+are multiplied in their own dtype; logits, softmax and log-sum-exp are in the compute dtype always.
+Results and arguments in half types lie in scratch memory: they are valid until the next call.
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from .blocks import compute_dtype
+from .scratch import convert, scratch
 
 _LOG2_E = math.log2(math.e)
-
-
-@cache
-def flash_is_available(device_type: str) -> bool:
-    """Whether aten's flash attention for CPUs exists and accepts the calls made here."""
-    if device_type != "cpu":
-        return False
-    try:
-        query, bias = torch.ones(1, 1, 2, 8), torch.zeros(1, 1, 1, 2)
-        output, lse = flash_forward(query, query, query, bias, 1.0)
-        grads = flash_backward(query, query, query, query, bias, output, lse, 1.0)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return output.shape == grads[1].shape == query.shape and lse.shape == (1, 1, 2)
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -42,18 +27,15 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output, in the dtype of the operands, and the log-sum-exp."""
-    if flash_is_available(query.device.type) and query.dtype != torch.bfloat16:
-        return flash_forward(query, keys, values, bias, scale)
+    """Return the output and the log-sum-exp in the compute dtype."""
     wide = compute_dtype(query.dtype)
-    query, keys, values = (x[:, 0] for x in (query, keys, values))
-    weights = torch.bmm(query.to(wide) * (scale * _LOG2_E), keys.to(wide).mT)  # [n, M, K]
-    if bias is not None:
-        weights += bias[:, 0]
+    weights = _logits(query, keys, bias, wide, scale, None)  # [n, M, K]
     largest = weights.amax(-1, keepdim=True)
     total = weights.sub_(largest).exp2_().sum(-1, keepdim=True)
-    output = torch.bmm(weights.to(values.dtype), values).to(wide).div_(total)
-    return output[:, None], total.log2_().add_(largest).div_(_LOG2_E)[:, None, :, 0]
+    output = scratch("output", query.shape, values.dtype, query.device)
+    torch.bmm(convert("operand", weights, values.dtype), values, out=output)
+    lse = total.log2().add_(largest).div_(_LOG2_E)[..., 0]
+    return convert("wide output", output, wide).div_(total), lse
 
 
 def attend_backward(
@@ -62,50 +44,56 @@ def attend_backward(
     keys: Tensor,
     values: Tensor,
     bias: Tensor | None,
-    output: Tensor,
+    delta: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, keys and values in the compute dtype.
 
-    `grad`, `output` and `lse`, in the compute dtype, may be those of a softmax over more keys than
-    are given here.
+    `grad`, `delta` (the row sums of grad times output) and `lse`, in the compute dtype, may be
+    those of a softmax over more keys than are given here.
     """
-    # In bfloat16 the flash kernel's backward takes longer than the products one by one.
-    if flash_is_available(query.device.type) and query.dtype != torch.bfloat16:
-        return flash_backward(grad, query, keys, values, bias, output, lse, scale)
-    dtype, wide = query.dtype, grad.dtype
-    delta = (grad * output).sum(-1)[:, 0, :, None]  # [n, M, 1]
-    grad, query, keys, values = (x[:, 0] for x in (grad, query, keys, values))
-    # Logits in the compute dtype: a product rounded to bfloat16 would be no logit.
-    lse = lse[:, 0, :, None] * _LOG2_E
-    weights = torch.baddbmm(  # [n, M, K]
-        lse, query.to(wide) * (scale * _LOG2_E), keys.to(wide).mT, beta=-1
-    )
-    if bias is not None:
-        weights += bias[:, 0]
-    weights.exp2_()
+    dtype, wide, device = query.dtype, grad.dtype, grad.device
+    weights = _logits(query, keys, bias, wide, scale, lse).exp2_()
     # Both factors are differences of nearly equal numbers: they stay wide until they are done.
-    grad_logits = torch.baddbmm(delta, grad, values.to(wide).mT, beta=-scale, alpha=scale)
-    grad_logits = grad_logits.mul_(weights).to(dtype)
+    grad_logits = scratch("grad_logits", weights.shape, wide, device)
+    wide_values = convert("wide", values, wide)
+    torch.baddbmm(delta[..., None], grad, wide_values.mT, beta=-1, out=grad_logits)
+    grad_logits.mul_(weights)
+
+    operand = convert("operand", weights, dtype)
+    d_values = scratch("d_values", values.shape, dtype, device)
+    torch.bmm(operand.mT, convert("grad operand", grad, dtype), out=d_values)
+    operand = convert("operand", grad_logits, dtype)
+    d_query = scratch("d_query", query.shape, dtype, device)
+    d_query.baddbmm_(operand, keys, beta=0, alpha=scale)
+    d_keys = scratch("d_keys", keys.shape, dtype, device)
+    d_keys.baddbmm_(operand.mT, query, beta=0, alpha=scale)
     return (
-        torch.bmm(grad_logits, keys).to(wide)[:, None],
-        torch.bmm(grad_logits.mT, query).to(wide)[:, None],
-        torch.bmm(weights.to(dtype).mT, grad.to(dtype)).to(wide)[:, None],
+        convert("wide d_query", d_query, wide),
+        convert("wide d_keys", d_keys, wide),
+        convert("wide d_values", d_values, wide),
     )
 
 
-def flash_forward(query, keys, values, bias, scale) -> tuple[Tensor, Tensor]:
-    """`attend` by aten's flash kernel; any `[B, H, ...]` will do."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, False, attn_mask=bias, scale=scale
-    )
+def _logits(
+    query: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    wide: torch.dtype,
+    scale: float,
+    lse: Tensor | None,
+) -> Tensor:
+    """Logits `[n, M, K]` to base 2, less the log-sum-exp where it is given.
 
-
-def flash_backward(
-    grad, query, keys, values, bias, output, lse, scale
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_backward` by aten's flash kernel; any `[B, H, ...]` will do."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, keys, values, output, lse, 0.0, False, attn_mask=bias, scale=scale
-    )
+    In the compute dtype: a product rounded to bfloat16 would be no logit.
+    """
+    shape = (*query.shape[:2], keys.shape[1])
+    logits = scratch("logits", shape, wide, query.device)
+    factors = (convert("wide query", query, wide), convert("wide", keys, wide).mT)
+    if lse is None:
+        logits.baddbmm_(*factors, beta=0, alpha=scale * _LOG2_E)
+    else:
+        lse = lse[..., None] * _LOG2_E
+        torch.baddbmm(lse, *factors, beta=-1, alpha=scale * _LOG2_E, out=logits)
+    return logits if bias is None else logits.add_(bias)

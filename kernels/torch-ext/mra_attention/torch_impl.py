@@ -16,8 +16,8 @@ and backward, with L_i the merged log-sum-exp, delta_i = dO_i . O_i and w_i = ex
 while the exact part is the backward of softmax attention fed the merged output and log-sum-exp.
 
 Query blocks are sorted by their number of selected blocks, and those with about the same number
-form one batched attention (`batched_attention.py`); keys are gathered in pieces, on a CPU of about
-1 MB, which costs less than the page faults of larger buffers.
+form one batched attention (`batched_attention.py`); keys are gathered in pieces, on a CPU into
+buffers (`scratch.py`) small enough for its caches.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .batched_attention import (
-    attend,
-    attend_backward,
-    flash_backward,
-    flash_forward,
-    flash_is_available,
-    operand_dtype,
-)
+from .batched_attention import attend, attend_backward, operand_dtype
 from .blocks import (
     block_sums,
     compute_dtype,
@@ -44,8 +37,12 @@ from .blocks import (
     without_full_mask,
     without_harmful_padding,
 )
+from .dense_attention import dense_backward, dense_forward, flash_is_available
+from .scratch import convert, scratch, take
 
-_GATHER_BYTES = 2**20
+#: Keys gathered at a time, counted in the compute dtype: a few times what stays in a core's cache,
+#: which pays for the calls.
+_GATHER_BYTES = 3 * 2**19
 _GATHER_BYTES_ON_A_GPU = 2**28
 #: Query blocks with different numbers of selected blocks share a batched attention when that takes
 #: at most so many blocks of padding: about what one more call costs.
@@ -71,7 +68,7 @@ def forward(
     pair.
     """
     if blocks is None and flash_is_available(query.device.type):
-        return _dense_forward(query, key, value, token_mask, scale)
+        return dense_forward(query, key, value, token_mask, scale)
     token_mask = without_full_mask(token_mask)
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=dtype)
@@ -83,7 +80,7 @@ def forward(
 
 
 def _forward_part(problem: "_Problem", output_part: Tensor, lse_part: Tensor) -> None:
-    output = problem.rows_to_write(output_part)
+    output = problem.rows_to_write(output_part, "output rows")
     lse = problem.exact_forward(output)
     if problem.coarse is not None:
         lse = problem.coarse.merge_(output, lse)
@@ -114,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
-        return _dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
+        return dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
     token_mask = without_full_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
     settings = (scale, sparse, block_size)
@@ -136,15 +133,17 @@ def _backward_part(
     row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf)
     row_lse = row_lse.reshape(-1, problem.block_size)
     row_grad, row_output = (problem.to_rows(x).to(problem.dtype) for x in (grad_output, output))
-    grads = [problem.rows_to_write(part_grad) for part_grad in part_grads]
+    delta = _row_dots(row_grad, row_output)  # [G * R, M]
+    names = ("grad_query", "grad_key", "grad_value")
+    grads = list(map(problem.rows_to_write, part_grads, names))
     if problem.coarse is None:
         for grad in grads:
             grad.zero_()
     else:
-        coarse = problem.coarse.backward(row_grad, row_output, row_lse)
+        coarse = problem.coarse.backward(row_grad, delta, row_lse)
         for grad, coarse_grad in zip(grads, coarse, strict=True):
             grad.copy_(coarse_grad)  # the same for every token of a block
-    problem.add_exact_backward_(*grads, row_grad, row_output, row_lse)
+    problem.add_exact_backward_(*grads, row_grad, delta, row_lse)
     for grad, part_grad in zip(grads, part_grads, strict=True):
         problem.write(grad, part_grad)
 
@@ -200,14 +199,14 @@ class _Problem:
         padded = rows.view(batch, heads, self.n_blocks * self.block_size, rows.shape[-1])
         return padded[:, :, :length]
 
-    def rows_to_write(self, tokens: Tensor) -> Tensor:
+    def rows_to_write(self, tokens: Tensor, name: str) -> Tensor:
         """Rows `[G * R, M, D]` in the compute dtype for the result `tokens` `[B, H, N, D]`: its own
-        memory where it is laid out in whole blocks, else new memory. `write` ends it.
+        memory where it is laid out in whole blocks, else scratch. `write` ends it.
         """
         whole = tokens.shape[2] == self.n_blocks * self.block_size
         if whole and tokens.dtype == self.dtype and tokens.is_contiguous():
             return tokens.view(-1, self.block_size, tokens.shape[-1])
-        return torch.empty(self.rows.shape, dtype=self.dtype, device=tokens.device)
+        return scratch(name, self.rows.shape, self.dtype, tokens.device)
 
     def write(self, rows: Tensor, tokens: Tensor) -> None:
         """Copy rows from `rows_to_write` to `tokens` unless they are the same memory."""
@@ -232,12 +231,9 @@ class _Problem:
         first_column = order // self.n_blocks * self.n_blocks  # of the head of each row
         columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
         starts = counts.cumsum(0) - counts
-        block_bytes = self.block_size * self.shape[-1] * self.operand_dtype.itemsize
-        if counts.device.type == "cpu":
-            # A short sequence leaves little freed memory behind that a piece could use again.
-            gather_bytes = min(_GATHER_BYTES, self.rows.numel() * self.dtype.itemsize // 3)
-        else:
-            gather_bytes = _GATHER_BYTES_ON_A_GPU
+        block_bytes = self.block_size * self.shape[-1] * self.dtype.itemsize
+        on_a_cpu = counts.device.type == "cpu"
+        gather_bytes = _GATHER_BYTES if on_a_cpu else _GATHER_BYTES_ON_A_GPU
         for begin, end, width, uniform, offset in _groups(counts):
             if uniform:
                 lists = columns[offset : offset + (end - begin) * width].view(-1, width)
@@ -256,13 +252,13 @@ class _Problem:
     def gather(
         self, columns: Tensor, surplus: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[n, 1, P * M, D]` of the columns `[n, P]`, and the bias
-        `[n, 1, 1, P * M]` that hides padding and surplus columns.
+        """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]`
+        that hides padding and surplus columns.
         """
         n, flat = columns.shape[0], columns.flatten()
-        shape = (n, 1, -1, self.shape[-1])
-        keys = self.keys.index_select(0, flat).view(shape).to(self.operand_dtype)
-        values = self.values.index_select(0, flat).view(shape).to(self.operand_dtype)
+        shape = (n, -1, self.shape[-1])
+        keys = self.take("keys", self.keys, flat).view(shape)
+        values = self.take("values", self.values, flat).view(shape)
         padded = self.key_bias is not None and bool(self.partial.index_select(0, flat).any())
         if not padded and surplus is None:
             return keys, values, None
@@ -272,20 +268,23 @@ class _Problem:
             bias = keys.new_zeros((*columns.shape, self.block_size), dtype=self.dtype)
         if surplus is not None:
             bias.masked_fill_(surplus[..., None], -torch.inf)
-        return keys, values, bias.view(n, 1, 1, -1)
+        return keys, values, bias.view(n, 1, -1)
+
+    def take(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
+        """Some rows of an input, in the dtype in which they are multiplied."""
+        return convert(f"{name} operand", take(name, rows, index), self.operand_dtype)
 
     def exact_forward(self, output: Tensor) -> Tensor:
         """Write the softmax over the selected blocks alone to `output` `[G * R, M, D]`; returns its
         log-sum-exp `[G * R, M]` (-inf without any).
         """
         lse = torch.full(self.rows.shape[:2], -torch.inf, dtype=self.dtype, device=self.rows.device)
-        rows_4d, output_4d, lse_3d = self.rows[:, None], output[:, None], lse[:, None]
         for rows, columns, surplus in self.pieces():
-            query = rows_4d.index_select(0, rows).to(self.operand_dtype)
             keys, values, bias = self.gather(columns, surplus)
+            query = self.take("query", self.rows, rows)
             piece_output, piece_lse = attend(query, keys, values, bias, self.scale)
-            output_4d.index_copy_(0, rows, piece_output.to(self.dtype))
-            lse_3d.index_copy_(0, rows, piece_lse)
+            output.index_copy_(0, rows, piece_output)
+            lse.index_copy_(0, rows, piece_lse)
         nothing = ~self.selected.any(-1).flatten()
         if bool(nothing.any()):
             output[nothing] = 0
@@ -297,31 +296,29 @@ class _Problem:
         grad_keys: Tensor,
         grad_values: Tensor,
         grad: Tensor,
-        output: Tensor,
+        delta: Tensor,
         lse: Tensor,
     ) -> None:
         """Add the gradients through the selected blocks to the first three, all `[G * R, M, D]` in
         the compute dtype.
         """
-        rows_4d, grad_rows_4d, lse_3d = self.rows[:, None], grad_rows[:, None], lse[:, None]
-        grad_4d, output_4d = grad[:, None], output[:, None]
         block = grad.shape[1:]
         for rows, columns, surplus in self.pieces():
             keys, values, bias = self.gather(columns, surplus)
             d_query, d_keys, d_values = attend_backward(
-                grad_4d.index_select(0, rows),
-                rows_4d.index_select(0, rows).to(self.operand_dtype),
+                take("grad", grad, rows),
+                self.take("query", self.rows, rows),
                 keys,
                 values,
                 bias,
-                output_4d.index_select(0, rows),
-                lse_3d.index_select(0, rows),
+                take("delta", delta, rows),
+                take("lse", lse, rows),
                 self.scale,
             )
             flat = columns.flatten()
-            add_blocks_(grad_rows_4d, rows, d_query)
-            add_blocks_(grad_keys, flat, d_keys.reshape(-1, *block))
-            add_blocks_(grad_values, flat, d_values.reshape(-1, *block))
+            add_blocks_(grad_rows, rows, d_query)
+            add_blocks_(grad_keys, flat, d_keys.view(-1, *block))
+            add_blocks_(grad_values, flat, d_values.view(-1, *block))
 
 
 def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
@@ -387,14 +384,13 @@ class _Coarse:
         output.addcmul_(coarse_weight, numerator.view(-1, 1, output.shape[-1]))
         return lse
 
-    def backward(self, grad: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients for every token of a block, `[G * R, 1, D]` each (the mean spreads them
         evenly).
         """
         dim = grad.shape[-1]
         # 0 at padding and where there is no coarse part
         weight = (self.row_max - lse).exp_()  # [G * R, M]
-        delta = _row_dots(grad, output)  # [G * R, M]
         grad_sum = torch.bmm(weight[:, None], grad).view(-1, self.n_blocks, dim)  # G: [G, R, D]
         delta_sum = (weight * delta).sum(-1).view(-1, self.n_blocks, 1)  # g: [G, R, 1]
         grad_values = torch.bmm(self.weights.mT, grad_sum)
@@ -431,45 +427,3 @@ def add_sorted_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
     where, lengths = index.unique_consecutive(return_counts=True)
     sums = torch.segment_reduce(source[order].flatten(1), "sum", lengths=lengths)
     target[where] += sums.view(-1, *target.shape[1:])
-
-
-# -- every live pair selected: dense softmax attention
-
-
-def _dense_inputs(query, key, value, token_mask):
-    """Inputs in the compute dtype with padding zeroed, and the bias `[B, 1, 1, N]` that hides it.
-
-    A sample without any token is left open: its rows are overwritten afterwards.
-    """
-    dtype = compute_dtype(query.dtype)
-    inputs = [x.to(dtype) for x in (query, key, value)]
-    if token_mask is None:
-        return (*(x.contiguous() for x in inputs), None)
-    padding = ~token_mask[:, None, :, None]
-    clean = [x.masked_fill(padding, 0).contiguous() for x in inputs]
-    hidden = ~token_mask & token_mask.any(-1, keepdim=True)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=query.device)
-    return (*clean, bias.masked_fill_(hidden, -torch.inf)[:, None, None])
-
-
-def _dense_forward(query, key, value, token_mask, scale):
-    query, key, value, bias = _dense_inputs(query, key, value, token_mask)
-    output, lse = flash_forward(query, key, value, bias, scale)
-    output, lse = output.contiguous(), lse.contiguous()
-    if token_mask is not None:
-        output.masked_fill_(~token_mask[:, None, :, None], 0)
-        lse.masked_fill_(~token_mask[:, None, :], torch.inf)
-    return output, lse
-
-
-def _dense_backward(grad_output, query, key, value, output, lse, token_mask, scale):
-    input_dtype = query.dtype
-    query, key, value, bias = _dense_inputs(query, key, value, token_mask)
-    grad_output = grad_output.to(query.dtype)
-    if token_mask is not None:
-        grad_output = grad_output.masked_fill(~token_mask[:, None, :, None], 0)
-    grads = flash_backward(grad_output.contiguous(), query, key, value, bias, output, lse, scale)
-    if token_mask is not None:
-        grads = [grad.masked_fill(~token_mask[:, None, :, None], 0) for grad in grads]
-    grad_query, grad_key, grad_value = (grad.to(input_dtype).contiguous() for grad in grads)
-    return grad_query, grad_key, grad_value
