@@ -81,7 +81,9 @@ def fill_padding(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
 def fill_padding_(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
     """`fill_padding` in place. On a CPU it costs as much as there is padding, not as x is large."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        x.transpose(1, 2)[~token_mask] = value
+        # By indices: assigning through the mask itself visits all of x.
+        padding = (~token_mask).nonzero(as_tuple=True)
+        x.transpose(1, 2).index_put_(padding, x.new_tensor(value))
         return x
     return x.masked_fill_(_padding_like(x, token_mask), value)
 
@@ -142,11 +144,13 @@ def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([x.sum(3, dtype=dtype) for x in blocks.split(heads, dim=1)], dim=1)
 
 
-def block_means(blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def block_means(
+    blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None, real: Tensor | None = None
+) -> Tensor:
     """Mean over the real tokens of each block, 0 where there is none.
 
-    `blocks` is `[B, H, R, M, D]`, `counts` `[B, R]`; returns `[B, H, R, D]` in `dtype` (default:
-    the compute dtype).
+    `blocks` is `[B, H, R, M, D]`, `counts` `[B, R]`, `real` as in `block_sums`; returns
+    `[B, H, R, D]` in `dtype` (default: the compute dtype).
     """
     dtype = dtype or compute_dtype(blocks.dtype)
-    return block_sums(blocks, None, dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)
+    return block_sums(blocks, real, dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)

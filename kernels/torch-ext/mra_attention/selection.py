@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_means, count_blocks, mask_to_blocks, parts, to_blocks, without_full_mask
+from .blocks import (
+    block_means,
+    count_blocks,
+    mask_to_blocks,
+    parts,
+    to_blocks,
+    without_full_mask,
+    without_harmful_padding,
+)
 
 _TIE_BITS = 30
 #: Block rows that fit the tie rank, 2 * R * R <= 2**30; 741,440 tokens in blocks of 32.
@@ -65,10 +73,16 @@ def coarse_scores(
     )
     counts = mask_blocks.sum(-1)  # [B, R]
     live = counts > 0
-    pooled_query, pooled_key = (
-        block_means(to_blocks(x, token_mask, block_size, n_blocks), counts, dtype)  # [B, H, R, D]
-        for x in (query, key)
-    )
+    reads_values = query.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def means(x: Tensor) -> Tensor:  # [B, H, R, D]
+        if not reads_values:
+            return block_means(to_blocks(x, token_mask, block_size, n_blocks), counts, dtype)
+        blocks = to_blocks(without_harmful_padding(x, token_mask), None, block_size, n_blocks)
+        real = None if token_mask is None else mask_blocks
+        return block_means(blocks, counts, dtype, real)
+
+    pooled_query, pooled_key = means(query), means(key)
     scores = (pooled_query @ pooled_key.mT * scale).float()  # [B, H, R, R]
     if rule == "row_normalized":
         row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
