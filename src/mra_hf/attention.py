@@ -15,7 +15,7 @@ from transformers.masking_utils import bidirectional_mask_function
 from transformers.utils import logging
 
 from mra_attention import mra2_attention, mra2_attention_matrix, select_blocks
-from mra_attention.api import IMPLEMENTATIONS
+from mra_attention.implementations import IMPLEMENTATIONS
 from mra_hf.configuration import ATTENTION_DEFAULTS, MraConfig, check_attention_settings
 
 logger = logging.get_logger(__name__)

@@ -13,8 +13,9 @@ FAMILY = ROOT / "src" / "mra_hf"
 #: What each module of the operator may import from its own package.
 OPERATOR_IMPORTS = {
     "__init__": {"api", "selection"},
-    "api": {"ops", "reference", "blocks", "selection"},
-    "ops": {"_ops", "selection", "torch_impl", "blocks"},
+    "api": {"ops", "reference", "blocks", "implementations", "selection"},
+    "implementations": set(),
+    "ops": {"_ops", "selection", "torch_impl", "triton_impl", "blocks"},
     "_ops": set(),
     "benchmarking": set(),
     "blocks": set(),

@@ -3,6 +3,7 @@
 Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N / M) block rows.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -12,9 +13,9 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .blocks import count_blocks
+from .implementations import IMPLEMENTATIONS, resolve_impl
 from .selection import MAX_BLOCK_ROWS, BlockSelection, select
 
-IMPLEMENTATIONS = ("auto", "reference", "torch")
 APPROX_MODES = ("full", "sparse")
 SELECTION_RULES = ("row_normalized", "global")
 #: Larger blocks are refused: inputs are padded to whole blocks.
@@ -38,7 +39,7 @@ def mra2_attention(
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
     scale: float | None = None,
-    impl: Literal["auto", "reference", "torch"] = "auto",
+    impl: Literal["auto", "reference", "torch", "triton"] = "auto",
 ) -> Tensor:
     """Multi-resolution self-attention with the scales {block_size, 1}: MRA-2 and MRA-2-s.
 
@@ -71,9 +72,11 @@ def mra2_attention(
             `select_blocks`, which stands for its own budget and priors: those given here are then
             not used.
         scale: factor of the logits, default `D ** -0.5`.
-        impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer), or
-            `"auto"`, which is `"torch"`. An explicit choice is never replaced. While `torch.export`
-            traces, the reference is used.
+        impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer),
+            `"triton"` (kernels for CUDA and ROCm tensors: float32, bfloat16, float16, head dims 16
+            to 128, block_size 32), or `"auto"`: triton for such tensors where it is installed, else
+            torch. An explicit choice is never replaced. While `torch.export` traces, the reference
+            is used.
 
     Returns:
         `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on). Two runs give the
@@ -83,7 +86,7 @@ def mra2_attention(
         ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
             what to pass.
         RuntimeError: double backward, `torch.vmap` or forward-mode differentiation through
-            `impl="torch"`.
+            `impl="torch"` or `"triton"`.
     """
     query, key, value = _check_tensors(query, key, value)
     settings = _check_settings(
@@ -107,16 +110,20 @@ def mra2_attention(
 
     if torch.compiler.is_exporting():
         return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
-    match resolve_impl(impl, query):
+    match resolve_impl(impl, query, block_size):
         case "reference":
             blocks = _choose(select, query, key, token_mask, selection, settings)
             return _reference_attention(query, key, value, token_mask, blocks, **arguments)
-        case "torch":
+        case "torch" | "triton" as fast:
             _refuse_forward_mode(query, key, value)
-            if not isinstance(selection, BlockSelection) and _selects_all(query, settings):
+            is_chosen = isinstance(selection, BlockSelection)
+            if not is_chosen and _selects_all(query, settings):
                 blocks = None
             else:
-                blocks = _choose(_select_op, query, key, token_mask, selection, settings)
+                chooser = functools.partial(_select_op, impl=fast)
+                blocks = _choose(chooser, query, key, token_mask, selection, settings)
+            arguments["impl"] = fast
+            arguments["largest_budget"] = None if is_chosen else _largest_budget(query, settings)
             output = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
             return output.to(query.dtype)
         case other:
@@ -215,15 +222,10 @@ def mra2_attention_matrix(
         )
 
 
-def resolve_impl(impl: str, query: Tensor) -> str:
-    """Return "reference" or "torch"; an empty batch, nothing to compute, is the reference's."""
-    if query.shape[0] == 0 or query.shape[1] == 0:
-        return "reference"
-    return "torch" if impl == "auto" else impl
-
-
-def _select_op(query: Tensor, key: Tensor, token_mask: Tensor | None, **settings) -> Tensor:
-    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
+def _select_op(
+    query: Tensor, key: Tensor, token_mask: Tensor | None, impl: str = "torch", **settings
+) -> Tensor:
+    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings, impl=impl)
 
 
 def _choose(chooser, query, key, token_mask, selection, settings) -> Tensor:
@@ -234,13 +236,16 @@ def _choose(chooser, query, key, token_mask, selection, settings) -> Tensor:
 
 
 def _selects_all(query: Tensor, settings: dict) -> bool:
-    """Whether the budget covers every live pair whatever the values: R rows of `block_per_row`, or
-    `block_budget`.
-    """
+    """Whether the budget covers every live pair whatever the values."""
     n_blocks = count_blocks(query.shape[2], settings["block_size"])
-    if settings["block_budget"] is None:
-        return settings["block_per_row"] >= n_blocks
-    return settings["block_budget"] >= n_blocks**2
+    return _largest_budget(query, settings) >= n_blocks**2
+
+
+def _largest_budget(query: Tensor, settings: dict) -> int:
+    """Pairs chosen per head, at most: R rows of `block_per_row`, or `block_budget`."""
+    if settings["block_budget"] is not None:
+        return settings["block_budget"]
+    return count_blocks(query.shape[2], settings["block_size"]) * settings["block_per_row"]
 
 
 def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:

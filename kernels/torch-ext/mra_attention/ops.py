@@ -1,4 +1,6 @@
-"""`torch.library` operators around the fast path: what compile, checkpointing and autograd see.
+"""`torch.library` operators around the fast paths: what compile, checkpointing and autograd see.
+
+`impl` is "torch" or "triton"; triton is imported by the first call that asks for it.
 
 `mra2_select` has no gradient. `mra2_forward` returns the output and its log-sum-exp; its gradient
 is `mra2_backward`, which has none of its own. Bodies run with autocast off, forward and backward,
@@ -25,20 +27,22 @@ def mra2_select(
     initial_prior_diagonal_n_blocks: int,
     rule: str,
     scale: float,
+    impl: str = "torch",
 ) -> Tensor:
     """`selection.select` as an operator: `[B, H, R, R]` bool."""
-    return selection.select(
-        query,
-        key,
-        token_mask,
-        block_per_row=block_per_row,
-        block_budget=block_budget,
-        block_size=block_size,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        rule=rule,
-        scale=scale,
-    )
+    settings = {
+        "block_per_row": block_per_row,
+        "block_budget": block_budget,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
+        "rule": rule,
+        "scale": scale,
+    }
+    if impl == "triton":
+        from . import triton_impl
+
+        return triton_impl.select(query, key, token_mask, **settings)
+    return selection.select(query, key, token_mask, block_size=block_size, **settings)
 
 
 @mra2_select.register_fake
@@ -53,6 +57,7 @@ def _(
     initial_prior_diagonal_n_blocks,
     rule,
     scale,
+    impl="torch",
 ):
     n_blocks = count_blocks(query.shape[2], block_size)
     return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
@@ -68,11 +73,29 @@ def mra2_forward(
     scale: float,
     sparse: bool,
     block_size: int,
+    impl: str = "torch",
+    largest_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`torch_impl.forward` as an operator: output `[B, H, N, D]` and log-sum-exp `[B, H, N]`.
+    """`torch_impl.forward` or that of Triton as an operator: output `[B, H, N, D]` and log-sum-exp
+    `[B, H, N]`.
 
-    Both in the compute dtype: a backward from an output rounded to half would lose digits.
+    By torch both are in the compute dtype: a backward from an output rounded to half would lose
+    digits. By Triton the output has the input dtype, as with other kernels of that kind.
+    `largest_budget` is a bound of the pairs selected per head, where one is known.
     """
+    if impl == "triton":
+        from . import triton_impl
+
+        return triton_impl.forward(
+            query,
+            key,
+            value,
+            token_mask,
+            blocks,
+            scale=scale,
+            sparse=sparse,
+            largest_budget=largest_budget,
+        )
     with torch.autocast(query.device.type, enabled=False):
         return torch_impl.forward(
             query, key, value, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
@@ -80,9 +103,21 @@ def mra2_forward(
 
 
 @mra2_forward.register_fake
-def _(query, key, value, token_mask, blocks, scale, sparse, block_size):
+def _(
+    query,
+    key,
+    value,
+    token_mask,
+    blocks,
+    scale,
+    sparse,
+    block_size,
+    impl="torch",
+    largest_budget=None,
+):
     dtype = compute_dtype(query.dtype)
-    return query.new_empty(query.shape, dtype=dtype), query.new_empty(query.shape[:3], dtype=dtype)
+    output = query.new_empty(query.shape, dtype=query.dtype if impl == "triton" else dtype)
+    return output, query.new_empty(query.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_backward"), mutates_args=())
@@ -98,8 +133,26 @@ def mra2_backward(
     scale: float,
     sparse: bool,
     block_size: int,
+    impl: str = "torch",
+    largest_budget: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`torch_impl.backward` as an operator: gradients of query, key and value."""
+    """The backward of `mra2_forward` as an operator: gradients of query, key and value."""
+    if impl == "triton":
+        from . import triton_impl
+
+        return triton_impl.backward(
+            grad_output,
+            query,
+            key,
+            value,
+            output,
+            lse,
+            token_mask,
+            blocks,
+            scale=scale,
+            sparse=sparse,
+            largest_budget=largest_budget,
+        )
     with torch.autocast(query.device.type, enabled=False):
         return torch_impl.backward(
             grad_output,
@@ -117,7 +170,21 @@ def mra2_backward(
 
 
 @mra2_backward.register_fake
-def _(grad_output, query, key, value, output, lse, token_mask, blocks, scale, sparse, block_size):
+def _(
+    grad_output,
+    query,
+    key,
+    value,
+    output,
+    lse,
+    token_mask,
+    blocks,
+    scale,
+    sparse,
+    block_size,
+    impl="torch",
+    largest_budget=None,
+):
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
@@ -128,7 +195,7 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, grad_output, grad_lse):
     grads = mra2_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, None, None, None, None
+    return *grads, *(None for _ in range(7))
 
 
 def _refuse_double_backward(ctx, *grads):

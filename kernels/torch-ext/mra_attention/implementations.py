@@ -1,0 +1,58 @@
+"""Which implementation takes a call. Imports no triton: it may be missing."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+
+# What the Triton kernels take.
+BLOCK_SIZE = 32
+SMALLEST_DIM, LARGEST_DIM = 16, 128
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def resolve_impl(impl: str, query: Tensor, block_size: int) -> str:
+    """Return "reference", "torch" or "triton"; an empty batch, nothing to compute, is the
+    reference's.
+
+    Raises:
+        ValueError: "triton" was asked for and cannot take the call.
+    """
+    if impl == "triton":
+        reason = refusal(query, block_size)
+        if reason is not None:
+            raise ValueError(f'impl="triton" {reason}. Pass impl="auto" or "torch" for such calls.')
+    if query.shape[0] == 0 or query.shape[1] == 0:
+        return "reference"
+    if impl == "auto":
+        on_a_gpu = query.device.type == "cuda"
+        return "triton" if on_a_gpu and refusal(query, block_size) is None else "torch"
+    return impl
+
+
+def refusal(query: Tensor, block_size: int) -> str | None:
+    """Why the Triton kernels cannot take a call, and what to do, in words; None where they can."""
+    if not _IS_INSTALLED:
+        return "needs triton, which is not installed (pip install triton)"
+    if query.dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {query.dtype}"
+    if block_size != BLOCK_SIZE:
+        return f"takes block_size={BLOCK_SIZE}, got {block_size}"
+    if not SMALLEST_DIM <= query.shape[-1] <= LARGEST_DIM:
+        return f"takes head dims {SMALLEST_DIM} to {LARGEST_DIM}, got {query.shape[-1]}"
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and interprets()):
+        return (
+            f"takes CUDA and ROCm tensors, got tensors on {query.device.type} (CPU tensors run in "
+            "Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported)"
+        )
+    return None
+
+
+def interprets() -> bool:
+    """Whether the environment asks for Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

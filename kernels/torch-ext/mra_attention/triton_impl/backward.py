@@ -1,0 +1,466 @@
+"""Kernels of the backward pass.
+
+With L the merged log-sum-exp, delta the row sums of dO * O and W_x the smallest L of query block x,
+
+    w_i = exp(W_x - L_i)    G_x = sum_i w_i dO_i    g_x = sum_i w_i delta_i
+    E_xy = exp(S_xy - W_x)  dS_xy = E_xy (G_x . V_y - c_y g_x)    dV_y = sum_x E_xy G_x
+
+for the pairs left to the coarse part (W_x is at least as large as each of their logits), and for
+selected ones the backward of softmax attention: query gradients over lists of key blocks, key and
+value gradients over lists of query blocks. Nothing is added by atomics: two runs give the same
+bits. Logits are to base 2 inside the kernels.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import unselected_pairs
+from .primitives import (
+    add_gathered,
+    as_rows,
+    coarse_logits,
+    empty_sums,
+    is_real,
+    load_summaries,
+    load_tokens,
+    of_gathered,
+    of_own,
+    store_tokens,
+    tile_product,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def reduce_rows_kernel(
+    GRAD,
+    OUTPUT,
+    LSE,
+    MASK,
+    DELTA,
+    SMALLEST,
+    GRAD_SUMS,
+    DELTA_SUMS,
+    length,
+    n_blocks,
+    heads,
+    HAS_MASK: tl.constexpr,
+    HAS_COARSE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """delta `[G, N]`; W and g `[G, R]`, G `[G, R, D_PAD]` of a query block."""
+    head = (tl.program_id(0) // n_blocks).to(tl.int64)
+    row = tl.program_id(0) % n_blocks
+    tokens = row * M + tl.arange(0, M)
+    real = is_real(MASK, head // heads, tokens, length, tokens >= 0, HAS_MASK)
+    start = head * length * D
+    grad = load_tokens(GRAD, start, tokens, D, real, D, D_PAD).to(tl.float32)
+    output = load_tokens(OUTPUT, start, tokens, D, real, D, D_PAD).to(tl.float32)
+    delta = tl.sum(grad * output, 1)
+    tl.store(DELTA + head * length + tokens, delta, mask=tokens < length)
+    if HAS_COARSE:
+        lse = tl.load(LSE + head * length + tokens, mask=real, other=float("inf")) * LOG2_E
+        attends = lse < float("inf")
+        smallest = tl.min(lse, 0)
+        smallest = tl.where(smallest < float("inf"), smallest, 0.0)
+        weights = tl.where(attends, tl.exp2(smallest - lse), 0.0)
+        line = head * n_blocks + row
+        tl.store(SMALLEST + line, smallest)
+        tl.store(DELTA_SUMS + line, tl.sum(weights * delta, 0))
+        sums = tl.sum(weights[:, None] * grad, 0)
+        tl.store(GRAD_SUMS + line * D_PAD + tl.arange(0, D_PAD), sums)
+
+
+@triton.jit
+def coarse_query_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    VALUE_SUMS,
+    COUNTS,
+    BLOCKS,
+    SMALLEST,
+    GRAD_SUMS,
+    DELTA_SUMS,
+    COARSE_QUERY,
+    scale,
+    scale_log2,
+    n_blocks,
+    heads,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    counts = COUNTS + head // heads * n_blocks
+    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n_blocks
+    row_counts = tl.load(counts + rows, mask=inside, other=0)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
+    smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=inside, other=0.0)
+    delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=inside, other=0.0)
+    sums = tl.zeros([ROWS, D_PAD], tl.float32)
+    for start in range(0, n_blocks, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
+        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+        logits = coarse_logits(query, keys, scale_log2)
+        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
+        products = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        sums = tl.dot(grad_logits, keys, sums, input_precision="ieee")
+    sums *= (scale / tl.maximum(row_counts, 1).to(tl.float32))[:, None]
+    to = (head * n_blocks + rows)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    tl.store(COARSE_QUERY + to, sums, mask=inside[:, None])
+
+
+@triton.jit
+def coarse_key_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    VALUE_SUMS,
+    COUNTS,
+    BLOCKS,
+    SMALLEST,
+    GRAD_SUMS,
+    DELTA_SUMS,
+    COARSE_KEY,
+    COARSE_VALUE,
+    scale,
+    scale_log2,
+    n_blocks,
+    heads,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """The gradients that every key and value of a block get from the coarse part."""
+    strips = tl.cdiv(n_blocks, COLUMNS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    counts = COUNTS + head // heads * n_blocks
+    columns = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < n_blocks
+    sizes = tl.load(counts + columns, mask=inside, other=0)
+    keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+    values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+    key_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
+    value_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
+    for start in range(0, n_blocks, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
+        smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+        delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+        query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+        grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
+        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        logits = coarse_logits(query, keys, scale_log2)
+        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
+        products = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision="ieee")
+        key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision="ieee")
+    key_sums *= (scale / tl.maximum(sizes, 1).to(tl.float32))[:, None]
+    to = (head * n_blocks + columns)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    tl.store(COARSE_KEY + to, key_sums, mask=inside[:, None])
+    tl.store(COARSE_VALUE + to, value_sums, mask=inside[:, None])
+
+
+@triton.jit
+def _store_gradient(
+    RESULT,
+    COARSE,
+    head,
+    block,
+    sums,
+    real,
+    length,
+    n_blocks,
+    HAS_COARSE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Add what the coarse part gives every token of the block, and store; 0 at padding."""
+    if HAS_COARSE:
+        coarse = tl.load(COARSE + (head * n_blocks + block) * D_PAD + tl.arange(0, D_PAD))
+        sums += coarse[None, :]
+    sums = tl.where(real[:, None], sums, 0.0)
+    tokens = block * M + tl.arange(0, M)
+    store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
+
+
+@triton.jit
+def exact_query_kernel(
+    QUERY,
+    KEY,
+    VALUE,
+    MASK,
+    GRAD,
+    LSE,
+    DELTA,
+    SIZES,
+    STARTS,
+    LISTS,
+    FIRST_ITEMS,
+    ITEMS,
+    ITEM_COUNTS,
+    COARSE_QUERY,
+    GRAD_QUERY,
+    PART_SUMS,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    scale,
+    scale_log2,
+    length,
+    n_blocks,
+    heads,
+    capacity,
+    max_items,
+    HAS_MASK: tl.constexpr,
+    HAS_COARSE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per work item of a query block: its query gradients."""
+    head = (tl.program_id(0) // max_items).to(tl.int64)
+    item = tl.program_id(0) % max_items
+    if item >= tl.load(ITEM_COUNTS + head):
+        return
+    row = tl.load(ITEMS + head * max_items + item)
+    line = head * n_blocks + row
+    size = tl.load(SIZES + line)
+    begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
+    end = tl.minimum(begin + ITEM_BLOCKS, size)
+    columns = LISTS + head * capacity + tl.load(STARTS + line)
+
+    sample, of_sample = head // heads, head % heads
+    tokens = row * M + tl.arange(0, M)
+    real = is_real(MASK, sample, tokens, length, tokens >= 0, HAS_MASK)
+    start = sample * query_batch + of_sample * query_head
+    query = load_tokens(QUERY, start, tokens, query_token, real, D, D_PAD)
+    grad = load_tokens(GRAD, head * length * D, tokens, D, real, D, D_PAD)
+    lse = tl.load(LSE + head * length + tokens, mask=real, other=float("inf")) * LOG2_E
+    delta = tl.load(DELTA + head * length + tokens, mask=real, other=0.0)
+    key_start = sample * key_batch + of_sample * key_head
+    value_start = sample * value_batch + of_sample * value_head
+
+    sums = empty_sums(M, D_PAD, SWAPPED)
+    slots = tl.arange(0, GROUP * M) // M
+    within = tl.arange(0, GROUP * M) % M
+    for first in range(begin, end, GROUP):
+        listed = first + slots < end
+        gathered = tl.load(columns + first + slots, mask=listed, other=0) * M + within
+        seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
+        keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
+        values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
+        logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
+        weights = tl.exp2(logits - of_own(lse, SWAPPED))
+        weights = tl.where(of_gathered(seen, SWAPPED), weights, 0.0)
+        products = tile_product(grad, values, SWAPPED, WIDEN, PRECISION)
+        grad_logits = (weights * (products - of_own(delta, SWAPPED))).to(keys.dtype)
+        sums = add_gathered(sums, grad_logits, keys, SWAPPED, WIDEN, PRECISION)
+
+    rows = as_rows(sums, SWAPPED) * scale
+    if size <= ITEM_BLOCKS:
+        _store_gradient(
+            GRAD_QUERY,
+            COARSE_QUERY,
+            head,
+            row,
+            rows,
+            real,
+            length,
+            n_blocks,
+            HAS_COARSE,
+            M,
+            D,
+            D_PAD,
+        )
+    else:
+        slot = (head * max_items + item) * M + tl.arange(0, M)
+        tl.store(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], rows)
+
+
+@triton.jit
+def exact_key_kernel(
+    QUERY,
+    KEY,
+    VALUE,
+    MASK,
+    GRAD,
+    LSE,
+    DELTA,
+    SIZES,
+    STARTS,
+    LISTS,
+    FIRST_ITEMS,
+    ITEMS,
+    ITEM_COUNTS,
+    COARSE_KEY,
+    COARSE_VALUE,
+    GRAD_KEY,
+    GRAD_VALUE,
+    PART_KEYS,
+    PART_VALUES,
+    query_batch,
+    query_head,
+    query_token,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    scale,
+    scale_log2,
+    length,
+    n_blocks,
+    heads,
+    capacity,
+    max_items,
+    HAS_MASK: tl.constexpr,
+    HAS_COARSE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per work item of a key block: its key and value gradients."""
+    head = (tl.program_id(0) // max_items).to(tl.int64)
+    item = tl.program_id(0) % max_items
+    if item >= tl.load(ITEM_COUNTS + head):
+        return
+    column = tl.load(ITEMS + head * max_items + item)
+    line = head * n_blocks + column
+    size = tl.load(SIZES + line)
+    begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
+    end = tl.minimum(begin + ITEM_BLOCKS, size)
+    rows = LISTS + head * capacity + tl.load(STARTS + line)
+
+    sample, of_sample = head // heads, head % heads
+    tokens = column * M + tl.arange(0, M)
+    real = is_real(MASK, sample, tokens, length, tokens >= 0, HAS_MASK)
+    start = sample * key_batch + of_sample * key_head
+    keys = load_tokens(KEY, start, tokens, key_token, real, D, D_PAD)
+    start = sample * value_batch + of_sample * value_head
+    values = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD)
+    query_start = sample * query_batch + of_sample * query_head
+
+    key_sums = empty_sums(M, D_PAD, SWAPPED)
+    value_sums = empty_sums(M, D_PAD, SWAPPED)
+    slots = tl.arange(0, GROUP * M) // M
+    within = tl.arange(0, GROUP * M) % M
+    for first in range(begin, end, GROUP):
+        listed = first + slots < end
+        gathered = tl.load(rows + first + slots, mask=listed, other=0) * M + within
+        seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
+        query = load_tokens(QUERY, query_start, gathered, query_token, seen, D, D_PAD)
+        grad = load_tokens(GRAD, head * length * D, gathered, D, seen, D, D_PAD)
+        at = head * length + gathered
+        lse = tl.load(LSE + at, mask=seen, other=float("inf")) * LOG2_E
+        delta = tl.load(DELTA + at, mask=seen, other=0.0)
+        logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
+        weights = tl.exp2(logits - of_gathered(lse, SWAPPED))
+        products = tile_product(values, grad, SWAPPED, WIDEN, PRECISION)
+        grad_logits = (weights * (products - of_gathered(delta, SWAPPED))).to(query.dtype)
+        weights = weights.to(grad.dtype)
+        value_sums = add_gathered(value_sums, weights, grad, SWAPPED, WIDEN, PRECISION)
+        key_sums = add_gathered(key_sums, grad_logits, query, SWAPPED, WIDEN, PRECISION)
+
+    key_rows = as_rows(key_sums, SWAPPED) * scale
+    value_rows = as_rows(value_sums, SWAPPED)
+    if size <= ITEM_BLOCKS:
+        _store_gradient(
+            GRAD_KEY,
+            COARSE_KEY,
+            head,
+            column,
+            key_rows,
+            real,
+            length,
+            n_blocks,
+            HAS_COARSE,
+            M,
+            D,
+            D_PAD,
+        )
+        _store_gradient(
+            GRAD_VALUE,
+            COARSE_VALUE,
+            head,
+            column,
+            value_rows,
+            real,
+            length,
+            n_blocks,
+            HAS_COARSE,
+            M,
+            D,
+            D_PAD,
+        )
+    else:
+        slot = (head * max_items + item) * M + tl.arange(0, M)
+        to = slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+        tl.store(PART_KEYS + to, key_rows)
+        tl.store(PART_VALUES + to, value_rows)
+
+
+@triton.jit
+def merge_gradient_kernel(
+    MASK,
+    SIZES,
+    FIRST_ITEMS,
+    COARSE,
+    RESULT,
+    PART_SUMS,
+    length,
+    n_blocks,
+    heads,
+    max_items,
+    HAS_MASK: tl.constexpr,
+    HAS_COARSE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr,
+):
+    """One program per block: add its items, in their order, where it has several."""
+    head = (tl.program_id(0) // n_blocks).to(tl.int64)
+    block = tl.program_id(0) % n_blocks
+    size = tl.load(SIZES + head * n_blocks + block)
+    if size <= ITEM_BLOCKS:
+        return
+    tokens = block * M + tl.arange(0, M)
+    real = is_real(MASK, head // heads, tokens, length, tokens >= 0, HAS_MASK)
+    first = head * max_items + tl.load(FIRST_ITEMS + head * n_blocks + block)
+    sums = tl.zeros([M, D_PAD], tl.float32)
+    for part in range(0, tl.cdiv(size, ITEM_BLOCKS)):
+        slot = (first + part) * M + tl.arange(0, M)
+        sums += tl.load(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :])
+    _store_gradient(
+        RESULT, COARSE, head, block, sums, real, length, n_blocks, HAS_COARSE, M, D, D_PAD
+    )

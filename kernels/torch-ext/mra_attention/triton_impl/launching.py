@@ -1,0 +1,112 @@
+"""How kernels are launched: the shipped launch configurations, and one door that all launches use.
+
+`launch_configs.json` has one row per (architecture, kernel, padded head dim, operand width), found
+on a card by `kernels/benchmarks/run.py --tune`, or estimated where its `source` says so.
+"""
+
+import contextlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+_TABLE = Path(__file__).with_name("launch_configs.json")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Args:
+    swapped: gathered tokens are the M side of the products, what sm_90's tensor cores need.
+    group: blocks gathered at a time.
+    num_warps, num_stages: Triton's.
+    """
+
+    swapped: bool
+    group: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of `launch_configs.json`.
+
+    Args:
+        item_blocks: blocks in a work item, at most.
+        topk_up_to_rows: selections of up to so many block rows use `torch.topk`.
+        recompute_from_length: from so many tokens on coarse scores are computed by every pass
+            instead of being stored.
+        configs: (architecture, kernel, padded head dim, bytes of an operand) -> config.
+    """
+
+    item_blocks: int
+    topk_up_to_rows: int
+    recompute_from_length: int
+    configs: dict[tuple[str, str, int, int], LaunchConfig]
+
+
+@cache
+def table() -> Table:
+    return parse_table(json.loads(_TABLE.read_text()))
+
+
+def parse_table(content: dict) -> Table:
+    configs = {}
+    for row in content["configs"]:
+        key = (row["architecture"], row["kernel"], row["head_dim"], row["operand_bytes"])
+        config = LaunchConfig(row["swapped"], row["group"], row["num_warps"], row["num_stages"])
+        configs[key] = config
+    return Table(
+        content["item_blocks"],
+        content["topk_up_to_rows"],
+        content["recompute_from_length"],
+        configs,
+    )
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 at its first import)."""
+    from .pooling import pool_kernel
+
+    return isinstance(pool_kernel, InterpretedFunction)
+
+
+def architecture(device: torch.device) -> str:
+    """The row group of the table for a device; the interpreter takes the plain form."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
+
+
+def config_for(kernel: str, device: torch.device, padded_dim: int, dtype: torch.dtype):
+    return table().configs[architecture(device), kernel, padded_dim, dtype.itemsize]
+
+
+def float32_precision() -> str:
+    """Triton's name for torch's setting of float32 matrix products: "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch(kernel, programs: int, *arguments, num_warps: int = 4, num_stages: int = 2, **constants):
+    """Start `programs` programs on the device that is current."""
+    kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def on_device_of(x: torch.Tensor):
+    """Context in which launches go to the device of `x`, whichever is current."""
+    if x.device.type == "cpu" and not is_interpreted():
+        raise RuntimeError(
+            "TRITON_INTERPRET=1 was set after triton had been imported, which is too late: set it "
+            "before Python starts."
+        )
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def padded_dim(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))

@@ -1,0 +1,158 @@
+"""What the kernels share: tiles, products, and which tokens are real.
+
+A tile holds the logits of one block of M own tokens against T gathered ones. In the plain form it
+is `[M, T]`; in the swapped form it is `[T, M]`, which gives every product 64 rows or more, what the
+tensor cores of sm_90 ask for. Accumulators of own tokens are `[M, D]` and `[D, M]` in turn.
+
+`WIDEN` turns operands into float32 first: Triton's interpreter multiplies the bit patterns of
+bfloat16. Head dims are padded to `D_PAD`, a power of 2.
+"""
+
+import triton
+import triton.language as tl
+
+#: Below every logit that can occur; finite, so that differences of two of them are 0, not NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def product(a, b, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(sums, a, b, WIDEN: tl.constexpr, PRECISION: tl.constexpr):
+    if WIDEN:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def tile_product(
+    own, gathered, SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Products of own `[M, D]` with gathered `[T, D]` tokens, as a tile."""
+    if SWAPPED:
+        return product(gathered, tl.trans(own), WIDEN, PRECISION)
+    else:
+        return product(own, tl.trans(gathered), WIDEN, PRECISION)
+
+
+@triton.jit
+def add_gathered(
+    sums,
+    weights,
+    gathered,
+    SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add gathered tokens `[T, D]`, weighted by a tile, to the accumulator of own tokens."""
+    if SWAPPED:
+        return add_product(sums, tl.trans(gathered), weights, WIDEN, PRECISION)
+    else:
+        return add_product(sums, weights, gathered, WIDEN, PRECISION)
+
+
+@triton.jit
+def of_own(x, SWAPPED: tl.constexpr):
+    """One number per own token `[M]`, to be combined with a tile or with an accumulator."""
+    if SWAPPED:
+        return x[None, :]
+    else:
+        return x[:, None]
+
+
+@triton.jit
+def of_gathered(x, SWAPPED: tl.constexpr):
+    """One number per gathered token `[T]`, or per channel `[D]` of an accumulator."""
+    if SWAPPED:
+        return x[:, None]
+    else:
+        return x[None, :]
+
+
+@triton.jit
+def empty_sums(M: tl.constexpr, D_PAD: tl.constexpr, SWAPPED: tl.constexpr):
+    if SWAPPED:
+        return tl.zeros([D_PAD, M], tl.float32)
+    else:
+        return tl.zeros([M, D_PAD], tl.float32)
+
+
+@triton.jit
+def as_rows(sums, SWAPPED: tl.constexpr):
+    """An accumulator as `[M, D]`."""
+    if SWAPPED:
+        return tl.trans(sums)
+    else:
+        return sums
+
+
+@triton.jit
+def is_real(MASK, sample, tokens, length, allowed, HAS_MASK: tl.constexpr):
+    """Which of the allowed tokens lie in the sequence and are not padding."""
+    real = allowed & (tokens < length)
+    if HAS_MASK:
+        flags = tl.load(MASK + sample.to(tl.int64) * length + tokens, mask=real, other=0)
+        real = real & (flags != 0)
+    return real
+
+
+@triton.jit
+def load_tokens(
+    X,
+    start,
+    tokens,
+    token_stride,
+    real,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Rows `[T, D_PAD]` of a tensor whose last dimension is dense; 0 where not real.
+
+    `start` is the int64 offset of the (sample, head).
+    """
+    channels = tl.arange(0, D_PAD)
+    at = X + start + tokens.to(tl.int64)[:, None] * token_stride + channels[None, :]
+    if D == D_PAD:
+        return tl.load(at, mask=real[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=real[:, None] & (channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tokens(
+    X,
+    start,
+    tokens,
+    values,
+    inside,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Store `[M, D_PAD]` to a contiguous `[..., N, D]` tensor."""
+    channels = tl.arange(0, D_PAD)
+    at = X + start + tokens.to(tl.int64)[:, None] * D + channels[None, :]
+    kept = inside[:, None] & (channels < D)[None, :]
+    tl.store(at, values.to(X.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def load_summaries(X, head, blocks, n_blocks, D_PAD: tl.constexpr):
+    """Rows `[T, D_PAD]` of block sums or means `[G, R, D_PAD]`; 0 beyond the last block."""
+    rows = head.to(tl.int64) * n_blocks + blocks
+    at = X + rows[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    return tl.load(at, mask=(blocks < n_blocks)[:, None], other=0.0)
+
+
+@triton.jit
+def coarse_logits(rows, columns, factor):
+    """`[row blocks, column blocks]` from means in float32, always by the same instructions: passes
+    that compute them anew must see the same bits.
+    """
+    return tl.dot(rows, tl.trans(columns), input_precision="ieee") * factor

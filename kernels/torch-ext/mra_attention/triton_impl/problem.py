@@ -1,0 +1,135 @@
+"""One call as the kernels see it: inputs with their strides, block summaries, lists of blocks."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..blocks import count_blocks
+from ..implementations import BLOCK_SIZE
+from . import block_lists, launching, pooling
+
+#: Side of the tiles of block pairs that selection, lists and coarse part work on.
+TILE = 32
+
+
+class Call:
+    """Shapes and summaries of one call: what every kernel is told."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor | None, token_mask: Tensor | None):
+        inputs = [query, key, query if value is None else value]
+        self.inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+        self.strides = [stride for x in self.inputs for stride in x.stride()[:3]]
+        self.batch, self.heads, self.length, self.dim = query.shape
+        self.all_heads = self.batch * self.heads
+        self.n_blocks = count_blocks(self.length, BLOCK_SIZE)
+        self.padded_dim = launching.padded_dim(self.dim)
+        self.device, self.dtype = query.device, query.dtype
+        self.has_mask = token_mask is not None
+        mask = token_mask.contiguous().view(torch.uint8) if self.has_mask else query
+        self.mask = mask
+        summaries = (3, self.all_heads, self.n_blocks, self.padded_dim)
+        self.query_means, self.key_means, self.value_sums = self.empty(summaries)
+        self.counts = self.empty((self.batch, self.n_blocks), torch.int32)
+        launching.launch(
+            pooling.pool_kernel,
+            self.all_heads * self.n_blocks,
+            *self.inputs,
+            self.mask,
+            self.query_means,
+            self.key_means,
+            self.value_sums,
+            self.counts,
+            *self.strides,
+            self.length,
+            self.n_blocks,
+            self.heads,
+            HAS_VALUES=value is not None,
+            **self.of_tokens(),
+        )
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def of_tokens(self) -> dict:
+        """Constants of kernels that visit tokens."""
+        sizes = {"M": BLOCK_SIZE, "D": self.dim, "D_PAD": self.padded_dim}
+        return {"HAS_MASK": self.has_mask, **sizes}
+
+    def of_items(self, kernel: str) -> dict:
+        """Constants and launch configuration of kernels that run over work items."""
+        config = launching.config_for(kernel, self.device, self.padded_dim, self.dtype)
+        return {
+            "GROUP": config.group,
+            "SWAPPED": config.swapped,
+            "WIDEN": launching.is_interpreted() and self.dtype == torch.bfloat16,
+            "PRECISION": launching.float32_precision(),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+    def strips(self) -> int:
+        """Programs of kernels that visit a strip of block pairs each."""
+        return self.all_heads * triton.cdiv(self.n_blocks, TILE)
+
+
+class Lists:
+    """The selected pairs as lists in one or both directions, cut into work items."""
+
+    def __init__(self, call: Call, blocks: Tensor, largest_budget: int | None, directions: int):
+        rows, lines = call.n_blocks, (directions, call.all_heads)
+        self.item_blocks = launching.table().item_blocks
+        self.capacity = rows**2 if largest_budget is None else min(largest_budget, rows**2)
+        self.max_items = rows + self.capacity // self.item_blocks
+        self.may_split = rows > self.item_blocks
+        self.sizes, self.starts, self.first_items = call.empty((3, *lines, rows), torch.int32)
+        self.lists = call.empty((*lines, max(1, self.capacity)), torch.int32)
+        self.items = call.empty((*lines, self.max_items), torch.int32)
+        self.item_counts = call.empty(lines, torch.int32)
+        strips = directions * call.strips()
+        shape = (call.all_heads, rows, call.heads)
+        tile = {"OWN": TILE, "OTHER": 2 * TILE}
+        launching.launch(
+            block_lists.count_kernel, strips, blocks, call.counts, self.sizes, *shape, **tile
+        )
+        launching.launch(
+            block_lists.plan_kernel,
+            directions * call.all_heads,
+            self.sizes,
+            self.starts,
+            self.first_items,
+            self.items,
+            self.item_counts,
+            rows,
+            self.max_items,
+            R_PAD=triton.next_power_of_2(rows),
+            ITEM_BLOCKS=self.item_blocks,
+        )
+        launching.launch(
+            block_lists.fill_kernel,
+            strips,
+            blocks,
+            call.counts,
+            self.starts,
+            self.lists,
+            *shape,
+            self.capacity,
+            **tile,
+        )
+
+    def of(self, direction: int) -> list[Tensor]:
+        """Sizes, starts, lists, first items, items, item counts."""
+        names = (self.sizes, self.starts, self.lists, self.first_items, self.items)
+        return [x[direction] for x in (*names, self.item_counts)]
+
+    def parts(self, call: Call, channels: int) -> Tensor:
+        """Partial sums of blocks that have several items, `[G, items, M, channels]`."""
+        items = self.max_items if self.may_split else 0
+        return call.empty((call.all_heads, items, BLOCK_SIZE, channels))
+
+
+def as_bytes(call: Call, blocks: Tensor | None) -> Tensor:
+    """The selection as int8 `[G, R, R]`; every pair for None."""
+    shape = (call.batch, call.heads, call.n_blocks, call.n_blocks)
+    if blocks is None:
+        return torch.ones(shape, dtype=torch.int8, device=call.device)
+    return blocks.expand(shape).contiguous().view(torch.int8)

@@ -1,0 +1,241 @@
+"""Kernels of the selection: coarse scores, and the best pairs of every head by radix select.
+
+The order is that of `choose_blocks`: prior pairs, then the score, then the tie rank, as one integer
+key per pair. Keys differ, so the budget-th largest of them separates chosen pairs from others; it
+is found digit by digit from histograms (integer atomics alone, so two runs agree). Scores are
+stored, or computed again by every pass where the matrix would be large.
+"""
+
+import triton
+import triton.language as tl
+
+from .primitives import LOWEST, coarse_logits, load_summaries
+
+DIGIT_BITS = 11
+_BITS = tl.constexpr(DIGIT_BITS)
+_DIGITS = tl.constexpr(2**DIGIT_BITS)
+
+
+@triton.jit
+def flag_kernel(
+    COUNTS,
+    FLAGS,
+    BUDGETS,
+    n_blocks,
+    first_blocks,
+    block_per_row,
+    block_budget,
+    R_PAD: tl.constexpr,
+):
+    """One program per sample: 1 for live blocks, 2 more for the first of them; pairs to choose."""
+    sample = tl.program_id(0).to(tl.int64)
+    blocks = tl.arange(0, R_PAD)
+    inside = blocks < n_blocks
+    live = tl.load(COUNTS + sample * n_blocks + blocks, mask=inside, other=0) > 0
+    live = live.to(tl.int32)
+    first = (live == 1) & (tl.cumsum(live, 0) <= first_blocks)
+    tl.store(FLAGS + sample * n_blocks + blocks, live + 2 * first.to(tl.int32), mask=inside)
+    rows = tl.sum(live, 0).to(tl.int64)
+    budget = rows * block_per_row
+    if block_budget >= 0:
+        budget = rows * 0 + block_budget
+    tl.store(BUDGETS + sample, tl.minimum(budget, rows * rows))
+
+
+@triton.jit
+def score_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    FLAGS,
+    ROW_LARGEST,
+    SCORES,
+    scale,
+    n_blocks,
+    heads,
+    NORMALIZED: tl.constexpr,
+    STORED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """The largest logit of every row over live columns, and the scores `[G, R, R]` where they are
+    to be stored.
+    """
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    flags = FLAGS + head // heads * n_blocks
+    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    largest = tl.zeros([ROWS], tl.float32)
+    if NORMALIZED:
+        largest += LOWEST
+        for start in range(0, n_blocks, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            live = tl.load(flags + columns, mask=columns < n_blocks, other=0) > 0
+            keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+            logits = coarse_logits(query, keys, scale)
+            largest = tl.maximum(largest, tl.max(tl.where(live[None, :], logits, LOWEST), 1))
+    line = head * n_blocks + rows
+    tl.store(ROW_LARGEST + line, largest, mask=rows < n_blocks)
+    if STORED:
+        for start in range(0, n_blocks, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
+            keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+            scores = coarse_logits(query, keys, scale) - largest[:, None]
+            tl.store(SCORES + line[:, None] * n_blocks + columns[None, :], scores, mask=inside)
+
+
+@triton.jit
+def _sort_keys(
+    query,
+    largest,
+    row_flags,
+    KEY_MEANS,
+    SCORES,
+    flags,
+    scale,
+    head,
+    rows,
+    columns,
+    n_blocks,
+    half_diagonal,
+    TIE_BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Keys of a tile `[rows, columns]`, -1 where a pair is not live."""
+    column_flags = tl.load(flags + columns, mask=columns < n_blocks, other=0)
+    live = (row_flags > 0)[:, None] & (column_flags > 0)[None, :]
+    if STORED:
+        at = SCORES + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
+        scores = tl.load(at, mask=live, other=0.0)
+    else:
+        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+        scores = coarse_logits(query, keys, scale) - largest[:, None]
+    scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ranks as 0
+    bits = scores.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits >= 0, bits.to(tl.int64) + 2147483648, (bits ^ -1).to(tl.int64))
+    distance = tl.abs(rows[:, None] - columns[None, :])
+    later = (columns[None, :] > rows[:, None]).to(tl.int32)
+    tie_rank = 2 * (distance * n_blocks + rows[:, None]) + later
+    best_tie: tl.constexpr = (1 << TIE_BITS) - 1
+    prior = (row_flags > 1)[:, None] | (column_flags > 1)[None, :] | (distance <= half_diagonal)
+    key = (ordered << TIE_BITS) + (best_tie - tie_rank)
+    key += prior.to(tl.int64) << (TIE_BITS + 32)
+    return tl.where(live, key, -1)
+
+
+@triton.jit
+def _narrow(prefix, wanted, HISTOGRAM):
+    """Go from the digits found so far to one more: that of the `wanted`-th largest key among those
+    that share the prefix, and how many are wanted among those that share this digit too.
+    """
+    digits = tl.arange(0, _DIGITS)
+    sizes = tl.load(HISTOGRAM + digits)
+    larger = tl.sum(sizes, 0) - tl.cumsum(sizes, 0)
+    hit = (larger < wanted) & (larger + sizes >= wanted)
+    digit = tl.sum(tl.where(hit, digits, 0), 0).to(tl.int64)
+    return (prefix << _BITS) + digit, wanted - tl.sum(tl.where(hit, larger, 0), 0)
+
+
+@triton.jit
+def digit_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    FLAGS,
+    ROW_LARGEST,
+    SCORES,
+    PREFIXES,
+    WANTED,
+    HISTOGRAMS,
+    scale,
+    n_blocks,
+    heads,
+    all_heads,
+    half_diagonal,
+    level,
+    shift,
+    TIE_BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Histogram of one digit over the keys that share the digits above it.
+
+    `PREFIXES` and `WANTED` are `[levels + 1, G]`, `HISTOGRAMS` `[levels, G, digits]`, zeros.
+    """
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    strip = tl.program_id(0) % strips
+    prefix = tl.load(PREFIXES + (level - 1) * all_heads + head, mask=level > 0, other=0)
+    wanted = tl.load(WANTED + tl.maximum(level - 1, 0) * all_heads + head)
+    if level > 0:
+        before = HISTOGRAMS + ((level - 1) * all_heads + head) * _DIGITS
+        prefix, wanted = _narrow(prefix, wanted, before)
+        tl.store(PREFIXES + level * all_heads + head, prefix, mask=strip == 0)
+        tl.store(WANTED + level * all_heads + head, wanted, mask=strip == 0)
+    flags = FLAGS + head // heads * n_blocks
+    rows = strip * ROWS + tl.arange(0, ROWS)
+    row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+    sizes = tl.zeros([_DIGITS], tl.int32)
+    for start in range(0, n_blocks, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        key = _sort_keys(
+            query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
+            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD,
+        )  # fmt: skip
+        counted = (key >= 0) & ((key >> shift >> _BITS) == prefix)
+        digit = ((key >> shift) & (_DIGITS - 1)).to(tl.int32)
+        digit = tl.reshape(digit, [ROWS * COLUMNS])
+        sizes += tl.histogram(digit, _DIGITS, mask=tl.reshape(counted, [ROWS * COLUMNS]))
+    to = HISTOGRAMS + (level * all_heads + head) * _DIGITS + tl.arange(0, _DIGITS)
+    tl.atomic_add(to, sizes, mask=sizes > 0)
+
+
+@triton.jit
+def mark_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    FLAGS,
+    ROW_LARGEST,
+    SCORES,
+    PREFIXES,
+    WANTED,
+    HISTOGRAMS,
+    BLOCKS,
+    scale,
+    n_blocks,
+    heads,
+    all_heads,
+    half_diagonal,
+    levels,
+    TIE_BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+):
+    """Write `[G, R, R]`: 1 where the key of a pair is at least the one that was found."""
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    last = (levels - 1) * all_heads + head
+    before = HISTOGRAMS + last * _DIGITS
+    lowest, _ = _narrow(tl.load(PREFIXES + last), tl.load(WANTED + last), before)
+    flags = FLAGS + head // heads * n_blocks
+    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+    for start in range(0, n_blocks, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        key = _sort_keys(
+            query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
+            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD,
+        )  # fmt: skip
+        inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
+        to = BLOCKS + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
+        tl.store(to, ((key >= 0) & (key >= lowest)).to(tl.int8), mask=inside)
