@@ -4,28 +4,27 @@
 
 A section (what is timed, dtype, length) is written when it is complete; `--resume` skips those
 that the file already has with the same budgets. `plot.py` draws the CSV.
+
+Three commands are for a card. They write into a folder, row by row, stop before the time limit and
+go on from there when called again:
+
+    python kernels/benchmarks/run.py --device cuda check --time-limit 540 --out results/card
+    python kernels/benchmarks/run.py --device cuda bench --time-limit 540 --out results/card
+    python kernels/benchmarks/run.py --device cuda tune --time-limit 540 --out results/card
+
+`--device cpu --dry-run` runs the same code at tiny shapes in Triton's interpreter.
 """
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from sections import SECTIONS
-
-COLUMNS = (
-    *("date", "commit", "device", "torch", "triton", "transformers"),
-    *("op", "provider", "dtype", "batch", "heads", "length", "head_dim", "block_per_row", "mode"),
-    *("pass", "ms_median", "ms_p20", "ms_p80", "peak_mb", "rel_error"),
-)
+import cuda_driver
+from records import COLUMNS, conditions
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ PRESETS = {
 
 
 def main() -> int:
-    """Measure a preset."""
+    """Measure a preset, or run one of the commands for a card."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,17 +90,30 @@ def main() -> int:
         "full: half an hour; models: whole RoBERTa-base models, ten minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--out", type=Path, help="CSV to write (default: only print)")
+    parser.add_argument(
+        "--out", type=Path, help="CSV to write (default: only print); the folder of a command"
+    )
     parser.add_argument("--resume", action="store_true", help="keep the sections OUT already has")
+    cuda_driver.add_arguments(parser)
     args = parser.parse_args()
+    cuda_driver.make_importable()
+    if args.command is not None or args.tune:
+        return cuda_driver.main(parser, args)
     if args.resume and args.out is None:
         parser.error("--resume needs --out")
+    return _measure(parser, args)
+
+
+def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    import torch
+    from sections import SECTIONS
+
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but torch sees no CUDA or ROCm device here")
+        parser.error(cuda_driver.NO_CARD)
     torch.set_num_threads(args.threads)
-    conditions = _conditions(args.device, args.threads)
+    where = conditions(args.device, args.threads)
     done = _start(args.out, args.resume)
-    print(f"{conditions['device']}, torch {torch.__version__}, batch 1, 12 heads x 64, median ms")
+    print(f"{where['device']}, torch {torch.__version__}, batch 1, 12 heads x 64, median ms")
     print(
         f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}{'ms':>10}{'vs SDPA':>9}"
     )
@@ -124,7 +136,7 @@ def main() -> int:
         if args.out is not None:
             with args.out.open("a", newline="") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-                writer.writerows(conditions | row for row in rows)
+                writer.writerows(where | row for row in rows)
         seconds = time.perf_counter() - begin
         print(
             f"  section {number} of {len(sections)}, {seconds:.0f} s", file=sys.stderr, flush=True
@@ -165,40 +177,6 @@ def _show(row: dict) -> None:
         + (f"{row['peak_mb']:>9.0f} MB" if row["peak_mb"] is not None else ""),
         flush=True,
     )
-
-
-def _conditions(device: str, threads: int) -> dict[str, str]:
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    name = f"{_cpu_name()}, {threads} threads"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "device": torch.cuda.get_device_name() if device == "cuda" else name,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "transformers": version("transformers"),
-    }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import launching
 from . import selection as selection_kernels
-from .problem import TILE, Call, Lists, as_bytes
+from .problem import Call, Lists, as_bytes
 
 _LOG2_E = math.log2(math.e)
+#: Block rows that a program of the selection ranks.
+_STRIP_ROWS = 16
 
 
 def select(
@@ -90,13 +92,18 @@ class Ranking:
         self.scores = call.empty((call.all_heads, rows, rows) if self.stored else (1,))
 
     def tile(self) -> dict:
-        return {"STORED": self.stored, "ROWS": TILE, "COLUMNS": TILE, "D_PAD": self.call.padded_dim}
+        """Constants and launch configuration of the kernels: the same for all of them, so that
+        passes that compute scores anew see the same bits.
+        """
+        dim = self.call.padded_dim
+        sizes = {"ROWS": _STRIP_ROWS, "COLUMNS": 16 if dim == 128 else 32, "D_PAD": dim}
+        return {"STORED": self.stored, "num_warps": 8, **sizes}
 
     def score(self, *, normalized: bool, scale: float) -> None:
         call, self.scale = self.call, scale
         launching.launch(
             selection_kernels.score_kernel,
-            call.strips(),
+            call.strips(_STRIP_ROWS),
             call.query_means,
             call.key_means,
             self.flags,
@@ -139,7 +146,7 @@ class Ranking:
         for level in range(levels):
             launching.launch(
                 selection_kernels.digit_kernel,
-                call.strips(),
+                call.strips(_STRIP_ROWS),
                 *sources,
                 *found,
                 *shape,
@@ -151,7 +158,7 @@ class Ranking:
         blocks = call.empty((call.batch, call.heads, rows, rows), torch.int8)
         launching.launch(
             selection_kernels.mark_kernel,
-            call.strips(),
+            call.strips(_STRIP_ROWS),
             *sources,
             *found,
             blocks,
@@ -190,9 +197,10 @@ def forward(
         largest, denominator = call.empty((2, *states))
         numerator = call.empty((*states, call.padded_dim))
         if has_coarse:
+            constants = call.of_summaries()
             launching.launch(
                 forward_kernels.coarse_kernel,
-                call.strips(),
+                call.strips(constants["ROWS"]),
                 call.query_means,
                 call.key_means,
                 call.value_sums,
@@ -204,9 +212,7 @@ def forward(
                 scale * _LOG2_E,
                 call.n_blocks,
                 call.heads,
-                ROWS=TILE,
-                COLUMNS=TILE,
-                D_PAD=call.padded_dim,
+                **constants,
             )
         output = call.empty(tuple(query.shape), query.dtype)
         lse = call.empty(tuple(query.shape[:3]))
@@ -304,10 +310,14 @@ def backward(
             sources = (call.query_means, call.key_means, call.value_sums, call.counts, blocks)
             sources += (smallest, grad_sums, delta_sums)
             numbers = (scale, scale * _LOG2_E, call.n_blocks, call.heads)
-            tile = {"ROWS": TILE, "COLUMNS": TILE, "D_PAD": call.padded_dim}
-            kernel, programs = backward_kernels.coarse_query_kernel, call.strips()
-            launching.launch(kernel, programs, *sources, coarse_query, *numbers, **tile)
+            tile = call.of_summaries()
+            kernel = backward_kernels.coarse_query_kernel
+            programs = call.strips(tile["ROWS"])
+            stages = 2 if tile["ROWS"] == 32 else 1  # which spills nothing
+            constants = {**tile, "num_stages": stages}
+            launching.launch(kernel, programs, *sources, coarse_query, *numbers, **constants)
             kernel = backward_kernels.coarse_key_kernel
+            programs = call.strips(tile["COLUMNS"])
             launching.launch(kernel, programs, *sources, coarse_key, coarse_value, *numbers, **tile)
 
         grads = [call.empty(tuple(query.shape), query.dtype) for _ in range(3)]

@@ -8,9 +8,6 @@ from ..blocks import count_blocks
 from ..implementations import BLOCK_SIZE
 from . import block_lists, launching, pooling
 
-#: Side of the tiles of block pairs that selection, lists and coarse part work on.
-TILE = 32
-
 
 class Call:
     """Shapes and summaries of one call: what every kernel is told."""
@@ -67,9 +64,17 @@ class Call:
             "num_stages": config.num_stages,
         }
 
-    def strips(self) -> int:
-        """Programs of kernels that visit a strip of block pairs each."""
-        return self.all_heads * triton.cdiv(self.n_blocks, TILE)
+    def of_summaries(self) -> dict:
+        """Constants and launch configuration of kernels that multiply summaries: the largest tiles
+        whose IEEE products keep everything in registers.
+        """
+        side = 32 if self.padded_dim == 64 else 16
+        sizes = {"ROWS": side, "COLUMNS": side, "D_PAD": self.padded_dim}
+        return {"num_warps": 8, "num_stages": 1, **sizes}
+
+    def strips(self, rows: int) -> int:
+        """Programs of kernels that visit a strip of that many blocks against all others each."""
+        return self.all_heads * triton.cdiv(self.n_blocks, rows)
 
 
 class Lists:
@@ -85,9 +90,9 @@ class Lists:
         self.lists = call.empty((*lines, max(1, self.capacity)), torch.int32)
         self.items = call.empty((*lines, self.max_items), torch.int32)
         self.item_counts = call.empty(lines, torch.int32)
-        strips = directions * call.strips()
+        tile = {"OWN": 32, "OTHER": 64, "num_warps": 8}
+        strips = directions * call.strips(tile["OWN"])
         shape = (call.all_heads, rows, call.heads)
-        tile = {"OWN": TILE, "OTHER": 2 * TILE}
         launching.launch(
             block_lists.count_kernel, strips, blocks, call.counts, self.sizes, *shape, **tile
         )

@@ -139,7 +139,7 @@ def _narrow(prefix, wanted, HISTOGRAM):
     return (prefix << _BITS) + digit, wanted - tl.sum(tl.where(hit, larger, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["level", "shift"])
 def digit_kernel(
     QUERY_MEANS,
     KEY_MEANS,

@@ -1,0 +1,100 @@
+"""CSV files that grow by one row at a time, and what every row says about where it was measured."""
+
+import csv
+import datetime
+import importlib.metadata
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+CONDITIONS = ("date", "commit", "device", "torch", "triton", "transformers")
+COLUMNS = (
+    *CONDITIONS,
+    *("op", "provider", "dtype", "batch", "heads", "length", "head_dim", "block_per_row", "mode"),
+    *("pass", "ms_median", "ms_p20", "ms_p80", "peak_mb", "rel_error"),
+)
+#: What identifies a row of COLUMNS.
+KEYS = COLUMNS[len(CONDITIONS) : COLUMNS.index("ms_median")]
+
+
+class Records:
+    """A CSV file to which several processes may append; a row is in the file once it is added."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...], keys: tuple[str, ...]):
+        self.path, self.columns, self.keys = path, columns, keys
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append(dict(zip(columns, columns, strict=True)))
+        self._known = {self.key(row) for row in self.rows()}
+
+    def rows(self) -> list[dict[str, str]]:
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def key(self, row: Mapping) -> tuple[str, ...]:
+        return tuple("" if row.get(name) is None else str(row[name]) for name in self.keys)
+
+    def has(self, row: Mapping) -> bool:
+        return self.key(row) in self._known
+
+    def add(self, row: Mapping) -> None:
+        self._append(row)
+        self._known.add(self.key(row))
+
+    def _append(self, row: Mapping) -> None:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore").writerow(row)
+        # One write to a file opened for appending: rows of several processes do not mix.
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, text.getvalue().encode())
+        finally:
+            os.close(file)
+
+
+def conditions(device: str, threads: int) -> dict[str, str]:
+    """Date, commit, device and versions: the first columns of every row."""
+    import torch
+
+    name = f"{_cpu_name()}, {threads} threads"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+    }
+
+
+def _commit() -> str:
+    """What git calls the working tree; empty where there is no git, or no repository."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            check=False,
+        ).stdout.strip()
+    except OSError:
+        return ""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,347 @@
+"""Compile every kernel for cards that are not here, and judge what comes out.
+
+    python kernels/compile_check.py                         # a table, exit status 1 on a finding
+    python kernels/compile_check.py --targets sm_90 --dims 64 --csv report.csv
+
+Launches are recorded from the public code path on tensors without data (device "meta"), which also
+shows that nothing on that path reads a value back. Each is compiled ahead of time by the installed
+Triton for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture.
+Findings: stack spills beyond the allowance, shared memory over the card's limit (compilation alone
+does not notice), tensor-core instructions other than the intended ones.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import csv
+import inspect
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT / "torch-ext"))
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from mra_attention import triton_impl  # noqa: E402
+from mra_attention.triton_impl import launching  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+#: Target and bytes of shared memory that one program may use.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIMS = (16, 32, 64, 128)
+ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
+#: Bytes (NVIDIA) or registers (AMD) that may be spilled, by (target, kernel, dtype, padded head
+#: dim); None stands for any. What is not listed may not spill at all.
+SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
+    ("sm_80", "pool_kernel", "fp32", 128): 8,
+    ("sm_80", "exact_key_kernel", "fp32", 128): 8,
+    ("sm_90", "exact_kernel", "fp32", 128): 16,
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as recorded: kernel name, argument types, constants, configuration."""
+
+    kernel: str
+    target: str
+    dtype: str
+    dim: int
+    signature: tuple[tuple[str, str], ...]
+    aligned: tuple[str, ...]
+    constants: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class Result:
+    """One compiled launch: a row of the table."""
+
+    target: str
+    kernel: str
+    dtype: str
+    dim: int
+    form: str
+    group: int
+    warps: int
+    stages: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    tensor_core: str
+    finding: str
+
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+
+
+def _recorded(
+    target: str, dtype: str, dim: int, sparse: bool, masked: bool, precision: str, length: int
+) -> list[Launch]:
+    """The launches of a selection, a forward and a backward pass."""
+    launches = []
+
+    def record(kernel, programs, *arguments, num_warps=4, num_stages=2, **constants):
+        names = [name for name in inspect.signature(kernel.fn).parameters if name not in constants]
+        signature, aligned = [], []
+        for name, value in zip(names, arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                kind, is_aligned = _TYPES[value.dtype], True
+            elif isinstance(value, float):
+                kind, is_aligned = "fp32", False
+            else:
+                kind = "i64" if value >= 2**31 else "i32"
+                is_aligned = value % 16 == 0 and name not in kernel.do_not_specialize
+            signature.append((name, kind))
+            if is_aligned:
+                aligned.append(name)
+        launches.append(
+            Launch(
+                kernel.fn.__name__,
+                target,
+                dtype,
+                dim,
+                tuple(signature),
+                tuple(aligned),
+                tuple(constants.items()),
+                num_warps,
+                num_stages,
+            )
+        )
+        _KERNELS[kernel.fn.__name__] = kernel
+
+    shape = (2, length, 12, dim)
+    query, key, value, grad = (
+        torch.empty(shape, dtype=DTYPES[dtype], device="meta").transpose(1, 2) for _ in range(4)
+    )
+    mask = torch.empty(shape[:2], dtype=torch.bool, device="meta") if masked else None
+    saved = launching.launch, launching.architecture, launching.float32_precision
+    launching.launch, launching.architecture = record, lambda device: target
+    launching.float32_precision = lambda: precision
+    try:
+        scale = dim**-0.5
+        blocks = triton_impl.select(
+            query,
+            key,
+            mask,
+            block_per_row=8,
+            block_budget=None,
+            initial_prior_first_n_blocks=1,
+            initial_prior_diagonal_n_blocks=3,
+            rule="row_normalized",
+            scale=scale,
+        )
+        settings = {"scale": scale, "sparse": sparse, "largest_budget": length // 4}
+        results = triton_impl.forward(query, key, value, mask, blocks, **settings)
+        triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
+    finally:
+        launching.launch, launching.architecture, launching.float32_precision = saved
+    return launches
+
+
+_KERNELS: dict[str, object] = {}
+
+
+def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
+    """Every launch worth compiling, once: all dtypes and head dims of the kernels that have a
+    shipped configuration; the other kernels at all head dims; further modes at one of each.
+    """
+    found: dict[Launch, None] = {}
+    for target in targets:
+        for dim in dims:
+            for dtype in dtypes:
+                for launch in _recorded(target, dtype, dim, False, True, "ieee", 4096):
+                    others = launch.kernel not in ITEM_KERNELS and dtype == "fp16"
+                    if not others:
+                        found[launch] = None
+            # longer sequences: radix select, and scores computed anew by every pass
+            for length in (16384, 65536):
+                for launch in _recorded(target, "bf16", dim, False, True, "ieee", length):
+                    if launch.kernel not in ITEM_KERNELS:
+                        found[launch] = None
+        for dim in {64} & set(dims):
+            for launch in _recorded(target, "fp32", dim, False, True, "tf32", 4096):
+                found[replace(launch, dtype="tf32")] = None
+            for launch in _recorded(target, "bf16", dim, True, False, "ieee", 4096):
+                found[launch] = None
+    unique = {}
+    for launch in found:  # many kernels do not depend on the dtype or the precision
+        unique.setdefault(replace(launch, dtype="", dim=0), launch)
+    return list(unique.values())
+
+
+def compile_launch(launch: Launch) -> Result:
+    """Compile one launch and judge it."""
+    kernel = _KERNELS[launch.kernel]
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = dict(launch.constants)
+    types = dict(launch.signature)
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    target, shared_limit = TARGETS[launch.target]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda":
+        registers, spills = _nvidia_resources(compiled.asm["cubin"])
+        census = _nvidia_census(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spills = _amd_number(text, "vgpr_count"), _amd_number(text, "vgpr_spill_count")
+        census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
+    result = Result(
+        launch.target,
+        launch.kernel,
+        launch.dtype,
+        launch.dim,
+        {True: "swapped", False: "plain"}.get(constants.get("SWAPPED"), ""),
+        constants.get("GROUP", 0),
+        launch.num_warps,
+        launch.num_stages,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        "+".join(name for name, count in census.items() if count),
+        "",
+    )
+    result.finding = "; ".join(_findings(result, shared_limit))
+    return result
+
+
+def _findings(result: Result, shared_limit: int) -> list[str]:
+    found = []
+    allowed = max(
+        (
+            allowance
+            for key, allowance in SPILL_ALLOWANCES.items()
+            if all(
+                wanted is None or wanted == given
+                for wanted, given in zip(
+                    key, (result.target, result.kernel, result.dtype, result.dim), strict=True
+                )
+            )
+        ),
+        default=0,
+    )
+    if result.spills > allowed:
+        found.append(f"spills {result.spills}, allowed {allowed}")
+    if result.shared_bytes > shared_limit:
+        found.append(f"shared memory {result.shared_bytes}, limit {shared_limit}")
+    if result.kernel in ITEM_KERNELS:
+        wanted = _intended(result)
+        if result.tensor_core != wanted:
+            found.append(f"tensor cores by {result.tensor_core or 'none'}, not {wanted or 'none'}")
+    return found
+
+
+def _intended(result: Result) -> str:
+    """The tensor-core instructions that an item kernel is meant to use, and no others."""
+    if result.target == "gfx942":
+        return "MFMA"  # float32 too
+    if result.dtype == "fp32":
+        return ""  # IEEE products run on the ordinary units
+    return "HGMMA" if result.form == "swapped" else "HMMA"
+
+
+def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of stack and local memory."""
+    text = _nvidia_tool("cuobjdump", "--dump-resource-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _nvidia_census(cubin: bytes) -> collections.Counter:
+    text = _nvidia_tool("cuobjdump", "--dump-sass", cubin)
+    names = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9]+)", text)
+    return collections.Counter(name for name in names if name in ("HGMMA", "HMMA"))
+
+
+def _amd_number(text: str, name: str) -> int:
+    return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))
+
+
+def compile_all(launches: list[Launch], processes: int) -> list[Result]:
+    """Compile in processes that inherit the recorded kernels; progress goes to stderr."""
+    results = []
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for i, result in enumerate(pool.map(compile_launch, launches), 1):
+            results.append(result)
+            if sys.stderr.isatty() or i % 50 == 0 or i == len(launches):
+                print(f"compiled {i} of {len(launches)}", file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dims", nargs="+", type=int, choices=DIMS, default=list(DIMS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--csv", type=Path, help="write the table there too")
+    args = parser.parse_args()
+    launches = recorded_launches(tuple(args.targets), tuple(args.dims), tuple(args.dtypes))
+    results = compile_all(launches, args.processes)
+    print(f"Triton {triton.__version__}, {len(results)} compiled launches")
+    print(
+        f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'group':>6}{'warps':>6}"
+        f"{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  {'tensor cores':<13}finding"
+    )
+    for r in results:
+        print(
+            f"{r.target:<7}{r.kernel.removesuffix('_kernel'):<24}{r.dtype:<6}{r.dim:>4} "
+            f"{r.form:<8}{r.group or '':>6}{r.warps:>6}{r.stages:>7}{r.registers:>6}"
+            f"{r.spills:>7}{r.shared_bytes:>8}  {r.tensor_core:<13}{r.finding}"
+        )
+    if args.csv is not None:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(asdict(results[0])), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(result) for result in results)
+    bad = [result for result in results if result.finding]
+    print(f"{len(bad)} findings")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
