@@ -27,13 +27,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default up to 3.9, said aloud
     sys.path.insert(0, str(ROOT / "torch-ext"))
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
 from mra_attention import triton_impl  # noqa: E402
 from mra_attention.triton_impl import launching  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 
 #: Target and bytes of shared memory that one program may use.
 TARGETS = {

@@ -13,7 +13,6 @@ Steps that have passed are skipped by the next call.
 """
 
 import argparse
-import csv
 import gc
 import importlib.util
 import os
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cuda_summary
 from records import CONDITIONS, Records, conditions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,8 +217,10 @@ def outcome_of(error: Exception) -> Outcome:
     if isinstance(error, Skipped):
         return Outcome("skipped", f"skipped: {error}")
     lines = str(error).strip().splitlines() or [""]
-    detail = f"{type(error).__name__}: {lines[0][:200]}"
-    if isinstance(error, torch.OutOfMemoryError):
+    kind = type(error).__name__
+    detail = f"{kind}: {lines[0][:200]}"
+    # OutOfResources is Triton's: a configuration that asks for too much shared memory.
+    if isinstance(error, torch.OutOfMemoryError) or kind == "OutOfResources":
         return Outcome("skipped", f"skipped: {detail}")
     return Outcome("fail", detail)
 
@@ -302,7 +304,7 @@ class Supervisor:
                 del processes[worker]
                 if code == 0 or code == 2:
                     status = max(status, code)
-                elif over:
+                elif over or warm:  # what was to be compiled will be when it is measured
                     print(f"{reason} in: {running}", flush=True)
                 elif not running and code != _BROKEN:
                     print(f"worker {worker}: {reason}; see above", file=sys.stderr)
@@ -349,9 +351,7 @@ class Supervisor:
         for row in latest.values():
             counts[row["status"]] += 1
         if args.command == "bench":
-            print_rows(args.out / "ceilings.csv", ("name", "megabytes", "ms_median", "rate"))
-            shown = ("provider", "batch", "length", "block_per_row", "pass", "ms_median", "peak_mb")
-            print_rows(args.out / "bench.csv", ("op", *shown), most=60)
+            cuda_summary.print_bench(args.out)
         left = [name for name in planned if name not in latest]
         for name, row in latest.items():
             if row["status"] == "fail":
@@ -362,17 +362,3 @@ class Supervisor:
         seconds = time.monotonic() - self.began
         print(f"{args.command}: {numbers}, {len(left)} left; {seconds:.0f} s; {args.out}")
         return counts["fail"]
-
-
-def print_rows(path: Path, columns: tuple[str, ...], most: int = 30) -> None:
-    """Print the first rows of a CSV, some columns of it."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    table = [columns, *([row[name] for name in columns] for row in rows[:most])]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    for line in table:
-        print("  ".join(x.ljust(width) for x, width in zip(line, widths, strict=True)).rstrip())
-    if len(rows) > most:
-        print(f"... {len(rows) - most} rows more in {path.name}")

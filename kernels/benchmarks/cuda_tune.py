@@ -133,10 +133,10 @@ def _tune(session: Session, records: Records, kernel: str, dim: int, width: int)
                 timing = time_calls(session, graphed(session, run), seconds=0.15)
         except Exception as error:
             session.log(f"{key} {config}: {type(error).__name__}: {error}")
-            if session.device.type == "cuda":
-                torch.cuda.synchronize()  # raises where the device is broken: the step fails
             if not session.warm:
                 records.add(row)
+            if session.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where the device is broken: the step fails
             continue
         found[config] = timing.median
         if not session.warm:

@@ -58,6 +58,19 @@ def test_the_operator_imports_in_one_direction(module):
     assert not outside & {"transformers", "mra_hf", "mra_attention", "numpy"}
 
 
+def test_the_triton_kernels_import_what_all_implementations_share():
+    for path in (OPERATOR / "triton_impl").glob("*.py"):
+        from_package = {name for level, name in imports(path) if level == 2}
+        assert from_package <= {"blocks", "implementations", "selection"}, path.name
+        outside = {name.split(".")[0] for level, name in imports(path) if not level}
+        assert not outside & {"transformers", "mra_hf", "mra_attention", "numpy"}
+
+
+def test_triton_is_imported_by_its_implementation_alone():
+    for path in OPERATOR.glob("*.py"):
+        assert not {name for level, name in imports(path) if name.split(".")[0] == "triton"}
+
+
 def test_the_family_imports_the_operator_and_never_scripts_or_tests():
     for path in FAMILY.rglob("*.py"):
         for level, name in imports(path):

@@ -1,0 +1,104 @@
+"""What can be said about the Triton kernels without a card."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attention_cases import make_inputs
+
+from mra_attention import implementations, mra2_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
+
+
+def test_kernels_in_the_interpreter():
+    """`test_triton.py`, on CPU tensors: forward and backward of the public function."""
+    arguments = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_triton.py"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    passed = int(re.search(r"(\d+) passed", result.stdout)[1])
+    assert passed >= 75, result.stdout[-2000:]
+
+
+def compile_check(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "kernels" / "compile_check.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def test_kernels_compile_for_a_card_that_is_not_here(tmp_path):
+    """The part of the compile check that matters most; CI runs all of it."""
+    table = tmp_path / "table.csv"
+    result = compile_check(
+        *("--targets", "sm_90", "--dims", "64", "--dtypes", "bf16"), *("--csv", str(table))
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "0 findings" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if " swapped " in line]
+    assert {row[1] for row in rows} == {"exact", "exact_query", "exact_key"}
+    assert all("HGMMA" in row for row in rows)
+    assert len(table.read_text().splitlines()) > 20
+
+
+def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "kernels")
+    import compile_check as check
+
+    good = check.Result("sm_90", "exact_kernel", "bf16", 64, "swapped", 2, 4, 3, 128, 0, 1, "", "")
+    good.tensor_core = "HGMMA"
+    assert check._findings(good, 100) == []
+    for field, value, word in (
+        ("spills", 8, "spills 8"),
+        ("shared_bytes", 200, "shared memory 200"),
+        ("tensor_core", "HMMA", "not HGMMA"),
+        ("tensor_core", "HGMMA+HMMA", "not HGMMA"),
+    ):
+        bad = check.replace(good, **{field: value})
+        (finding,) = check._findings(bad, 100)
+        assert word in finding
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "takes CUDA and ROCm tensors, got tensors on cpu"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"dim": 8}, "head dims 16 to 128, got 8"),
+        ({"dim": 160}, "head dims 16 to 128, got 160"),
+        ({"block_size": 16}, "block_size=32, got 16"),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_refused_with_a_remedy(change, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = make_inputs(1, 1, 40, change.get("dim", 32), dtype=change.get("dtype", torch.float32))
+    block_size = change.get("block_size", 32)
+    with pytest.raises(ValueError, match='impl="triton"') as error:
+        mra2_attention(*inputs[:3], impl="triton", block_size=block_size)
+    assert words in str(error.value) and 'impl="auto"' in str(error.value)
+    assert implementations.resolve_impl("auto", inputs[0], block_size) == "torch"
+
+
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr(implementations, "_IS_INSTALLED", False)
+    inputs = make_inputs(1, 1, 40, 32)
+    with pytest.raises(ValueError, match="not installed"):
+        mra2_attention(*inputs[:3], impl="triton")
