@@ -102,3 +102,23 @@ def test_missing_triton_is_named(monkeypatch):
     inputs = make_inputs(1, 1, 40, 32)
     with pytest.raises(ValueError, match="not installed"):
         mra2_attention(*inputs[:3], impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision"),
+    [
+        ("pass", "ieee"),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+        ("torch.set_float32_matmul_precision('high')", "tf32"),
+        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ],
+)
+def test_float32_products_follow_the_settings_of_torch(setting, precision):
+    """In a process of its own: torch refuses to mix its older and newer settings."""
+    code = (
+        f"import torch\n{setting}\n"
+        "from mra_attention.triton_impl import launching\n"
+        f"assert launching.float32_precision() == {precision!r}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -90,7 +90,8 @@ def config_for(kernel: str, device: torch.device, padded_dim: int, dtype: torch.
 
 def float32_precision() -> str:
     """Triton's name for torch's setting of float32 matrix products: "ieee" or "tf32"."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not `allow_tf32`: reading it raises once the newer setting was used.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch(kernel, programs: int, *arguments, num_warps: int = 4, num_stages: int = 2, **constants):
