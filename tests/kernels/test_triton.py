@@ -343,19 +343,9 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(mode):
 def test_long_sequences(length):
     """Selections agree in 99.9 % of the blocks; results by that of the torch path."""
     inputs = on_device(make_inputs(1, 2, length, 64))
-    chosen = select_blocks(*inputs[:2], block_per_row=4)
-    from mra_attention import triton_impl
-
-    given = triton_impl.select(
-        *inputs[:2],
-        None,
-        block_per_row=4,
-        block_budget=None,
-        initial_prior_first_n_blocks=0,
-        initial_prior_diagonal_n_blocks=0,
-        rule="row_normalized",
-        scale=64**-0.5,
-    )
+    settings = (None, 4, None, 32, 0, 0, "row_normalized", 64**-0.5)
+    chosen = BlockSelection(ops.mra2_select(*inputs[:2], *settings), 32)
+    given = select_blocks(*inputs[:2], block_per_row=4).blocks
     both = (given & chosen.blocks).sum()
     assert both >= 0.999 * chosen.blocks.sum()
     results = run("triton", inputs, selection=chosen)

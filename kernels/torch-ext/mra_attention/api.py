@@ -146,7 +146,9 @@ def select_blocks(
     """Return which block pairs `mra2_attention` computes exactly for the same arguments.
 
     For plots, for tests, and to hand one choice to several calls (`mra2_attention(...,
-    selection=chosen)`). No gradient.
+    selection=chosen)`). No gradient. Chosen as by `impl="auto"`: scores are float32 from float32
+    means in the Triton kernels, and from float64 means otherwise, so that near-ties can differ
+    between the two.
 
     Raises:
         ValueError: as `mra2_attention`.
@@ -169,9 +171,9 @@ def select_blocks(
         scale=scale,
     )
     token_mask = _to_token_mask(attention_mask, query)
-    return BlockSelection(
-        _choose(_select_op, query, key, token_mask, selection, settings), block_size
-    )
+    impl = resolve_impl("auto", query, block_size)
+    chooser = functools.partial(_select_op, impl="triton" if impl == "triton" else "torch")
+    return BlockSelection(_choose(chooser, query, key, token_mask, selection, settings), block_size)
 
 
 def mra2_attention_matrix(
