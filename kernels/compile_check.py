@@ -179,16 +179,18 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                     others = launch.kernel not in ITEM_KERNELS and dtype == "fp16"
                     if not others:
                         found[launch] = None
+            for sparse, masked in ((False, False), (True, True), (True, False)):
+                for launch in _recorded(target, "bf16", dim, sparse, masked, "ieee", 4096):
+                    if launch.kernel in ITEM_KERNELS:
+                        found[launch] = None
             # longer sequences: radix select, and scores computed anew by every pass
-            for length in (16384, 65536):
+            for length in (16384, 65536) if dim >= 64 else ():
                 for launch in _recorded(target, "bf16", dim, False, True, "ieee", length):
                     if launch.kernel not in ITEM_KERNELS:
                         found[launch] = None
         for dim in {64} & set(dims):
             for launch in _recorded(target, "fp32", dim, False, True, "tf32", 4096):
                 found[replace(launch, dtype="tf32")] = None
-            for launch in _recorded(target, "bf16", dim, True, False, "ieee", 4096):
-                found[launch] = None
     unique = {}
     for launch in found:  # many kernels do not depend on the dtype or the precision
         unique.setdefault(replace(launch, dtype="", dim=0), launch)
@@ -269,7 +271,9 @@ def _intended(result: Result) -> str:
         return "MFMA"  # float32 too
     if result.dtype == "fp32":
         return ""  # IEEE products run on the ordinary units
-    return "HGMMA" if result.form == "swapped" else "HMMA"
+    # Sums of fewer than 64 channels cannot be the M side that wgmma wants; tf32 runs plain.
+    wide = result.target == "sm_90" and result.dim >= 64 and result.dtype != "tf32"
+    return "HGMMA" if wide else "HMMA"
 
 
 def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:

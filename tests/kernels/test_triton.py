@@ -197,6 +197,19 @@ def test_what_padding_and_scratch_hold_reaches_no_result(table, monkeypatch):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("place", NAMES[1:])
+def test_nan_in_a_real_token_is_not_hidden(place, table):
+    """As by the definition: the row of a query, every row of a sample for a key or value."""
+    table(item_blocks=1)
+    inputs = on_device(make_inputs(2, 1, 100, 16))
+    chosen = select_blocks(*inputs[:2], block_per_row=4)
+    inputs[NAMES.index(place) - 1][0, 0, 70, 3] = torch.nan
+    given, expected = (
+        mra2_attention(*inputs[:3], selection=chosen, impl=impl) for impl in ("triton", "reference")
+    )
+    assert torch.equal(given.isnan(), expected.isnan()) and given.isnan().any()
+
+
 def test_two_runs_give_the_same_bits(table):
     table(item_blocks=2, topk_up_to_rows=0)
     inputs = on_device(make_inputs(1, 2, 150, 32, dtype=torch.bfloat16))
@@ -316,9 +329,10 @@ def test_full_budget_is_dense_attention():
 
 
 @only_on_a_card
+@pytest.mark.parametrize("length", [4096, 8192])  # top-k and radix select
 @pytest.mark.parametrize("mode", MODES)
-def test_forward_and_backward_are_captured_in_a_cuda_graph(mode):
-    inputs = [x.requires_grad_() for x in on_device(make_inputs(2, 4, 4096, 64))[:3]]
+def test_forward_and_backward_are_captured_in_a_cuda_graph(mode, length):
+    inputs = [x.requires_grad_() for x in on_device(make_inputs(1, 4, length, 64))[:3]]
 
     def step():
         output = mra2_attention(*inputs, block_per_row=8, approx_mode=mode, impl="triton")

@@ -98,8 +98,8 @@ def _store_results(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """Output 0 and log-sum-exp +inf at padding and where there is nothing to attend to."""
-    some = real & (denominator > 0.0)
+    """Output 0 and log-sum-exp +inf at padding and where nothing is attended to; NaN stays."""
+    some = real & (denominator != 0.0)
     denominator = tl.where(some, denominator, 1.0)
     output = tl.where(some[:, None], sums / denominator[:, None], 0.0)
     lse = tl.where(some, (largest + tl.log2(denominator)) * LN_2, float("inf"))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
 
 _TABLE = Path(__file__).with_name("launch_configs.json")
 
@@ -72,7 +71,7 @@ def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 at its first import)."""
     from .pooling import pool_kernel
 
-    return isinstance(pool_kernel, InterpretedFunction)
+    return not isinstance(pool_kernel, triton.JITFunction)
 
 
 def architecture(device: torch.device) -> str:

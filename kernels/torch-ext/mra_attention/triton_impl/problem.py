@@ -82,8 +82,10 @@ class Lists:
 
     def __init__(self, call: Call, blocks: Tensor, largest_budget: int | None, directions: int):
         rows, lines = call.n_blocks, (directions, call.all_heads)
-        self.item_blocks = launching.table().item_blocks
         self.capacity = rows**2 if largest_budget is None else min(largest_budget, rows**2)
+        # Longer items where so much may be selected that partial sums would outgrow the inputs.
+        longest = triton.next_power_of_2(triton.cdiv(self.capacity, 4 * rows))
+        self.item_blocks = max(launching.table().item_blocks, longest if rows > 64 else 1)
         self.max_items = rows + self.capacity // self.item_blocks
         self.may_split = rows > self.item_blocks
         self.sizes, self.starts, self.first_items = call.empty((3, *lines, rows), torch.int32)
