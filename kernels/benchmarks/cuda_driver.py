@@ -193,7 +193,7 @@ def work(args: argparse.Namespace) -> int:
             outcome = step.run(session) or Outcome()
         except Exception as error:
             session.log(f"{step.name}\n{traceback.format_exc()}")
-            outcome = outcome_of(error, is_shipped=step.name.startswith("agrees"))
+            outcome = outcome_of(error, is_shipped=step.name.startswith("agrees:"))
         seconds = time.monotonic() - begin
         longest[step.kind] = max(seconds, longest.get(step.kind, 0))
         if not args.warm:
