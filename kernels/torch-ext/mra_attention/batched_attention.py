@@ -3,7 +3,7 @@
 Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]` or None, the log-sum-exp
 `[n, M]`. Logits are powers of 2 in place of e, which CPUs compute several times faster. Operands
 are multiplied in their own dtype; logits, softmax and log-sum-exp are in the compute dtype always.
-Results and arguments in half types lie in scratch memory: they are valid until the next call.
+Outputs and gradients lie in scratch memory: they are valid until the next call in that thread.
 """
 
 import math

@@ -83,7 +83,10 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] == 9 else "sm_80"
 
 
-def config_for(kernel: str, device: torch.device, padded_dim: int, dtype: torch.dtype):
+def config_for(
+    kernel: str, device: torch.device, padded_dim: int, dtype: torch.dtype
+) -> LaunchConfig:
+    """Return the shipped configuration of "forward", "query_gradient" or "key_gradient"."""
     return table().configs[architecture(device), kernel, padded_dim, dtype.itemsize]
 
 
