@@ -14,7 +14,7 @@ from records import Records
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 import mra_hf
-from mra_hf.masked_lm import predict_masked_places
+from mra_hf.sparse_prediction import predict_masked_places
 
 #: Tokens in a batch.
 _TOKENS = 16384

@@ -10,7 +10,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
-from mra_hf.masked_lm import predict_masked_places
+from mra_hf.sparse_prediction import predict_masked_places
 
 _SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
 

@@ -5,6 +5,7 @@ Importing this package registers its classes with Transformers' Auto classes and
 """
 
 from mra_hf.attention import set_attention
+from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.conversion_report import ConversionReport
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversionReport",
     "MraConfig",
+    "MraForCandidateChoice",
     "MraForMaskedLM",
     "MraForMultipleChoice",
     "MraForQuestionAnswering",

@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 ROBERTA_TYPES = ("roberta", "xlm-roberta", "camembert")
 BUILTIN_TYPE = "mra"
 
+#: What `MraForCandidateChoice` can score.
+CANDIDATE_POOLING = ("marker", "mean")
+
 #: The attention settings and their defaults: fields of `MraConfig`, keys of `config.mra` elsewhere.
 ATTENTION_DEFAULTS: dict[str, Any] = {
     "block_per_row": 8,
@@ -52,6 +55,9 @@ class MraConfig(RobertaConfig):
         selection: "row_normalized" (default) or "global", the rule that ranks blocks.
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
             follows their sum (the papers' small models). None: `hidden_size`.
+        sparse_prediction: masked-LM training computes logits at the labelled places alone.
+        candidate_pooling: what `MraForCandidateChoice` scores: "marker", the state of the token
+            that opens a candidate (the paper), or "mean", the mean over the candidate's tokens.
         max_position_embeddings: rows of the position table, as in RoBERTa: 514 for 512 tokens, 4098
             for 4096.
         attention_probs_dropout_prob: dropout on attention weights; MRA has none, so only 0
@@ -76,6 +82,8 @@ class MraConfig(RobertaConfig):
     block_size: int = 32
     selection: str = "row_normalized"
     embedding_size: int | None = None
+    sparse_prediction: bool = False
+    candidate_pooling: str = "marker"
 
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
@@ -99,6 +107,15 @@ class MraConfig(RobertaConfig):
             )
         if self.embedding_size is not None:
             check_int("embedding_size", self.embedding_size, 1)
+        if not isinstance(self.sparse_prediction, bool):
+            raise ValueError(
+                f"sparse_prediction must be True or False, got {self.sparse_prediction!r}."
+            )
+        if self.candidate_pooling not in CANDIDATE_POOLING:
+            raise ValueError(
+                f"candidate_pooling must be one of {CANDIDATE_POOLING}, got "
+                f"{self.candidate_pooling!r}."
+            )
         if not isinstance(self.pad_token_id, int):
             raise ValueError(
                 f"pad_token_id must be an integer, got {self.pad_token_id!r}: positions are "

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,18 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 if TYPE_CHECKING:
     import os
 
+EXPERIMENT_NAME = "experiment.yaml"
+RESULTS_NAME = "results.json"
+HISTORY_NAME = "training_curve.csv"
+PICTURE_NAME = "training_curve.png"
+
 #: Fields of `TrainingArguments` that become False or empty when nothing is given.
 _FILLED_IN = frozenset(
     {"activation_checkpointing", "gradient_checkpointing", "disable_tqdm", "report_to", "debug"}
 )
+
+#: Endings of what `Trainer` says about the time of an evaluation.
+_SPEED = ("_runtime", "_per_second")
 
 
 def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
@@ -37,7 +46,15 @@ def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its name
-    Path(path).write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def write_text(path: "str | os.PathLike[str]", text: str) -> None:
+    """Write a text file whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _is_default(item: dataclasses.Field, value: Any) -> bool:
@@ -54,15 +71,20 @@ def _is_default(item: dataclasses.Field, value: Any) -> bool:
 def write_history(
     history: Sequence[dict[str, float]], path: "str | os.PathLike[str]"
 ) -> list[dict[str, float]]:
-    """Write the log of a `Trainer` as CSV, a row per step, and return the rows."""
+    """Write the log of a `Trainer` as CSV, a row per step, and return the rows.
+
+    The columns are those of training and every metric of the evaluations but their speed.
+    """
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         if "train_runtime" not in entry:
             rows.setdefault(entry["step"], {}).update(entry)
-    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    columns += ("eval_nll", "eval_accuracy", "eval_bits_per_token")
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[step] for step in sorted(rows))
+    measured = {name for row in rows.values() for name in row if name.startswith("eval_")}
+    columns = ["step", "epoch", "loss", "learning_rate", "grad_norm"]
+    columns += sorted(name for name in measured if not name.endswith(_SPEED))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[step] for step in sorted(rows))
+    write_text(path, out.getvalue())
     return [rows[step] for step in sorted(rows)]

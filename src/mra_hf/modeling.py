@@ -20,6 +20,7 @@ from transformers import (
     RobertaForTokenClassification,
     RobertaModel,
 )
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.roberta.modeling_roberta import (
     RobertaClassificationHead,
     RobertaEmbeddings,
@@ -30,6 +31,7 @@ from transformers.models.roberta.modeling_roberta import (
 from transformers.utils import logging
 
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+from mra_hf.sparse_prediction import output_at_labels
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +63,11 @@ AUTO_MAP = {
         "AutoModelForMultipleChoice": "MraForMultipleChoice",
     }.items()
 }
-_REMOTE_NAMES = ", ".join(sorted({target.split(".")[1] for target in AUTO_MAP.values()}))
+#: Classes without an Auto class, for which the stub module has a name too.
+_BY_NAME = ("MraForCandidateChoice",)
+_REMOTE_NAMES = ", ".join(
+    sorted({target.split(".")[1] for target in AUTO_MAP.values()} | set(_BY_NAME))
+)
 
 
 class MraPreTrainedMixin:
@@ -193,13 +199,42 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
 
 
 class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
-    """Masked language modeling: logits `[B, N, vocab_size]`."""
+    """Masked language modeling: logits `[B, N, vocab_size]`.
+
+    With `config.sparse_prediction`, a model in training that is given labels computes logits where
+    they are not -100 alone, `[labelled, vocab_size]`: the same loss and gradients in less memory.
+    """
 
     def __init__(self, config: MraConfig):
         super(RobertaForMaskedLM, self).__init__(config)
         self.roberta = MraModel(config, add_pooling_layer=False)
         self.lm_head = MraLMHead(config)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """As RoBERTa's; `config.sparse_prediction` changes what a training step computes."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if labels is None or not self.training or not self.config.sparse_prediction:
+            return super().forward(**inputs, labels=labels, **kwargs)
+        count = kwargs.pop("num_items_in_batch", None)
+        kwargs["return_dict"] = True
+        states = self.roberta(**inputs, **kwargs).last_hidden_state
+        return output_at_labels(self.lm_head, states, labels, count)
 
     @classmethod
     def _refuse_builtin_head(cls, path, model, loading_info) -> None:
@@ -245,7 +280,7 @@ class MraForTokenClassification(MraPreTrainedMixin, RobertaForTokenClassificatio
         super(RobertaForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.roberta = MraModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -293,7 +328,7 @@ def _of_width(config: MraConfig, width: int | None) -> MraConfig:
     return config
 
 
-def _classifier_dropout(config: MraConfig) -> float:
+def classifier_dropout(config: MraConfig) -> float:
     if config.classifier_dropout is None:
         return config.hidden_dropout_prob
     return config.classifier_dropout

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, RobertaForMaskedLM
 from transformers.models.roberta.modeling_roberta import RobertaLMHead
 
 import mra_hf
-from mra_hf import masked_lm, neighbour_heads
+from mra_hf import loading, neighbour_heads, sparse_prediction
 from mra_hf.commands import main
 from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
 
@@ -186,7 +186,7 @@ def test_scores_need_a_length_that_the_model_can_read(folder, capsys):
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained("whole")
     arguments = ["score", "whole", "--text", "held-out.jsonl", "--out", "scores.csv"]
-    room = masked_lm.longest_input(RobertaForMaskedLM(roberta_config()))
+    room = loading.longest_input(RobertaForMaskedLM(roberta_config()))
     assert main(arguments) == 0, "the model knows its length"
     assert main([*arguments, "--length", str(room + 1)]) == 2
     assert f"at most {room}" in capsys.readouterr().err
@@ -292,7 +292,7 @@ def test_logits_at_masked_places_alone_give_the_same_loss_and_gradients(kind):
     expected.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    masked_lm.predict_masked_places(model)
+    sparse_prediction.predict_masked_places(model)
     given = model(**batch, labels=labels)
     given.loss.backward()
     assert given.logits.shape == (int((labels != -100).sum()), model.config.vocab_size)

@@ -2,16 +2,44 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainingArguments
+
+from mra_hf.experiment_files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the YAML file as the first argument."""
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the YAML file as the first argument, and defaults of `TrainingArguments` that differ.
+
+    Progress bars show in a terminal alone: in a log file they are a line per step.
+    """
     parser.add_argument("config", nargs="?", help="YAML file of settings; the command line wins")
+    from datasets import disable_progress_bars  # slow to import; commands without it stay quick
+
+    quiet = not sys.stderr.isatty()
+    if quiet:
+        disable_progress_bars()
+    parser.set_defaults(disable_tqdm=quiet, report_to="none")
+
+
+def print_results(results: dict[str, Any], training_args: TrainingArguments) -> None:
+    """Print the metrics of a run and what it wrote, in its main process."""
+    if training_args.process_index:
+        return
+    for part in ("train", "eval"):
+        for name, value in results.get(part, {}).items():
+            if isinstance(value, float):
+                print(f"{name:<36}{value:>14.4f}")
+            elif isinstance(value, (int, str)):
+                print(f"{name:<36}{value:>14}")
+    written = [RESULTS_NAME, EXPERIMENT_NAME]
+    written += [HISTORY_NAME] * training_args.do_train
+    print(f"written to {training_args.output_dir}: {', '.join(written)}")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,36 +14,27 @@ import argparse
 from transformers import TrainingArguments
 
 from mra_hf.commands import experiments
-from mra_hf.training import (
-    EXPERIMENT_NAME,
-    HISTORY_NAME,
-    RESULTS_NAME,
+from mra_hf.training.masked_lm import (
     MaskedLMDataArguments,
-    ModelArguments,
+    MaskedLMModelArguments,
     run_masked_lm,
 )
+from mra_hf.training.runs import StoppingArguments
 
-DATACLASSES = (ModelArguments, MaskedLMDataArguments, TrainingArguments)
+DATACLASSES = (
+    MaskedLMModelArguments,
+    MaskedLMDataArguments,
+    StoppingArguments,
+    TrainingArguments,
+)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that are no fields of a dataclass."""
-    experiments.add_config_argument(parser)
-    # A bar while training, although this program keeps transformers quiet.
-    parser.set_defaults(disable_tqdm=False, report_to="none")
+add_arguments = experiments.add_training_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and print its metrics."""
-    model_args, data_args, training_args = experiments.dataclasses_of(args, DATACLASSES)
-    results = run_masked_lm(model_args, data_args, training_args)
-    for part in ("train", "eval"):
-        for name, value in results.get(part, {}).items():
-            print(
-                f"{name:<28}{value:>14.4f}"
-                if isinstance(value, float)
-                else f"{name:<28}{value:>14}"
-            )
-    written = [RESULTS_NAME, EXPERIMENT_NAME, *([HISTORY_NAME] if training_args.do_train else [])]
-    print(f"written to {training_args.output_dir}: {', '.join(written)}")
+    arguments = experiments.dataclasses_of(args, DATACLASSES)
+    results = run_masked_lm(*arguments)
+    experiments.print_results(results, arguments[-1])
     return 0

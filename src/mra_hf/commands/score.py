@@ -19,7 +19,7 @@ from mra_attention.api import check_int
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import masked_token_scores
-from mra_hf.masked_lm import check_length, load_masked_lm, longest_input
+from mra_hf.loading import check_length, load_masked_lm, longest_input
 
 COLUMNS = (
     *("date", "device", "threads", "torch", "transformers", "model", "attention"),

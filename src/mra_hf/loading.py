@@ -1,19 +1,12 @@
-"""Masked language models as the commands need them: loaded whole, told which attention to use,
-with logits at the places that have a label alone.
-"""
+"""Models as the commands need them: loaded whole, told which attention to use, long enough."""
 
-import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
-from mra_hf.evaluation import masked_lm_head
 
 if TYPE_CHECKING:
     import os
@@ -24,28 +17,47 @@ logger = logging.get_logger(__name__)
 def load_masked_lm(
     name: "str | os.PathLike[str]", attention: str | None = None, overrides: str | None = None
 ) -> PreTrainedModel:
-    """Load a masked language model in float32 with all of its weights.
+    """Load a masked language model in float32 with all of its weights; see `load_model`."""
+    return load_model(AutoModelForMaskedLM, name, "masked-LM head", attention, overrides)
+
+
+def load_model(
+    model_class: Any,
+    name: "str | os.PathLike[str]",
+    head: str,
+    attention: str | None = None,
+    overrides: str | None = None,
+    *,
+    new_weights: tuple[str, ...] = (),
+    **settings: Any,
+) -> PreTrainedModel:
+    """Load a model in float32 and say what it lacks instead of filling it in at random.
 
     Args:
+        model_class: an Auto class or a model class.
         name: a directory or hub id.
+        head: what the class puts on the encoder, for the error message.
         attention: "sdpa", "mra2", ...; the model's own if not given.
         overrides: settings of the configuration, "name=value,name=value".
+        new_weights: prefixes of weights that may be missing and then start at random.
+        settings: further settings of the configuration, by name; they come before `overrides`.
 
     Raises:
-        ValueError: the checkpoint has no masked-LM head, `overrides` change the shape of weights,
-            or the model cannot use `attention`.
+        ValueError: the checkpoint lacks other weights, settings change the shape of weights, or
+            the model cannot use `attention`.
     """
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, **settings)
     if overrides:
         override(config, overrides)
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except RuntimeError as error:
-        if overrides and "mismatch" in str(error):
+        if (overrides or settings) and "mismatch" in str(error):
+            changed = overrides or ", ".join(f"{key}={value}" for key, value in settings.items())
             raise ValueError(
-                f"config_overrides {overrides!r} change the shape of weights of {name}; sizes can "
+                f"config_overrides {changed!r} change the shape of weights of {name}; sizes can "
                 "only be chosen from scratch (without model_name_or_path)."
             ) from error
         raise
@@ -54,9 +66,10 @@ def load_masked_lm(
             f"{name} holds settings of multi-resolution attention but is read with "
             f'{model.config._attn_implementation!r}; choose "mra2" to use them.'
         )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"{name} has no masked-LM head or lacks other weights ({missing}, ...).")
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_weights))
+    if missing:
+        listed = ", ".join(missing[:3])
+        raise ValueError(f"{name} has no {head} or lacks other weights ({listed}, ...).")
     return with_attention(model, attention)
 
 
@@ -108,39 +121,3 @@ def check_length(
         raise ValueError(
             f"{name} must be at most {room}, the positions of this model, got {length}; {remedy}."
         )
-
-
-def predict_masked_places(model: PreTrainedModel) -> None:
-    """Make `model` compute logits at the labelled places alone while it trains.
-
-    Loss and gradients are those of all logits: places labelled -100 take no part in either. The
-    logits of a training step are then `[labelled, vocabulary]`; evaluation is not changed.
-
-    Raises:
-        ValueError: the model has no head apart from its encoder.
-    """
-    head = masked_lm_head(model)
-    if head is None:
-        raise ValueError(
-            f"sparse_prediction needs a model with an lm_head, and {type(model).__name__} has "
-            "none; pass --sparse_prediction false."
-        )
-    all_logits = model.forward
-
-    @functools.wraps(all_logits)
-    def forward(input_ids=None, *args, labels=None, num_items_in_batch=None, **kwargs):
-        if labels is None or not model.training:
-            return all_logits(input_ids, *args, labels=labels, **kwargs)
-        states = model.base_model(input_ids, *args, **kwargs).last_hidden_state  # [B, N, hidden]
-        labelled = labels != -100
-        logits = head(states[labelled])  # [labelled, vocabulary]
-        loss = cross_entropy(logits, labels[labelled], num_items_in_batch)
-        return MaskedLMOutput(loss=loss, logits=logits)
-
-    model.forward = forward
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, count) -> Tensor:
-    """Summed over the targets, divided by `count` (default None: their number)."""
-    total = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return total / (max(1, len(targets)) if count is None else count)

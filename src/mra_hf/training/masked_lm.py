@@ -1,24 +1,15 @@
-"""Training with `Trainer`: the arguments of experiments, masked language modelling, result files.
+"""Masked language modelling with `Trainer`: settings, examples, loss and metrics."""
 
-An experiment is described by dataclasses: a key of its YAML file *is* a field, the command line
-overrides it, and what was in force is saved beside the result.
-"""
-
-import json
 import math
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -26,55 +17,29 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-import mra_hf
 from mra_attention.api import check_int
-from mra_hf.analysis.training_curve import plot_training_curve
+from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.evaluation import masked_lm_head
-from mra_hf.experiment_files import save_experiment, write_history
-from mra_hf.masked_lm import (
-    check_length,
-    cross_entropy,
-    load_masked_lm,
-    override,
-    predict_masked_places,
-    with_attention,
-)
+from mra_hf.loading import check_length, load_masked_lm, override, with_attention
 from mra_hf.neighbour_heads import start_with_neighbours
-
-EXPERIMENT_NAME = "experiment.yaml"
-RESULTS_NAME = "results.json"
-HISTORY_NAME = "training_curve.csv"
-PICTURE_NAME = "training_curve.png"
+from mra_hf.sparse_prediction import cross_entropy, predict_masked_places
+from mra_hf.training import runs
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0
 
 
 @dataclass
-class ModelArguments:
+class MaskedLMModelArguments(runs.ModelArguments):
     """Which model: a checkpoint to go on with, or sizes to start from scratch with."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "checkpoint with a masked-LM head to go on from; not set: from scratch"},
-    )
     model_type: str = field(
         default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "settings of the configuration: hidden_size=192,num_hidden_layers=4"},
     )
     start_with_neighbours: bool = field(
         default=False,
         metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "tokenizer; not set: that of the checkpoint"}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
     )
     sparse_prediction: bool = field(
         default=True,
@@ -125,16 +90,17 @@ class MaskedLMDataArguments:
 
 
 def run_masked_lm(
-    model_args: ModelArguments, data_args: MaskedLMDataArguments, training_args: TrainingArguments
+    model_args: MaskedLMModelArguments,
+    data_args: MaskedLMDataArguments,
+    stopping_args: runs.StoppingArguments,
+    training_args: TrainingArguments,
 ) -> dict[str, Any]:
-    """Train and evaluate a masked language model; write everything to `output_dir`.
-
-    `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
-    `results.json` (the metrics and their conditions), `training_curve.csv` and its picture.
+    """Train and evaluate a masked language model; `runs.fit` says what is written.
 
     Args:
         model_args: which model.
         data_args: which text.
+        stopping_args: when to stop early.
         training_args: of `Trainer`; `do_train` and `do_eval` say what is done.
 
     Returns:
@@ -145,7 +111,7 @@ def run_masked_lm(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    last_checkpoint = _checkpoint_to_resume(training_args)
+    resume_from = runs.checkpoint_to_resume(training_args)
     training_args.remove_unused_columns = False  # the collator reads special_tokens_mask
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -162,49 +128,29 @@ def run_masked_lm(
         "tokens + 2)",
     )
     training, validation = _examples(data_args, training_args, tokenizer)
+    masking = SeededMasking(
+        tokenizer,
+        masking_seed=training_args.seed,
+        mlm_probability=data_args.mlm_probability,
+    )
     trainer = MaskedLMTrainer(
         model=model,
         args=training_args,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=data_args.mlm_probability
-        ),
+        data_collator=masking,
         train_dataset=training,
         eval_dataset=validation,
         compute_metrics=masked_lm_metrics,
         compute_loss_func=None if model_args.sparse_prediction else _loss_at_labels,
+        callbacks=[NewMasksEveryEpoch(masking), *stopping_args.callbacks(training_args)],
     )
     trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
     if model_args.sparse_prediction:
         predict_masked_places(model)
-    results = _conditions(model, tokenizer, data_args, training_args)
-    output = Path(training_args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    settings = (model_args, data_args, training_args)
-    if training_args.do_train:
-        trained = trainer.train(resume_from_checkpoint=last_checkpoint)
-        results["train"] = trained.metrics | {"steps": trainer.state.global_step}
-        if last_checkpoint is not None:  # the runtime is that of the steps since
-            results["train"]["resumed_from"] = Path(last_checkpoint).name
-        trainer.save_model()
-        trainer.save_state()
-        _write(trainer, output, settings, results)  # the last evaluation may fail
-    if training_args.do_eval:
-        results["eval"] = trainer.evaluate()
-    _write(trainer, output, settings, results)
-    return results
-
-
-def _write(trainer: Trainer, output: Path, settings: tuple, results: dict[str, Any]) -> None:
-    """Settings, results, curve and its picture, by one process."""
-    if not trainer.is_world_process_zero():
-        return
-    save_experiment(output / EXPERIMENT_NAME, *settings)
-    (output / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n")
-    if trainer.args.do_train:
-        rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
-        title = f"{results['model_type']}, {results['max_seq_length']} tokens"
-        plot_training_curve(rows, output / PICTURE_NAME, title)
+    results = runs.conditions("masked-lm", model, training_args, data_args.max_seq_length)
+    results["vocabulary"] = len(tokenizer)
+    settings = (model_args, data_args, stopping_args, training_args)
+    return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
 
 
 class MaskedLMTrainer(Trainer):
@@ -215,23 +161,17 @@ class MaskedLMTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None):
         """As `Trainer`'s, with a collator of its own: 15 % of the tokens, a fixed seed."""
         of_training = self.data_collator
-        self.data_collator = DataCollatorForLanguageModeling(
+        self.data_collator = SeededMasking(
             self.processing_class,
+            masking_seed=EVALUATION_SEED,
             mlm_probability=0.15,
             mask_replace_prob=1.0,
             random_replace_prob=0.0,
-            seed=EVALUATION_SEED,
         )
-        # The generator of the masks belongs to one pass of one process.
-        workers, self.args.dataloader_num_workers = self.args.dataloader_num_workers, 0
-        persistent = self.args.dataloader_persistent_workers
-        self.args.dataloader_persistent_workers = False
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = of_training
-            self.args.dataloader_num_workers = workers
-            self.args.dataloader_persistent_workers = persistent
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss; per place, is the label the highest logit and its negative
@@ -277,8 +217,7 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _check(model_args, data_args, training_args) -> None:
-    if not training_args.do_train and not training_args.do_eval:
-        raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
+    runs.check_run(training_args)
     if not model_args.model_name_or_path and not model_args.tokenizer_name:
         raise ValueError(
             "training from scratch needs a tokenizer; pass --tokenizer_name, or a checkpoint with "
@@ -293,8 +232,6 @@ def _check(model_args, data_args, training_args) -> None:
             "one process cannot train on several GPUs with sparse_prediction; start it with "
             "torchrun or accelerate launch."
         )
-    if Path(training_args.output_dir).is_file():
-        raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
     for name in ("max_train_samples", "max_eval_samples"):
         limit = getattr(data_args, name)
         if limit is not None:
@@ -315,46 +252,7 @@ def _check(model_args, data_args, training_args) -> None:
         raise ValueError("streaming text has no known length; say how long with --max_steps.")
 
 
-def _checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten."""
-    wanted = str(training_args.resume_from_checkpoint or "false")
-    output = Path(training_args.output_dir)
-    if not training_args.do_train or wanted.lower() == "false":
-        if output.is_dir() and any(output.iterdir()):
-            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
-            raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
-        return None
-    if wanted.lower() == "true":
-        # The state is written last: a folder without it was cut off.
-        steps = {
-            int(match[1]): path.parent
-            for path in output.glob("checkpoint-*/trainer_state.json")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
-        }
-        if not steps and (output / RESULTS_NAME).exists():
-            raise ValueError(
-                f"output_dir {output} holds a finished run and no checkpoint to resume."
-            )
-        if not steps:
-            return None  # the run was stopped before its first checkpoint
-        checkpoint = steps[max(steps)]
-    else:
-        checkpoint = Path(wanted)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise ValueError(
-                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
-            )
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
-    if state["global_step"] >= wanted_steps:
-        raise ValueError(
-            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
-            "another output_dir, or raise max_steps to train further."
-        )
-    return str(checkpoint)
-
-
-def _masked_lm(model_args: ModelArguments, tokenizer) -> PreTrainedModel:
+def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.model_name_or_path:
         return load_masked_lm(
             model_args.model_name_or_path,
@@ -425,23 +323,3 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
             data_args.max_eval_samples,
         )
     return training, validation
-
-
-def _conditions(model, tokenizer, data_args, training_args) -> dict[str, Any]:
-    """What the numbers of a run depend on."""
-    device = training_args.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "model_type": model.config.model_type,
-        "attention": model.config._attn_implementation,
-        "parameters": model.num_parameters(),
-        "vocabulary": len(tokenizer),
-        "max_seq_length": data_args.max_seq_length,
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "eval_batch_size": training_args.eval_batch_size,  # which tokens are hidden depends on it
-        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
-        "mra_hf": mra_hf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -1,0 +1,37 @@
+r"""Fine-tune and evaluate a classifier of texts or pairs of texts (MNLI, ...), with `Trainer`.
+
+Settings come from a YAML file, from the command line, or from both: the command line wins. Every
+argument of transformers' TrainingArguments is one of them.
+
+example:
+  mra-hf run-mnli --model_name_or_path roberta-mra --dataset_name nyu-mll/multi_nli \
+      --do_train --do_eval --output_dir runs/mnli
+  mra-hf run-mnli --model_name_or_path roberta-mra --train_file train.tsv \
+      --validation_file dev.tsv --do_train --do_eval --output_dir runs/pairs
+"""
+
+import argparse
+
+from transformers import TrainingArguments
+
+from mra_hf.commands import experiments
+from mra_hf.training.classification import ClassificationDataArguments, run_classification
+from mra_hf.training.runs import ModelArguments, StoppingArguments
+
+DATACLASSES = (ModelArguments, ClassificationDataArguments, StoppingArguments, TrainingArguments)
+
+add_arguments = experiments.add_training_arguments
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment and print its metrics."""
+    arguments = experiments.dataclasses_of(args, DATACLASSES)
+    results = run_classification(*arguments)
+    experiments.print_results(results, arguments[-1])
+    labels = results["labels"]
+    for name, counts in results.get("confusion_matrix", {}).items():
+        print(f"confusion matrix, {name} (rows: the label, columns: predicted)")
+        print(" " * 16 + "".join(f"{label[:14]:>16}" for label in labels))
+        for label, row in zip(labels, counts, strict=True):
+            print(f"{label[:14]:<16}" + "".join(f"{count:>16}" for count in row))
+    return 0

@@ -1,0 +1,30 @@
+r"""Train or evaluate multi-hop question answering over candidates (WikiHop), with `Trainer`.
+
+Settings come from a YAML file, from the command line, or from both: the command line wins. Every
+argument of transformers' TrainingArguments is one of them. Questions are JSON files in WikiHop's
+schema; `mra-hf build-wordnet-hop` makes some.
+
+example:
+  mra-hf run-wikihop --model_name_or_path roberta-4096 --train_file wikihop/train.json \
+      --validation_file wikihop/dev.json --do_train --do_eval --output_dir runs/wikihop
+"""
+
+import argparse
+
+from transformers import TrainingArguments
+
+from mra_hf.commands import experiments
+from mra_hf.training.candidate_choice import WikiHopDataArguments, run_wikihop
+from mra_hf.training.runs import ModelArguments, StoppingArguments
+
+DATACLASSES = (ModelArguments, WikiHopDataArguments, StoppingArguments, TrainingArguments)
+
+add_arguments = experiments.add_training_arguments
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the experiment and print its metrics."""
+    arguments = experiments.dataclasses_of(args, DATACLASSES)
+    results = run_wikihop(*arguments)
+    experiments.print_results(results, arguments[-1])
+    return 0

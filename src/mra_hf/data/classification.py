@@ -1,0 +1,212 @@
+"""Texts and pairs of texts with a label: MNLI and anything of its form, from files or by name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, load_dataset
+
+from mra_hf.data.tables import read_table
+
+#: Columns that are recognised, most specific first.
+TEXT_COLUMNS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("sentence_A", "sentence_B"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text",),
+    ("sentence",),
+)
+LABEL_COLUMNS = ("gold_label", "label", "entailment_judgment")
+
+#: Labels whose order is settled; others come in alphabetical or numerical order.
+KNOWN_LABELS = (
+    ("entailment", "neutral", "contradiction"),
+    ("entailment", "not_entailment"),
+    ("negative", "positive"),
+)
+
+#: What stands where the annotators of MNLI and SNLI did not agree, or a label is held back.
+NO_LABEL = ("-", -1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns are read.
+
+    Args:
+        texts: one or two names; none: the first of `TEXT_COLUMNS` that are there.
+        label: a name; none: the first of `LABEL_COLUMNS` that is there.
+    """
+
+    texts: tuple[str, ...] = ()
+    label: str | None = None
+
+    def among(self, names: Iterable[str], where: str) -> "Columns":
+        """These columns, found among `names`.
+
+        Raises:
+            ValueError: they are not there; `where` says in what.
+        """
+        names = list(names)
+        texts, label = self.texts, self.label
+        if not texts:
+            texts = next((some for some in TEXT_COLUMNS if set(some) <= set(names)), ())
+        if label is None:
+            label = next((name for name in LABEL_COLUMNS if name in names), None)
+        missing = [name for name in (*texts, label) if name is not None and name not in names]
+        if missing or not texts or label is None:
+            wanted = missing or ["text_columns"] * (not texts) + ["label_column"] * (label is None)
+            raise ValueError(
+                f"{where} has no column for {', '.join(map(repr, wanted))}; it has {names}. Name "
+                "them with --text_columns (one or two) and --label_column."
+            )
+        return Columns(tuple(texts), label)
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Rows of one file or split.
+
+    Args:
+        texts: tuples of one or two texts.
+        labels: a label for each, as the data has it.
+        places: where each row stands: a file or split, and the number of its line or row.
+        label_names: the names of the labels, if the data set declares them.
+        without_label: rows left out because they have no label.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: list[Any]
+    places: list[tuple[str, int]]
+    label_names: tuple[str, ...] | None = None
+    without_label: int = 0
+
+    def part(self, rows: Sequence[int]) -> "LabelledTexts":
+        """Those rows."""
+        return LabelledTexts(
+            [self.texts[row] for row in rows],
+            [self.labels[row] for row in rows],
+            [self.places[row] for row in rows],
+            self.label_names,
+        )
+
+
+def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
+    """Read tables (see `mra_hf.data.tables.read_table`) one after another.
+
+    Raises:
+        ValueError: a file that cannot be read, no such column, or a row with an empty text or no
+            label; the message gives file and line.
+    """
+    texts, labels, places, without = [], [], [], 0
+    for file in files:
+        found = None
+        for line, row in read_table(file):
+            if found is None:
+                found = columns.among(row, str(file))
+            values = []
+            for name in found.texts:
+                value = row.get(name)
+                if not isinstance(value, str) or not value.strip():
+                    raise ValueError(f"{file}, line {line}: column {name!r} is empty or no text.")
+                values.append(value)
+            label = row.get(found.label)
+            if label is None or label == "":
+                raise ValueError(f"{file}, line {line}: column {found.label!r} is empty.")
+            if label in NO_LABEL:
+                without += 1
+                continue
+            texts.append(tuple(values))
+            labels.append(label)
+            places.append((f"{file}, line", line))
+    return LabelledTexts(texts, labels, places, None, without)
+
+
+def read_split(name: str, config_name: str | None, split: str, columns: Columns) -> LabelledTexts:
+    """Read a split of a data set by its name ("nyu-mll/multi_nli", or "glue" with "mnli").
+
+    Raises:
+        ValueError: no such split or column, or an empty text.
+    """
+    data = load_dataset(name, config_name, split=split)
+    where = f"split {split!r} of {name}"
+    found = columns.among(data.column_names, where)
+    feature = data.features[found.label]
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    texts, labels, places, without = [], [], [], 0
+    for number, row in enumerate(data.select_columns([*found.texts, found.label])):
+        values = tuple(row[name] for name in found.texts)
+        if not all(isinstance(value, str) and value.strip() for value in values):
+            raise ValueError(f"{where}, row {number}: a text is empty.")
+        if row[found.label] in NO_LABEL:
+            without += 1
+            continue
+        texts.append(values)
+        labels.append(names[row[found.label]] if names else row[found.label])
+        places.append((f"{where}, row", number))
+    return LabelledTexts(texts, labels, places, names, without)
+
+
+def label_names(parts: Iterable[LabelledTexts]) -> tuple[str, ...]:
+    """The labels of all parts in their order: as declared, as settled for a task, or sorted.
+
+    Raises:
+        ValueError: all labels of a known task and others besides, which are most likely slips.
+    """
+    parts = list(parts)
+    for part in parts:
+        if part.label_names is not None:
+            return part.label_names
+    found = {label for part in parts for label in part.labels}
+    lowered = {str(label).lower() for label in found}
+    for known in KNOWN_LABELS:
+        if lowered == set(known) and len(found) == len(known):
+            return tuple(sorted(map(str, found), key=lambda label: known.index(label.lower())))
+    for known in KNOWN_LABELS:
+        if lowered > set(known):
+            _refuse_label(parts, known, "; mend it, or declare all with --labels")
+    if all(isinstance(label, int) for label in found):
+        return tuple(str(label) for label in sorted(found))
+    return tuple(sorted(str(label) for label in found))
+
+
+def _refuse_label(parts: Iterable[LabelledTexts], names: Sequence[str], remedy: str = "") -> None:
+    """Raise for the first label that is none of `names`, if there is one."""
+    lowered = {name.lower() for name in names}
+    for part in parts:
+        for label, (where, number) in zip(part.labels, part.places, strict=True):
+            if str(label).lower() not in lowered:
+                raise ValueError(
+                    f"{where} {number}: label {label!r} is none of {list(names)}{remedy}."
+                )
+
+
+def to_dataset(part: LabelledTexts, names: Sequence[str], where: str) -> Dataset:
+    """A `Dataset` with the columns "text", "pair" (None without one) and "label", a number.
+
+    Raises:
+        ValueError: a label that is none of `names`, or no rows; `where` says in what.
+    """
+    numbers = {name.lower(): number for number, name in enumerate(names)}
+    _refuse_label([part], names)
+    if not part.labels:
+        raise ValueError(f"{where} holds no rows with a label.")
+    return Dataset.from_dict(
+        {
+            "text": [texts[0] for texts in part.texts],
+            "pair": [texts[1] if len(texts) == 2 else None for texts in part.texts],
+            "label": [numbers[str(label).lower()] for label in part.labels],
+        }
+    )
+
+
+def set_name(source: str) -> str:
+    """What an evaluation on `source`, a file or split, is called: "matched", "mismatched", ..."""
+    stem = Path(source).name.split(".jsonl")[0].split(".tsv")[0].lower()
+    for name in ("mismatched", "matched"):
+        if name in stem:
+            return name
+    return "".join(mark if mark.isalnum() else "_" for mark in stem)

@@ -1,0 +1,94 @@
+"""Tables of text, `.jsonl`, `.tsv` or `.csv`; a faulty row is named by its file and line."""
+
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+#: Suffixes (before that of the compression) -> the character between columns; None: JSON lines.
+_KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
+
+
+def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a table with the numbers of their lines, counted from 1.
+
+    `.tsv` and `.txt` files have a header and tabs between columns, and quotes mean nothing, as in
+    the files of GLUE and MNLI; `.csv` files have a header, commas and quotes; `.jsonl` files hold
+    one JSON object a line. `.gz` and `.xz` are read through.
+
+    Raises:
+        ValueError: no such file, another kind, a row that cannot be read, no rows; the message
+            gives file and line.
+    """
+    path = Path(path).expanduser()
+    compression = path.suffix if path.suffix in _OPENERS else ""
+    kind = Path(path.name.removesuffix(compression)).suffix
+    if kind not in _KINDS:
+        raise ValueError(f"{path} must end in {', '.join(_KINDS)} (then .gz or .xz, if packed).")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file.")
+    number = 0
+    with _OPENERS.get(compression, open)(path, "rb") as packed:
+        lines = _lines(packed, path)
+        rows = _json_rows(lines, path) if _KINDS[kind] is None else _cells(lines, path, kind)
+        for number, row in rows:
+            yield number, row
+    if number == 0:
+        raise ValueError(f"{path} holds no rows.")
+
+
+def _lines(packed, path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(packed, 1):
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{path}, after line {number}: the file is damaged ({error}).") from error
+
+
+def _json_rows(lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            cut = "" if line.endswith("\n") else " (the file is cut off?)"
+            raise ValueError(f"{path}, line {number}: not JSON: {error.msg}{cut}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: must be a JSON object, got {row!r:.60}.")
+        yield number, row
+
+
+def _cells(lines, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    quoting = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
+    last = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal last
+        for last, text in lines:  # noqa: B007 - the number is read where a row ends
+            yield text
+
+    reader = csv.reader(texts(), delimiter=_KINDS[kind], quoting=quoting, strict=True)
+    try:
+        header = next(reader, None)
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, line {last}: {len(cells)} columns where the header has {len(header)}."
+                )
+            yield last, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {last}: {error}.") from error

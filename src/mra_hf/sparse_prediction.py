@@ -1,0 +1,56 @@
+"""Logits at the labelled places alone: all of a long training example take most of its memory."""
+
+import functools
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+from mra_hf.evaluation import masked_lm_head
+
+
+def predict_masked_places(model: PreTrainedModel) -> None:
+    """Make `model` compute logits at the labelled places alone while it trains.
+
+    Loss and gradients are those of all logits: places labelled -100 take no part in either. The
+    logits of a training step are then `[labelled, vocabulary]`; evaluation is not changed.
+
+    Raises:
+        ValueError: the model has no head apart from its encoder.
+    """
+    head = masked_lm_head(model)
+    if head is None:
+        raise ValueError(
+            f"sparse_prediction needs a model with an lm_head, and {type(model).__name__} has "
+            "none; pass --sparse_prediction false."
+        )
+    all_logits = model.forward
+
+    @functools.wraps(all_logits)
+    def forward(input_ids=None, *args, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None or not model.training:
+            return all_logits(input_ids, *args, labels=labels, **kwargs)
+        states = model.base_model(input_ids, *args, **kwargs).last_hidden_state  # [B, N, hidden]
+        return output_at_labels(head, states, labels, num_items_in_batch)
+
+    model.forward = forward
+
+
+def output_at_labels(
+    head: nn.Module, states: Tensor, labels: Tensor, num_items_in_batch: "Tensor | int | None"
+) -> MaskedLMOutput:
+    """Loss and logits `[labelled, vocabulary]` of states `[B, N, hidden]` where labels are not
+    -100.
+    """
+    labelled = labels != -100
+    logits = head(states[labelled])
+    return MaskedLMOutput(
+        loss=cross_entropy(logits, labels[labelled], num_items_in_batch), logits=logits
+    )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, count) -> Tensor:
+    """Summed over the targets, divided by `count` (default None: their number)."""
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return total / (max(1, len(targets)) if count is None else count)

@@ -1,0 +1,284 @@
+"""What every run shares: which model, going on after a stop, and the files that a run leaves."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import pyarrow as pa
+import torch
+import transformers
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import mra_hf
+from mra_attention.api import check_int
+from mra_hf.analysis.training_curve import plot_training_curve
+from mra_hf.attention import ATTENTION_NAMES, attention_settings
+from mra_hf.experiment_files import (
+    EXPERIMENT_NAME,
+    HISTORY_NAME,
+    PICTURE_NAME,
+    RESULTS_NAME,
+    save_experiment,
+    write_history,
+    write_text,
+)
+
+#: Rows that `data_fingerprint` reads at a time.
+_FINGERPRINT_ROWS = 1000
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint, and what to change about it."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "checkpoint to start from: a directory or hub id"}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "settings of the configuration: block_per_row=4,approx_mode=sparse"},
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "tokenizer; not set: that of the checkpoint"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
+    )
+
+
+@dataclass
+class StoppingArguments:
+    """When to stop before the last step."""
+
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "stop after so many evaluations without a better metric_for_best_model"},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "how much better a metric has to be to count"}
+    )
+
+    def callbacks(self, training_args: TrainingArguments) -> list[TrainerCallback]:
+        """The callback that stops, if one is asked for.
+
+        Raises:
+            ValueError: there is nothing to compare, or no best model to go back to.
+        """
+        if self.early_stopping_patience is None:
+            return []
+        check_int("early_stopping_patience", self.early_stopping_patience, 1)
+        if not training_args.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience needs --load_best_model_at_end true with an eval_strategy "
+                "and the same save_strategy, and a metric_for_best_model (default: the loss)."
+            )
+        return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
+
+
+def check_run(training_args: TrainingArguments) -> None:
+    """Refuse settings that leave nothing to do, nowhere to write, or ask for a missing package.
+
+    Raises:
+        ValueError: each with what to do.
+    """
+    if not training_args.do_train and not training_args.do_eval:
+        raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
+    if Path(training_args.output_dir).is_file():
+        raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
+    wanted = training_args.report_to or []
+    if "tensorboard" in wanted and not any(
+        importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
+    ):
+        raise ValueError(
+            "report_to asks for tensorboard, which is not installed; pip install tensorboard, or "
+            "drop it."
+        )
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten.
+
+    Raises:
+        ValueError: results are in the way, there is no such checkpoint, or the run is finished.
+    """
+    wanted = str(training_args.resume_from_checkpoint or "false")
+    output = Path(training_args.output_dir)
+    if not training_args.do_train or wanted.lower() == "false":
+        if output.is_dir() and any(output.iterdir()):
+            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
+            raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
+        return None
+    if wanted.lower() == "true":
+        # The state is written last: a folder without it was cut off.
+        steps = {
+            int(match[1]): path.parent
+            for path in output.glob("checkpoint-*/trainer_state.json")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
+        }
+        if not steps and (output / RESULTS_NAME).exists():
+            raise ValueError(
+                f"output_dir {output} holds a finished run and no checkpoint to resume."
+            )
+        if not steps:
+            return None  # the run was stopped before its first checkpoint
+        checkpoint = steps[max(steps)]
+    else:
+        checkpoint = Path(wanted)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
+            )
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
+    if state["global_step"] >= wanted_steps:
+        raise ValueError(
+            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
+            "another output_dir, or raise max_steps to train further."
+        )
+    return str(checkpoint)
+
+
+def conditions(
+    task: str, model: PreTrainedModel, training_args: TrainingArguments, max_seq_length: int
+) -> dict[str, Any]:
+    """What the numbers of a run depend on, the first part of its `results.json`."""
+    device = training_args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    attention = model.config._attn_implementation
+    settings = attention_settings(model.config, attention) if attention in ATTENTION_NAMES else {}
+    return {
+        "task": task,
+        "model_type": model.config.model_type,
+        "attention": attention,
+        "approx_mode": settings.get("approx_mode"),
+        "block_per_row": settings.get("block_per_row"),
+        "parameters": model.num_parameters(),
+        "max_seq_length": max_seq_length,
+        "seed": training_args.seed,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "processes": training_args.world_size,
+        "eval_batch_size": training_args.eval_batch_size,
+        "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
+        "mra_hf": mra_hf.__version__,
+        "commit": source_commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "datasets": datasets.__version__,
+    }
+
+
+def source_commit() -> str | None:
+    """The commit of this package's source, "+" behind it where files differ; None if installed from
+    a wheel.
+    """
+    folder = Path(mra_hf.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A wheel may lie in an environment inside somebody else's repository.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = git("rev-parse", "--short", "HEAD")
+    return None if commit is None else commit + "+" * bool(git("status", "--porcelain", "."))
+
+
+def data_fingerprint(data: "datasets.Dataset | datasets.IterableDataset | None") -> str | None:
+    """SHA-256 of the rows of a dataset, its first 16 digits; None for text that is streamed."""
+    if not isinstance(data, datasets.Dataset):
+        return None
+    digest = hashlib.sha256()
+    for batch in data.with_format("arrow").iter(batch_size=_FINGERPRINT_ROWS):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema.remove_metadata()) as stream:
+            stream.write_table(batch.replace_schema_metadata().combine_chunks())
+        digest.update(sink.getvalue())
+    return digest.hexdigest()[:16]
+
+
+def fit(
+    trainer: Trainer,
+    settings: Sequence[Any],
+    results: dict[str, Any],
+    resume_from: str | None,
+    evaluate: Callable[[], dict[str, Any]],
+    unit: str,
+) -> dict[str, Any]:
+    """Train and evaluate as `TrainingArguments` say; write everything to `output_dir`.
+
+    `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
+    `results.json` (the metrics and their conditions), `training_curve.csv` and its picture. All of
+    it but the evaluation is written before the evaluation begins.
+
+    Args:
+        trainer: with its data.
+        settings: dataclasses of the experiment.
+        results: the conditions; "train" and "eval" are added.
+        resume_from: as `checkpoint_to_resume` returns it.
+        evaluate: the last evaluation, metrics by name.
+        unit: what the loss is a mean over, for the picture.
+
+    Returns:
+        What `results.json` holds.
+    """
+    args = trainer.args
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    results["data"] = {
+        "train": data_fingerprint(trainer.train_dataset),
+        "train_rows": _rows(trainer.train_dataset),
+    } | (
+        {f"eval_{name}": data_fingerprint(part) for name, part in trainer.eval_dataset.items()}
+        if isinstance(trainer.eval_dataset, dict)
+        else {"eval": data_fingerprint(trainer.eval_dataset)}
+    )
+    if args.do_train:
+        trained = trainer.train(resume_from_checkpoint=resume_from)
+        results["train"] = trained.metrics | {"steps": trainer.state.global_step}
+        if resume_from is not None:  # the runtime is that of the steps since
+            results["train"]["resumed_from"] = Path(resume_from).name
+        trainer.save_model()
+        trainer.save_state()
+        _write(trainer, output, settings, results, unit)  # the last evaluation may fail
+    if args.do_eval:
+        results["eval"] = evaluate()
+    _write(trainer, output, settings, results, unit)
+    return results
+
+
+def _rows(data) -> int | None:
+    return len(data) if isinstance(data, datasets.Dataset) else None
+
+
+def _write(trainer: Trainer, output: Path, settings, results: dict[str, Any], unit: str) -> None:
+    """Settings, results, curve and its picture, by one process."""
+    if not trainer.is_world_process_zero():
+        return
+    save_experiment(output / EXPERIMENT_NAME, *settings)
+    write_text(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    if trainer.args.do_train:
+        rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
+        title = f"{results['task']}, {results['attention']}, {results['max_seq_length']} tokens"
+        plot_training_curve(rows, output / PICTURE_NAME, title, unit)
