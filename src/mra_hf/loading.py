@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
+from mra_hf.configuration import MraConfig
 
 if TYPE_CHECKING:
     import os
@@ -49,6 +50,8 @@ def load_model(
     config = AutoConfig.from_pretrained(name, **settings)
     if overrides:
         override(config, overrides)
+    if isinstance(config, MraConfig):
+        config.validate()  # Transformers sets fields one by one, which together may not fit
     try:
         model, info = model_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,9 @@ _SHARES = {"train": 0.75, "dev": 0.05, "test": 0.2}
 
 #: No answer is asked for more often, so that common ones ("person") do not fill a split.
 _PER_ANSWER = 12
+
+#: Draws for one instance before it is given up.
+_DRAWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,7 @@ class _Drawer:
         self.words = words
         self.random = random.Random(seed)
         self.all_offsets = sorted(nouns)
+        self.draws = 0
 
     def instances(self, split: str, size: int) -> Iterator[dict]:
         questions = self.random.sample(self.chains, len(self.chains))
@@ -245,8 +249,9 @@ class _Drawer:
         about = f"{chain.titles[0]} : {self.nouns[chain.synsets[0]].gloss}"
         candidates = [chain.answer]
         supports = dict(zip(chain.titles, chain.synsets, strict=True))  # title -> gloss
+        self.draws = 0
         while len(candidates) < self.n_candidates:
-            other = self.random.choice(self.chains)
+            other = self._draw(self.chains, "n_candidates")
             if other.answer in candidates or set(other.titles) & set(supports):
                 continue
             if len(chain.titles) == 2 and _hinted(other.answer, about):
@@ -257,7 +262,7 @@ class _Drawer:
         texts = [self._support(title, offset) for title, offset in supports.items()]
         length = sum(len(text.split()) for text in texts)
         while length < wanted:
-            offset = self.random.choice(self.all_offsets)
+            offset = self._draw(self.all_offsets, "words")
             title = self.nouns[offset].words[0]
             if title not in supports:
                 supports[title] = offset
@@ -273,6 +278,13 @@ class _Drawer:
             "candidates": candidates,
             "supports": texts,
         }
+
+    def _draw(self, values: Sequence, name: str):
+        """One of `values`. Too few that fit together are an error, not an endless search."""
+        self.draws += 1
+        if self.draws > _DRAWS:
+            raise ValueError(f"{name} must be smaller: too few glosses fit together.")
+        return self.random.choice(values)
 
     def _support(self, title: str, offset: int) -> str:
         return f"{title}: {self.nouns[offset].gloss}"

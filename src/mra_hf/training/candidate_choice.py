@@ -129,6 +129,7 @@ def run_wikihop(
         callbacks=stopping_args.callbacks(training_args),
     )
     results = runs.conditions("wikihop", model, training_args, data_args.max_seq_length)
+    results["paper_row"] = model_args.paper_row
     results["lengths"] = {
         name: _lengths(data)
         for name, data in (("train", training), ("eval", validation))

@@ -146,6 +146,7 @@ def run_classification(
         callbacks=stopping_args.callbacks(training_args),
     )
     results = runs.conditions("classification", model, training_args, data_args.max_seq_length)
+    results["paper_row"] = model_args.paper_row
     results["labels"] = list(names)
 
     def evaluate() -> dict[str, Any]:

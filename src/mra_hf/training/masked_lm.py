@@ -148,6 +148,7 @@ def run_masked_lm(
     if model_args.sparse_prediction:
         predict_masked_places(model)
     results = runs.conditions("masked-lm", model, training_args, data_args.max_seq_length)
+    results["paper_row"] = model_args.paper_row
     results["vocabulary"] = len(tokenizer)
     settings = (model_args, data_args, stopping_args, training_args)
     return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")

@@ -58,6 +58,10 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
     )
+    paper_row: str | None = field(
+        default=None,
+        metadata={"help": "id of the row of the paper's tables that this run repeats"},
+    )
 
 
 @dataclass

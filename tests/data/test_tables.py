@@ -1,0 +1,122 @@
+"""Tables and labelled texts: what is read, and how a faulty row is named."""
+
+import gzip
+import json
+import lzma
+
+import pytest
+
+from mra_hf.data import classification as data
+from mra_hf.data.tables import read_table
+
+HEADER = "index\tsentence1\tsentence2\tlabel1\tgold_label\n"
+MNLI = HEADER + (
+    '0\tHe said "no\tHe spoke.\tentailment\tentailment\n'
+    "1\tA cat sleeps.\tA dog barks.\tneutral\tneutral\n"
+    "2\tIt rains.\tIt is dry.\tneutral\tcontradiction\n"
+    "3\tNobody agreed.\tAll did.\tneutral\t-\n"
+)
+
+
+def write(path, content) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_rows_come_with_the_numbers_of_their_lines(tmp_path):
+    tsv = list(read_table(write(tmp_path / "dev.tsv", MNLI)))
+    assert [number for number, _ in tsv] == [2, 3, 4, 5]
+    assert tsv[0][1]["sentence1"] == 'He said "no', "a quote means nothing in MNLI's files"
+    rows = [{"text": "a b"}, {"text": "c"}]
+    lines = "\n\n".join(json.dumps(row) for row in rows) + "\n"
+    expected = [(1, rows[0]), (3, rows[1])]
+    assert list(read_table(write(tmp_path / "a.jsonl", lines))) == expected
+    packed = lzma.compress(lines.encode())
+    assert list(read_table(write(tmp_path / "a.jsonl.xz", packed))) == expected
+    packed = gzip.compress(lines.encode())
+    assert list(read_table(write(tmp_path / "a.jsonl.gz", packed))) == expected
+    quoted = 'text,label\n"one, two\nthree",1\nfour,0\n'
+    rows = list(read_table(write(tmp_path / "a.csv", quoted)))
+    assert rows == [
+        (3, {"text": "one, two\nthree", "label": "1"}),
+        (4, {"text": "four", "label": "0"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b', r"a\.jsonl, line 2: not JSON.*cut off"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', r"line 2: must be a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8"),
+        ("a.tsv", HEADER + "0\tone\ttwo\n", r"a\.tsv, line 2: 3 columns where the header has 5"),
+        ("a.csv", 'a,b\n1,"open\n', r"a\.csv, line 2"),
+        ("a.tsv", HEADER, "holds no rows"),
+        ("a.parquet", "", r"must end in \.jsonl"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50)[:30], "damaged"),
+    ],
+)
+def test_a_faulty_table_is_named_by_file_and_line(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_table(write(tmp_path / name, content)))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.tsv is no file"):
+        list(read_table("nowhere.tsv"))
+
+
+def test_mnli_is_read_as_it_comes(tmp_path):
+    part = data.read_files([write(tmp_path / "dev.tsv", MNLI)], data.Columns())
+    assert part.texts[1] == ("A cat sleeps.", "A dog barks.")
+    assert part.labels == ["entailment", "neutral", "contradiction"], "gold_label, not label1"
+    assert part.without_label == 1
+    names = data.label_names([part])
+    assert names == ("entailment", "neutral", "contradiction")
+    rows = data.to_dataset(part, names, "dev")
+    assert rows["label"] == [0, 1, 2] and rows["pair"][2] == "It is dry."
+
+
+def test_labels_keep_the_order_of_their_task():
+    def part(labels):
+        return data.LabelledTexts([("a",)] * len(labels), labels, [("f", 1)] * len(labels))
+
+    assert data.label_names([part(["NEUTRAL", "CONTRADICTION", "ENTAILMENT"])]) == (
+        "ENTAILMENT",
+        "NEUTRAL",
+        "CONTRADICTION",
+    )
+    assert data.label_names([part([10, 2, 1])]) == ("1", "2", "10")
+    assert data.label_names([part(["b", "a"])]) == ("a", "b")
+
+
+def test_an_unknown_label_is_named_by_file_and_line(tmp_path):
+    slip = MNLI.replace("dry.\tneutral\tcontradiction", "dry.\tneutral\tcontradicton")
+    rows = slip + "5\ta\tb\tneutral\tcontradiction\n"
+    part = data.read_files([write(tmp_path / "train.tsv", rows)], data.Columns())
+    with pytest.raises(ValueError, match=r"train\.tsv, line 4: label 'contradicton'.*--labels"):
+        data.label_names([part])
+    with pytest.raises(ValueError, match=r"train\.tsv, line 4: label 'contradicton' is none of"):
+        data.to_dataset(part, ("entailment", "neutral", "contradiction"), "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"text": " ", "label": 1}, data.Columns(), r"line 2: column 'text' is empty"),
+        ({"text": "b", "label": None}, data.Columns(), r"line 2: column 'label' is empty"),
+        ({"text": 3, "label": 1}, data.Columns(), r"line 2: column 'text' is empty or no text"),
+        ({"text": "b", "label": 1}, data.Columns(("body",)), "no column for 'body'; it has"),
+        ({"text": "b", "label": 1}, data.Columns((), "class"), "no column for 'class'"),
+    ],
+)
+def test_a_faulty_row_is_named_by_file_and_line(tmp_path, row, columns, message):
+    lines = "".join(json.dumps(some) + "\n" for some in ({"text": "a", "label": 0}, row))
+    with pytest.raises(ValueError, match=message):
+        data.read_files([write(tmp_path / "a.jsonl", lines)], columns)
+
+
+def test_sets_are_called_after_their_files():
+    assert data.set_name("multinli_1.0_dev_matched.jsonl") == "matched"
+    assert data.set_name("mnli/validation_mismatched") == "mismatched"
+    assert data.set_name("imdb-test.jsonl.xz") == "imdb_test"
