@@ -115,6 +115,20 @@ def test_a_stopped_run_goes_on_from_its_last_checkpoint(folder):
     assert (folder / "run" / "checkpoint-4").is_dir()
 
 
+def test_a_resumed_run_has_the_curve_of_an_unbroken_one(folder):
+    dropout = SCRATCH.replace("hidden_dropout_prob=0.0", "hidden_dropout_prob=0.1")
+    arguments = ["run-mlm", "mlm.yaml", "--config_overrides", dropout, "--max_steps", "8"]
+    arguments += ["--max_train_samples", "20"]  # five steps an epoch
+    assert main([*arguments, "--save_steps", "2"]) == 0
+    before = (folder / "run" / "training_curve.csv").read_text()
+    assert len(before.splitlines()) == 9
+    for step in (8, 6):  # as if it had been killed after step 4
+        shutil.rmtree(folder / "run" / f"checkpoint-{step}")
+    (folder / "run" / "results.json").unlink()
+    assert main([*arguments, "--save_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert (folder / "run" / "training_curve.csv").read_text() == before
+
+
 def test_an_mra_checkpoint_is_trained_and_evaluated(folder):
     model = mra_hf.MraForMaskedLM(mra_config(block_per_row=2))
     model.save_pretrained("mra")

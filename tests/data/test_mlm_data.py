@@ -7,9 +7,12 @@ import struct
 import zlib
 
 import pytest
+import torch
+from datasets import load_dataset
 
 from mra_hf.commands import main
 from mra_hf.data import debian_text, mlm
+from mra_hf.data.masking import SeededMasking
 from mra_hf.data.mlm import TextSource, build_english_corpus, load_documents, pack, train_tokenizer
 from tiny_models import word_tokenizer
 
@@ -185,10 +188,10 @@ def test_wrong_sources_are_refused(source, options, words, files, monkeypatch):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"bad\.txt.*UTF-8"):
+    with pytest.raises(ValueError, match=r"bad\.txt, line 1: not UTF-8"):
         load_documents(tmp_path / "bad.txt")
     (tmp_path / "bad.jsonl").write_text('{"text": "w10"}\n{"text": w11}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl.*one JSON object"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not JSON"):
         load_documents(tmp_path / "bad.jsonl")
 
 
@@ -214,3 +217,67 @@ def test_packing_keeps_every_token_in_order(streaming, tmp_path):
 def test_packing_refuses_what_leaves_no_room(files):
     with pytest.raises(ValueError, match="length"):
         pack(load_documents(files / "c.jsonl"), word_tokenizer(), 2)
+
+
+def test_a_stopped_packing_goes_on_with_the_part_it_was_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlm, "CACHED_DOCUMENTS", 4)
+    lines = [json.dumps({"text": f"w{10 + i} " * 60}) for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines) + "\n")
+
+    def documents():
+        return load_dataset(
+            "json",
+            data_files=str(tmp_path / "d.jsonl"),
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+
+    def parts():
+        return {path.name for path in (tmp_path / "cache").rglob("cache-*.arrow")}
+
+    tokenizer = word_tokenizer()
+    of_all = type(tokenizer).__call__
+
+    def stopped_in_the_third_part(self, texts, *args, **kwargs):
+        if isinstance(texts, list) and any("w20" in text for text in texts):
+            raise KeyboardInterrupt
+        return of_all(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", stopped_in_the_third_part)
+    with pytest.raises(KeyboardInterrupt):
+        pack(documents(), tokenizer, 32)
+    done = parts()
+    assert len(done) == 2
+    monkeypatch.setattr(type(tokenizer), "__call__", of_all)
+    packed = pack(documents(), word_tokenizer(), 32)
+    assert len(parts()) == 3 and done < parts(), "two parts were taken from the cache"
+    assert len(packed) == 3 * (4 * 61 // 30)
+
+
+def masked(tokenizer, rows, epoch=0, **settings):
+    collator = SeededMasking(tokenizer, masking_seed=3, mlm_probability=0.4, **settings)
+    collator.epoch = epoch
+    return collator(rows)
+
+
+def test_masks_follow_from_the_example_alone():
+    tokenizer = word_tokenizer()
+    texts = [" ".join(f"w{10 + (i * j) % 80}" for i in range(10 + 12 * j)) for j in range(1, 4)]
+    rows = [tokenizer(text, return_special_tokens_mask=True) for text in texts]
+    whole = masked(tokenizer, rows)
+    for number, row in enumerate(rows):
+        alone = masked(tokenizer, [row])
+        length = len(row["input_ids"])
+        for name in ("input_ids", "labels"):
+            assert torch.equal(alone[name][0], whole[name][number, :length]), (
+                "its batch is no matter"
+            )
+        assert (whole["labels"][number, length:] == -100).all()
+    again, later = masked(tokenizer, rows), masked(tokenizer, rows, epoch=1)
+    assert torch.equal(again["labels"], whole["labels"])
+    assert not torch.equal(later["labels"], whole["labels"])
+    real = sum(len(row["input_ids"]) - 2 for row in rows)
+    assert 0.2 < float((whole["labels"] != -100).sum()) / real < 0.6
+    hidden = masked(tokenizer, rows, mask_replace_prob=1.0, random_replace_prob=0.0)
+    chosen = hidden["labels"] != -100
+    assert (hidden["input_ids"][chosen] == tokenizer.mask_token_id).all()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm.auto import tqdm
@@ -23,12 +23,17 @@ from transformers import PreTrainedTokenizerBase, RobertaTokenizer
 
 from mra_attention.api import check_int
 from mra_hf.data import debian_text
+from mra_hf.data.tables import read_table
 
 #: One document in so many is held out of every source that names no documents of its own.
 HELD_OUT_EVERY = 50
 
 #: Documents tokenised and packed together; a shard loses its last incomplete piece.
 SHARD_DOCUMENTS = 1000
+
+#: Documents whose packed examples are one file of the cache: what is done of a large corpus when a
+#: run is stopped is not done again.
+CACHED_DOCUMENTS = 50_000
 
 MANIFEST_NAME = "manifest.json"
 
@@ -234,6 +239,8 @@ def load_documents(
         try:
             documents = load_dataset(kind, streaming=streaming, **options)
         except DatasetGenerationError as error:
+            for file in files:
+                _check_text(file)
             raise ValueError(
                 f"cannot read {names}: {error.__cause__ or error}; files must be UTF-8, and every "
                 "line of a .jsonl file one JSON object with the same fields."
@@ -252,6 +259,20 @@ def load_documents(
         raise ValueError(f"column {text_column!r} of {names} must hold text, and holds {kind}.")
     documents = documents.select_columns(text_column)
     return documents if text_column == "text" else documents.rename_column(text_column, "text")
+
+
+def _check_text(file: Path) -> None:
+    """Raise a `ValueError` that names the line of `file` that is not UTF-8 or not JSON."""
+    if file.suffix == ".jsonl":
+        for _ in read_table(file):
+            pass
+        return
+    text = file.read_bytes()
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8 ({error.reason}).") from error
 
 
 def _files(name: "str | os.PathLike[str]") -> list[Path]:
@@ -283,7 +304,8 @@ def pack(
 ) -> "Dataset | IterableDataset":
     """Tokenise documents and pack them into examples of exactly `length` tokens.
 
-    The result of a `Dataset` is cached by `datasets`; that of an `IterableDataset` is made while
+    The result of a `Dataset` is cached by `datasets`, in parts of `CACHED_DOCUMENTS` documents: a
+    run that was stopped goes on with the part it was at. That of an `IterableDataset` is made while
     it is read.
 
     Args:
@@ -301,18 +323,26 @@ def pack(
     check_int("length", length, 3)
     first, last = boundary_tokens(tokenizer)
     options = {"batched": True, "batch_size": SHARD_DOCUMENTS, "remove_columns": ["text"]}
-    if isinstance(documents, Dataset):
-        options |= {"num_proc": workers, "desc": f"packing to {length} tokens"}
-    return documents.map(
-        functools.partial(
-            _pack_shard,
-            tokenizer=tokenizer,
-            first=first,
-            last=last,
-            length=length,
-        ),
-        **options,
+    pack_shard = functools.partial(
+        _pack_shard, tokenizer=tokenizer, first=first, last=last, length=length
     )
+    if not isinstance(documents, Dataset):
+        return documents.map(pack_shard, **options)
+    starts = range(0, max(1, len(documents)), CACHED_DOCUMENTS)
+    parts = []
+    for number, start in enumerate(starts, 1):
+        rows = range(start, min(start + CACHED_DOCUMENTS, len(documents)))
+        part = documents if len(starts) == 1 else documents.select(rows)
+        counted = f", part {number} of {len(starts)}" * (len(starts) > 1)
+        parts.append(
+            part.map(
+                pack_shard,
+                num_proc=workers,
+                desc=f"packing to {length} tokens{counted}",
+                **options,
+            )
+        )
+    return concatenate_datasets(parts)
 
 
 def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
