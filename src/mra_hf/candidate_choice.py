@@ -43,6 +43,8 @@ class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):
     it; `attn_implementation="sdpa"` gives the dense model.
     """
 
+    accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch
+
     def __init__(self, config: MraConfig):
         super().__init__(config)
         self.roberta = MraModel(config, add_pooling_layer=False)

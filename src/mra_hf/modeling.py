@@ -74,6 +74,9 @@ class MraPreTrainedMixin:
     """What all classes of the family share: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
+    # RoBERTa's losses are means over a batch. Trainer takes them for sums divided by the labels of
+    # all batches of a step, and would not divide by gradient_accumulation_steps.
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids"]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -210,6 +213,11 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         self.roberta = MraModel(config, add_pooling_layer=False)
         self.lm_head = MraLMHead(config)
         self.post_init()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss is divided by `num_items_in_batch`, as Trainer asks."""
+        return self.config.sparse_prediction
 
     def forward(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from mra_hf.data import classification as data
 from mra_hf.experiment_files import write_text
 from mra_hf.loading import check_length, load_model
 from mra_hf.metrics import load_metric
+from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
 
 #: Weights of the heads of sequence classifiers, which may start at random.
@@ -142,6 +144,9 @@ def run_classification(
         train_dataset=training,
         eval_dataset=sets if len(sets) > 1 else next(iter(sets.values()), None),
         compute_metrics=metrics,
+        # The loss of Transformers' classifiers is a mean over a batch, which Trainer takes for one
+        # over the whole step when it accumulates gradients or runs in several processes.
+        compute_loss_func=_loss,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
@@ -167,6 +172,10 @@ def run_classification(
 
     settings = (model_args, data_args, stopping_args, training_args)
     return runs.fit(trainer, settings, results, resume_from, evaluate, "text")
+
+
+def _loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    return cross_entropy(outputs.logits, labels, num_items_in_batch)
 
 
 class _Collator:

@@ -108,7 +108,7 @@ def check_run(training_args: TrainingArguments) -> None:
         importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
     ):
         raise ValueError(
-            "report_to asks for tensorboard, which is not installed; pip install tensorboard, or "
+            "report_to asks for tensorboard, which is not installed; pip install tensorboardX, or "
             "drop it."
         )
 

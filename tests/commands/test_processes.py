@@ -1,0 +1,228 @@
+"""The same training in other ways: accumulated, in two processes, sharded, compiled, in bfloat16."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+import mra_hf
+from mra_hf.commands import main
+from tiny_models import mra_config, padded_batch, word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+#: Plain steps of gradient descent, whose result shows the gradient itself.
+COMMON = {
+    "model_name_or_path": "base",
+    "do_train": True,
+    "output_dir": "run",
+    "max_steps": 2,
+    "learning_rate": 0.05,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+    "per_device_train_batch_size": 4,
+    "save_steps": 100,
+    "use_cpu": True,
+}
+TASKS = ("mlm", "mnli", "wikihop")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Tiny encoders without dropout, and data of every task with examples of unequal length."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = mra_config(block_per_row=3, hidden_dropout_prob=0.0)
+    mra_hf.MraForMaskedLM(config).save_pretrained("base")
+    word_tokenizer().save_pretrained("base")
+    documents = [" ".join(f"w{10 + (i * j) % 80}" for i in range(700)) for j in range(1, 4)]
+    lines = [json.dumps({"text": text}) for text in documents]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    rows = [
+        {"sentence1": " ".join(f"w{10 + (i * j) % 80}" for i in range(20 + 9 * j))}
+        | {"sentence2": f"w{10 + j} w9", "label": j % 3}
+        for j in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [
+        {
+            "id": f"q{j}",
+            "query": f"next w{10 + j}",
+            "answer": "w20",
+            "candidates": ["w20", "w21", "w22"][: 2 + j % 2],
+            "supports": [" ".join(f"w{30 + (i + j) % 60}" for i in range(15 + 5 * j))] * 3,
+        }
+        for j in range(16)
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    return tmp_path
+
+
+def settings(task: str, name: str, **changes) -> str:
+    data = {
+        "mlm": {"train_file": ["train.jsonl"], "max_seq_length": 128},
+        "mnli": {"train_file": ["pairs.jsonl"], "max_seq_length": 256},
+        "wikihop": {"train_file": "questions.json", "max_seq_length": 120, "shuffle_parts": False},
+    }[task]
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(COMMON | data | {"output_dir": name} | changes))
+    return f"{name}.yaml"
+
+
+def trained(task: str, name: str, **changes) -> dict[str, torch.Tensor]:
+    assert main([f"run-{task}", settings(task, name, **changes)]) == 0
+    return load_file(f"{name}/model.safetensors")
+
+
+def launched(task: str, name: str, *launcher: str, **changes) -> dict[str, torch.Tensor]:
+    """Train in two processes, started by `launcher`, a Python module and its arguments."""
+    script = ROOT / "scripts" / f"run_{task}.py"
+    command = [sys.executable, "-m", *launcher, str(script), settings(task, name, **changes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(Path(f"{name}/results.json").read_text())["processes"] == 2
+    return load_file(f"{name}/model.safetensors")
+
+
+def accelerate(config: str) -> tuple[str, ...]:
+    file = ROOT / "configs" / "accelerate" / f"{config}.yaml"
+    return ("accelerate.commands.launch", "--config_file", str(file), "--main_process_port", "0")
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def assert_same_training(first, second, base="base/model.safetensors"):
+    """The weights agree far better than they moved."""
+    start = load_file(base)
+    moved = max(
+        float((first[name] - start[name]).abs().max())
+        for name in first
+        if name in start and first[name].shape == start[name].shape
+    )
+    assert moved > 1e-3, "training did something"
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-4, atol=moved * 1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulated_gradients_are_those_of_the_whole_batch(folder, task):
+    whole = trained(task, "whole")
+    parts = trained(task, "parts", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert_same_training(whole, parts)
+
+
+def test_a_plain_trainer_accumulates_right(folder):
+    rows = [
+        {name: tensor[row] for name, tensor in padded_batch(4).items()}
+        | {"labels": torch.tensor(row % 2)}
+        for row in (0, 1, 0, 1)
+    ]
+    weights = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        model = mra_hf.MraForSequenceClassification(mra_config(hidden_dropout_prob=0.0))
+        arguments = TrainingArguments(
+            "plain",
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.05,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        weights.append(model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_train_like_one(folder, task):
+    one = trained(task, "one")
+    two = launched(task, "two", *accelerate("cpu_2_processes"), per_device_train_batch_size=2)
+    assert_same_training(one, two)
+
+
+def test_torchrun_does_too_and_evaluates_the_same(folder):
+    evaluated = {"do_eval": True, "validation_file": ["pairs.jsonl"]}
+    one = trained("mnli", "one", **evaluated)
+    two = launched("mnli", "two", *TORCHRUN, per_device_train_batch_size=2, **evaluated)
+    assert_same_training(one, two)
+    first, second = (
+        json.loads(Path(f"{name}/results.json").read_text()) for name in ("one", "two")
+    )
+    assert first["confusion_matrix"] == second["confusion_matrix"]
+    assert first["eval"]["eval_loss"] == pytest.approx(second["eval"]["eval_loss"], rel=1e-3)
+
+
+def test_sharded_and_checkpointed_layers_train_like_one_process(folder):
+    one = trained("mlm", "one")
+    sharded = launched(
+        "mlm",
+        "sharded",
+        *accelerate("cpu_2_processes_fsdp2"),
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+    )
+    assert_same_training(one, sharded)
+
+
+@pytest.mark.parametrize("task", ["mlm", "mnli"])
+def test_checkpointed_layers_train_the_same(folder, task):
+    assert_same_training(
+        trained(task, "plain"), trained(task, "saved", gradient_checkpointing=True)
+    )
+
+
+def test_bfloat16_trains_nearly_the_same(folder):
+    exact = trained("mlm", "exact")
+    half = trained("mlm", "half", bf16=True)
+    for name, tensor in exact.items():
+        torch.testing.assert_close(half[name], tensor, rtol=0.05, atol=5e-3)
+    assert any(not torch.equal(half[name], exact[name]) for name in exact)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_training_is_the_same(folder):
+    plain = trained("mlm", "plain")
+    compiled = trained("mlm", "compiled", torch_compile=True)
+    assert_same_training(plain, compiled)
+
+
+def test_tensorboard_is_written_when_asked_for(folder):
+    trained("mnli", "run", report_to="tensorboard", logging_steps=1)
+    assert list(Path("run").rglob("events.out.tfevents.*"))
+
+
+def test_a_run_directory_says_what_it_takes_to_repeat_it(folder):
+    trained("mnli", "run", seed=7)
+    results = json.loads(Path("run/results.json").read_text())
+    for name in ("mra_hf", "torch", "transformers", "accelerate", "datasets", "dtype", "threads"):
+        assert results[name], name
+    assert results["seed"] == 7 and len(results["data"]["train"]) == 16
+    assert "commit" in results and results["data"]["train_rows"] == 16
+    before = load_file("run/model.safetensors")
+    assert main(["run-mnli", "run/experiment.yaml", "--output_dir", "again"]) == 0
+    again = load_file("again/model.safetensors")
+    assert all(torch.equal(before[name], again[name]) for name in before)
+    data = json.loads(Path("again/results.json").read_text())["data"]
+    assert data == results["data"]
+    rows = Path("pairs.jsonl").read_text().replace("w11", "w12")
+    Path("pairs.jsonl").write_text(rows)
+    trained("mnli", "other", seed=7)
+    assert json.loads(Path("other/results.json").read_text())["data"] != data
