@@ -1,4 +1,4 @@
-"""The same training in other ways: accumulated, in two processes, sharded, compiled, in bfloat16."""
+"""The same training in other ways: accumulated, in processes, sharded, compiled, in bfloat16."""
 
 import json
 import os

@@ -1,0 +1,61 @@
+"""Put run directories into one table (Markdown and CSV) and their curves into one picture per task.
+
+A run directory is the output_dir of run-mlm, run-mnli or run-wikihop; folders are searched for
+them. Runs that differ in seed alone also get a mean and a 95 % interval. With --paper, the tables
+of the paper are repeated beside our figures: only a run that names its row (paper_row) is matched.
+
+example:
+  mra-hf results runs --out results
+"""
+
+import argparse
+from pathlib import Path
+
+from mra_hf.analysis.paper_results import paper_table
+from mra_hf.analysis.run_tables import (
+    find_runs,
+    plot_curves,
+    runs_csv,
+    runs_table,
+    seeds_table,
+)
+from mra_hf.experiment_files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="run directories, or folders that hold some"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        help="folder for results.md, results.csv and curves_TASK.png (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="add the paper's tables, with ours where there is one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the runs, write tables and pictures, and print the Markdown."""
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out must be a folder, and {args.out} is a file.")
+    runs = find_runs(args.folders)
+    parts = {"Runs": runs_table(runs), "Several seeds": seeds_table(runs)}
+    if args.paper:
+        parts["The paper and our runs"] = paper_table(runs)
+    text = "\n".join(f"# {title}\n\n{part}" for title, part in parts.items() if part)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_text(args.out / "results.csv", runs_csv(runs))
+    written = ["results.md", "results.csv"]
+    for task in sorted({run.task for run in runs if run.history and run.task}):
+        name = f"curves_{task}.png"
+        with_curve = [run for run in runs if run.task == task and run.history]
+        plot_curves(with_curve, args.out / name, task)
+        written.append(name)
+    write_text(args.out / "results.md", text)
+    print(text)
+    print(f"written to {args.out}: {', '.join(written)}")
+    return 0
