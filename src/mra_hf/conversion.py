@@ -102,13 +102,13 @@ def convert_checkpoint(
     `conversion_report.json`. It is written beside `output_dir` and renamed at the end.
 
     Args:
-        source: a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra. Its head
-            is kept: none, masked LM, sequence or token classification, question answering,
+        source: a directory or hub id of type roberta, xlm-roberta, camembert, bert, mra or mra_hf.
+            Its head is kept: none, masked LM, sequence or token classification, question answering,
             multiple choice.
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
-            as in `MraConfig`. None: 8, "full", 0, 0; for a source of type mra its own.
+            as in `MraConfig`. None: 8, "full", 0, 0; for a source of type mra or mra_hf its own.
         text: a UTF-8 text file, or texts, on which the masked-token scores of source and result are
             taken (at most 32768 tokens, or one chunk).
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
@@ -256,12 +256,24 @@ def _result_config(
                 f"The source's fixed budget of {budget} blocks per head is dropped: the budget of "
                 "the result follows block_per_row."
             )
+    own = source.model_type == MraConfig.model_type
+    if own:
+        settings |= {name: getattr(source, name) for name in ATTENTION_DEFAULTS}
+        kept = requested["block_per_row"] is None and max_length == learned_rows(source)
+        if source.block_budget is not None and not kept:
+            settings["block_budget"] = None
+            notes.append(
+                f"The source's budget of {source.block_budget} blocks per head is dropped: the "
+                "budget of the result follows block_per_row."
+            )
     settings |= {name: chosen for name, chosen in requested.items() if chosen is not None}
     fields = {
         field.name: getattr(source, field.name)
         for field in dataclasses.fields(MraConfig)
         if field.name not in _OWN_FIELDS and hasattr(source, field.name)
     }
+    if own:
+        fields["embedding_size"] = source.embedding_size
     if source.model_type == "bert":
         fields["bos_token_id"] = tokenizer.cls_token_id
         fields["eos_token_id"] = tokenizer.sep_token_id
@@ -410,7 +422,8 @@ def _scores(found, source_config, model, tokenizer, texts, length, say) -> list[
         )
         return ScoreRow(name, attention, **dataclasses.asdict(scores))
 
-    if source_config.model_type == BUILTIN_TYPE:  # Transformers' own attends to nothing on a CPU
+    # Transformers' own attends to nothing on a CPU; ours is scored with its own attention.
+    if source_config.model_type in (BUILTIN_TYPE, MraConfig.model_type):
         original = modeling.MraForMaskedLM.from_pretrained(found.folder, dtype=torch.float32)
         attention = mode[original.config.approx_mode]
     else:

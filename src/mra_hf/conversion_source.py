@@ -22,7 +22,7 @@ from transformers.models.mra.configuration_mra import MraConfig as BuiltinConfig
 
 from mra_attention.api import check_int
 from mra_hf.checkpoint_files import VOCABULARY_NAMES, Source, locate
-from mra_hf.configuration import BUILTIN_TYPE
+from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 from mra_hf.conversion_report import PIPELINE_TAGS
 from mra_hf.modeling import BUILTIN_KEYS, GELU_NAMES
 
@@ -32,6 +32,7 @@ SOURCE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "camembert": CamembertConfig,
     "bert": BertConfig,
     BUILTIN_TYPE: BuiltinConfig,
+    MraConfig.model_type: MraConfig,
 }
 _ARCHITECTURE = re.compile(r"(?:Roberta|XLMRoberta|Camembert|Bert|Mra)(Model|For\w+)")
 _DECODERS = ("LMHeadModel", "ForCausalLM")
@@ -41,10 +42,9 @@ def read_config(found: Source, raw: dict[str, Any]) -> PreTrainedConfig:
     """The source's config, with the defaults of its own type; refuses what cannot be converted."""
     source_type = raw.get("model_type")
     if not isinstance(source_type, str) or source_type not in SOURCE_CONFIGS:
-        hint = " It is a result of this conversion already." if source_type == "mra_hf" else ""
         raise ValueError(
             f"SOURCE {found.label} is of model_type {source_type!r}, allowed are "
-            f"{', '.join(SOURCE_CONFIGS)}.{hint}"
+            f"{', '.join(SOURCE_CONFIGS)}."
         )
     try:
         config = SOURCE_CONFIGS[source_type].from_dict(dict(raw))

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,17 @@ def _is_default(item: dataclasses.Field, value: Any) -> bool:
     if item.default_factory is not dataclasses.MISSING:
         default = item.default_factory()
     return value == default or (item.name in _FILLED_IN and not value)
+
+
+def write_predictions(
+    path: "str | os.PathLike[str]", rows: Iterable[tuple[object, str, str]]
+) -> None:
+    """Write the columns row, label and prediction as CSV, which `mra-hf compare` reads."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(("row", "label", "prediction"))
+    writer.writerows(rows)
+    write_text(path, out.getvalue())
 
 
 def write_history(

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -79,12 +80,21 @@ def load_model(
 def override(config: PreTrainedConfig, overrides: str) -> None:
     """Apply "name=value,name=value" to `config`.
 
+    A setting that is None there (embedding_size, block_budget) takes the value that YAML reads.
+
     Raises:
         ValueError: not of that form, no such setting, or a value of another type.
     """
     try:
-        config.update_from_string(overrides)
-    except (ValueError, AttributeError) as error:
+        given = [part.split("=", 1) for part in overrides.split(",")]
+        unset = {name for name, _ in given if getattr(config, name, "") is None}
+        for name, value in given:
+            if name in unset:
+                setattr(config, name, yaml.safe_load(value))
+        others = ",".join(f"{name}={value}" for name, value in given if name not in unset)
+        if others:
+            config.update_from_string(others)
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"
         ) from error

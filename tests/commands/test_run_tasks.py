@@ -275,3 +275,18 @@ def test_metrics_are_read_from_the_package():
 def test_scripts_are_the_commands(name):
     script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
     assert f'run_command("{name.replace("_", "-")}")' in script.read_text()
+
+
+def test_two_runs_are_compared_on_the_same_examples(folder, capsys):
+    assert main(["run-mnli", pairs(folder, max_steps=1)]) == 0
+    assert main(["run-mnli", pairs(folder, max_steps=1, output_dir="other", seed=1)]) == 0
+    capsys.readouterr()
+    assert main(["compare", "run", "other"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["set", "matched", "mismatched"]
+    rows = (folder / "other" / "predictions_matched.csv").read_text().splitlines()
+    (folder / "other" / "predictions_matched.csv").write_text("\n".join(rows[:-1]) + "\n")
+    assert main(["compare", "run", "other"]) == 2
+    assert "other examples" in capsys.readouterr().err
+    assert main(["compare", "run", "base"]) == 2
+    assert "predictions_SET.csv of the same set" in capsys.readouterr().err

@@ -644,7 +644,6 @@ def test_bad_arguments_are_refused(arguments, said, tmp_path):
     [
         ("roberta", "ForMaskedLM", {"model_type": "gpt2"}, "allowed are roberta"),
         ("roberta", "ForMaskedLM", {"model_type": None}, "allowed are roberta"),
-        ("roberta", "ForMaskedLM", {"model_type": "mra_hf"}, "already"),
         ("roberta", "ForMaskedLM", {"architectures": ["RobertaForCausalLM"]}, "decoder"),
         ("roberta", "ForMaskedLM", {"is_decoder": True}, "decoder"),
         ("bert", "ForMaskedLM", {"architectures": ["BertLMHeadModel"]}, "decoder"),
@@ -931,3 +930,25 @@ def test_a_killed_conversion_leaves_no_output(number, tmp_path):
         assert partial.is_dir() and not out.exists()
     convert(tmp_path / "source", out, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_model_of_this_package_becomes_longer_and_keeps_its_settings(tmp_path):
+    changes = {"max_position_embeddings": LENGTH + 2, "pad_token_id": 1, "embedding_size": 8}
+    changes |= {"approx_mode": "sparse", "block_per_row": 4, "block_budget": 4}
+    source = mra_hf.MraForMaskedLM(MraConfig(**(SIZES | changes))).eval()
+    source.save_pretrained(tmp_path / "source")
+    letter_tokenizer(ROBERTA_VOCABULARY, SPECIALS, LENGTH).save_pretrained(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", initial_prior_diagonal_n_blocks=1)
+    assert report.source_type == "mra_hf" and "budget of 4" in " ".join(report.notes)
+    model = open_result(tmp_path / "out")
+    config = model.config
+    assert (config.approx_mode, config.block_per_row, config.block_budget) == ("sparse", 4, None)
+    assert (config.initial_prior_diagonal_n_blocks, config.embedding_size) == (1, 8)
+    assert config.max_position_embeddings == 302
+    before, after = source.state_dict(), model.state_dict()
+    positions = "roberta.embeddings.position_embeddings.weight"
+    assert all(torch.equal(after[name], before[name]) for name in before if name != positions)
+    assert torch.equal(after[positions][2 + LENGTH], before[positions][2])
+    inputs = random_inputs("roberta", "ForMaskedLM")  # two blocks: all are exact in both
+    for got, wanted in zip(outputs_of(model, inputs), outputs_of(source, inputs), strict=True):
+        torch.testing.assert_close(got, wanted)

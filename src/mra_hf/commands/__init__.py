@@ -27,6 +27,7 @@ COMMANDS = {
     "run-wikihop": "train or evaluate multi-hop question answering over candidates with Trainer",
     "score": "masked-token accuracy and loss of checkpoints on held-out text",
     "results": "one table and one picture of many runs, beside the figures of the paper",
+    "compare": "two runs on the same examples: difference in accuracy and its interval",
     "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
     "build-wordnet-hop": "two-hop questions over many short documents, in WikiHop's schema",
     "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",

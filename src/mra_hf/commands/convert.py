@@ -1,7 +1,8 @@
 """Turn a checkpoint into one with multi-resolution attention and a longer position table.
 
-SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra; its weights
-and its head are kept. OUT gets weights, config, tokenizer, a model card and a report.
+SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra, or of mra_hf,
+to make a model of this package longer; its weights and its head are kept. OUT gets weights, config,
+tokenizer, a model card and a report.
 
 example:
   mra-hf convert FacebookAI/roberta-base roberta-base-mra-4096 --text novel.txt

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     arguments = experiments.dataclasses_of(args, DATACLASSES)
     results = run_classification(*arguments)
     experiments.print_results(results, arguments[-1])
+    if arguments[-1].process_index:
+        return 0
     labels = results["labels"]
     for name, counts in results.get("confusion_matrix", {}).items():
         print(f"confusion matrix, {name} (rows: the label, columns: predicted)")

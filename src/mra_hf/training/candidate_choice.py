@@ -1,6 +1,7 @@
 """WikiHop-like questions with `Trainer`: settings, examples, accuracy and predictions."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.trainer_utils import EvalPrediction
 from mra_attention.api import check_int
 from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.data import wikihop
-from mra_hf.experiment_files import write_text
+from mra_hf.experiment_files import write_predictions, write_text
 from mra_hf.loading import check_length, load_model, override
 from mra_hf.training import runs
 
@@ -70,7 +71,8 @@ def run_wikihop(
     """Train and evaluate `MraForCandidateChoice`; `runs.fit` says what is written.
 
     With `do_eval`, `predictions.json` gets the chosen candidate of each question of
-    `validation_file`, by id, as WikiHop's evaluation reads it.
+    `validation_file`, by id, as WikiHop's evaluation reads it; `predictions_eval.csv` has the
+    answers beside them.
 
     Args:
         model_args: a checkpoint of type `mra_hf`.
@@ -136,6 +138,9 @@ def run_wikihop(
         if data is not None
     }
 
+    if validation is not None:
+        results["guessing"] = _guessing(validation)
+
     def evaluate() -> dict[str, Any]:
         predicted = trainer.predict(validation, metric_key_prefix="eval")
         if trainer.is_world_process_zero():
@@ -148,7 +153,10 @@ def run_wikihop(
                 )
             }
             text = json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
-            write_text(Path(training_args.output_dir) / PREDICTIONS_NAME, text)
+            folder = Path(training_args.output_dir)
+            write_text(folder / PREDICTIONS_NAME, text)
+            rows = zip(chosen, _answers(validation), chosen.values(), strict=True)
+            write_predictions(folder / "predictions_eval.csv", rows)
         return predicted.metrics
 
     settings = (model_args, data_args, stopping_args, training_args)
@@ -239,6 +247,23 @@ def _lengths(data: Dataset) -> dict[str, float]:
         "median": float(np.median(lengths)),
         "longest": int(lengths.max()),
         "in_several_pieces": sum(len(pieces) > 1 for pieces in data["input_ids"]),
+    }
+
+
+def _answers(data: Dataset) -> list[str]:
+    return [row["candidates"][row["label"]] for row in data.select_columns(["candidates", "label"])]
+
+
+def _guessing(data: Dataset) -> dict[str, float]:
+    """Accuracy without reading: of a random candidate, and of the candidate that is the answer to
+    most of these questions, a rule that knows the answers.
+    """
+    answers = _answers(data)
+    counts = Counter(answers)
+    commonest = (max(names, key=lambda name: counts[name]) for names in data["candidates"])
+    return {
+        "random": float(np.mean([1 / len(names) for names in data["candidates"]])),
+        "majority": float(np.mean([a == b for a, b in zip(answers, commonest, strict=True)])),
     }
 
 

@@ -1,7 +1,6 @@
 """Classification of texts and pairs of texts with `Trainer`: MNLI and whatever has its form."""
 
-import csv
-import io
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.api import check_int
 from mra_hf.data import classification as data
-from mra_hf.experiment_files import write_text
+from mra_hf.experiment_files import write_predictions
 from mra_hf.loading import check_length, load_model
 from mra_hf.metrics import load_metric
 from mra_hf.sparse_prediction import cross_entropy
@@ -153,6 +152,7 @@ def run_classification(
     results = runs.conditions("classification", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["labels"] = list(names)
+    results["majority"] = {name: _majority(rows) for name, rows in sets.items()}
 
     def evaluate() -> dict[str, Any]:
         scores: dict[str, Any] = {}
@@ -167,7 +167,10 @@ def run_classification(
             )["confusion_matrix"]
             if trainer.is_world_process_zero():
                 file = Path(training_args.output_dir) / f"predictions_{name}.csv"
-                write_text(file, _prediction_rows(names, right, chosen))
+                pairs = enumerate(zip(right, chosen, strict=True))
+                write_predictions(
+                    file, ((row, names[int(a)], names[int(b)]) for row, (a, b) in pairs)
+                )
         return scores
 
     settings = (model_args, data_args, stopping_args, training_args)
@@ -176,6 +179,11 @@ def run_classification(
 
 def _loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     return cross_entropy(outputs.logits, labels, num_items_in_batch)
+
+
+def _majority(rows: Dataset) -> float:
+    """Accuracy of always choosing the commonest label."""
+    return max(Counter(rows["label"]).values()) / len(rows)
 
 
 class _Collator:
@@ -190,15 +198,6 @@ class _Collator:
         return self.pad(
             [{name: row[name] for name in self.names if name in row} for row in features]
         )
-
-
-def _prediction_rows(names, right, chosen) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("row", "label", "prediction"))
-    for row, (label, prediction) in enumerate(zip(right, chosen, strict=True)):
-        writer.writerow((row, names[int(label)], names[int(prediction)]))
-    return out.getvalue()
 
 
 def _check(model_args, data_args, training_args) -> None:

@@ -20,10 +20,13 @@ from transformers.trainer_utils import EvalPrediction
 from mra_attention.api import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import load_documents, pack
-from mra_hf.evaluation import masked_lm_head
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
 from mra_hf.neighbour_heads import start_with_neighbours
-from mra_hf.sparse_prediction import cross_entropy, predict_masked_places
+from mra_hf.sparse_prediction import (
+    cross_entropy,
+    labelled_logits,
+    predict_masked_places,
+)
 from mra_hf.training import runs
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
@@ -182,12 +185,8 @@ class MaskedLMTrainer(Trainer):
         labels = inputs.pop("labels")
         labelled = labels != -100
         plain = self.accelerator.unwrap_model(model)
-        head = masked_lm_head(plain)
-        with torch.no_grad(), self.accelerator.autocast():
-            if head is None:
-                logits = plain(**inputs).logits[labelled]
-            else:
-                logits = head(plain.base_model(**inputs).last_hidden_state[labelled])
+        with torch.no_grad(), self.accelerator.autocast(), labelled_logits(plain):
+            logits = model(**inputs, labels=labels).logits
         log_probabilities = logits.float().log_softmax(-1)  # [labelled, vocabulary]
         targets = labels[labelled]
         correct = torch.zeros(labels.shape, device=labels.device)

@@ -1,0 +1,64 @@
+r"""Compare the predictions of two runs on the same examples, with a paired bootstrap.
+
+Reads `predictions_SET.csv` of both run directories. Prints the accuracies, their difference and its
+95 % interval; an interval around 0 says that the examples do not tell the runs apart.
+
+example:
+  mra-hf compare runs/mnli-mra runs/mnli-dense
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from mra_hf.analysis.comparison import paired_bootstrap
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("first", type=Path, help="run directory")
+    parser.add_argument("second", type=Path, help="run directory to compare it with")
+    parser.add_argument("--draws", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line per set of predictions that both runs have."""
+    if args.draws < 100:
+        raise ValueError(f"draws must be at least 100, got {args.draws}.")
+    names = [
+        {path.name for path in folder.glob("predictions_*.csv")}
+        for folder in (args.first, args.second)
+    ]
+    shared = sorted(names[0] & names[1])
+    if not shared:
+        raise ValueError(
+            f"{args.first} and {args.second} have no predictions_SET.csv of the same set; both "
+            "must be runs with do_eval on the same data."
+        )
+    print(f"{'set':<16}{'examples':>9}{'first':>9}{'second':>9}{'difference':>12}  95 % interval")
+    for name in shared:
+        keys, first = _read(args.first / name)
+        others, second = _read(args.second / name)
+        if keys != others:
+            raise ValueError(f"{name} of {args.first} and {args.second} are of other examples.")
+        result = paired_bootstrap(first, second, draws=args.draws, seed=args.seed)
+        print(
+            f"{name.removeprefix('predictions_').removesuffix('.csv'):<16}{result.n_examples:>9}"
+            f"{first.mean():>9.1%}{second.mean():>9.1%}{result.difference:>+12.1%}  "
+            f"{result.low:+.1%} to {result.high:+.1%}"
+            f"{'' if result.is_certain else ' (not told apart)'}"
+        )
+    return 0
+
+
+def _read(file: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Row and label of every example, and whether the prediction is right."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    if not rows or not {"row", "label", "prediction"} <= set(rows[0]):
+        raise ValueError(f"{file} must have the columns row, label, prediction.")
+    right = np.array([row["label"] == row["prediction"] for row in rows])
+    return [(row["row"], row["label"]) for row in rows], right
