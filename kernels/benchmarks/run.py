@@ -54,6 +54,7 @@ PRESETS = {
         Sweep("attention", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("self_attention", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("model", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1, memory=False),
     ),
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), memory=False),),
     "pairs": (
@@ -73,6 +74,7 @@ PRESETS = {
         Sweep("model", _SHORT, ("fp32",), (8,), 3, memory=False),
         Sweep("model", (4096, 8192), ("fp32",), (8,), 1, memory=False),
     ),
+    "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3, memory=False),),
 }
 
 
@@ -87,7 +89,8 @@ def main() -> int:
         choices=PRESETS,
         default="quick",
         help="quick: a minute; pairs: dense attention and one budget in many rounds, ten minutes; "
-        "full: half an hour; models: whole RoBERTa-base models, ten minutes",
+        "full: half an hour; models: whole RoBERTa-base models, ten minutes; lengths: training on "
+        "texts of 50 to 4096 tokens, two minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
@@ -174,7 +177,8 @@ def _show(row: dict) -> None:
     print(
         f"{row['op']:<16}{row['length']:>7}{row['dtype']:>6}{row['pass']:>9}  {name:<18}"
         f"{row['ms_median']:>10.1f}{row['ratio']:>8.2f}x"
-        + (f"{row['peak_mb']:>9.0f} MB" if row["peak_mb"] is not None else ""),
+        + (f"{row['peak_mb']:>9.0f} MB" if row["peak_mb"] is not None else "")
+        + (f"{row['tokens_per_second']:>9.0f} tokens/s" if "tokens_per_second" in row else ""),
         flush=True,
     )
 

@@ -1,4 +1,4 @@
-"""What the benchmark measures: attention alone, self-attention modules, whole models.
+"""What the benchmark measures: attention alone, self-attention modules, models, mixed lengths.
 
 Every section times its providers in turn on the same inputs and returns rows of the CSV; dense SDPA
 is always among them, and `ratio` is its median time over that of the row.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from memory import peak_megabytes
+from mixed_lengths import BATCH, training_passes
 from peers import self_attention_modules, whole_models
 from torch import Tensor
 
@@ -95,6 +96,27 @@ def model(
     return rows
 
 
+def mixed_lengths(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """Forward and backward over texts of 50 to `length` tokens; `mode` says how many tokens."""
+    assert not memory and dtype == "fp32"
+    passes, tokens = training_passes(length, budgets, device)
+    samples = interleaved_milliseconds(
+        passes, (torch.zeros(()),), backward=False, repeats=repeats, warm_up=length < 4096
+    )
+    rows = _rows("mixed_lengths", length, dtype, True, samples)
+    for row in rows:
+        row |= {"batch": BATCH, "heads": 3, "mode": f"{row['mode']}, {tokens} tokens".lstrip(", ")}
+        row["tokens_per_second"] = 1000 * tokens / row["ms_median"]
+    return rows
+
+
 @torch.no_grad()
 def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...], length: int) -> dict:
     """Norm of the difference from dense attention in float32, with padding if the provider has it,
@@ -151,4 +173,9 @@ def _rows(op, length, dtype, backward, samples, errors=None, peaks=None, passes=
     return rows
 
 
-SECTIONS = {"attention": attention, "self_attention": self_attention, "model": model}
+SECTIONS = {
+    "attention": attention,
+    "self_attention": self_attention,
+    "model": model,
+    "mixed_lengths": mixed_lengths,
+}

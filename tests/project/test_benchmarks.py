@@ -59,12 +59,16 @@ def test_the_smoke_preset_writes_every_kind_of_row_and_can_be_resumed(tmp_path):
     done = script("run.py", "--preset", "smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = rows_of(out)
-    assert {row["op"] for row in rows} == {"attention", "self_attention", "model"}
-    for op in ("attention", "self_attention", "model"):
+    ops = ("attention", "self_attention", "model", "mixed_lengths")
+    assert {row["op"] for row in rows} == set(ops)
+    for op in ops:
         providers = {row["provider"] for row in rows if row["op"] == op}
         assert {"sdpa", "mra2"} <= providers, "dense attention is always beside"
     assert all(float(row["ms_median"]) > 0 and row["device"] and row["torch"] for row in rows)
     assert "longformer_64" in {row["provider"] for row in rows}
+    mixed = {row["provider"]: row["mode"] for row in rows if row["op"] == "mixed_lengths"}
+    assert set(mixed) == {"sdpa", "mra2", "mra2_unsorted", "mra2_longest"}
+    assert all(mode.endswith(" tokens") for mode in mixed.values())
     errors = [float(row["rel_error"]) for row in rows if row["op"] == "attention"]
     assert errors[0] == 0 and 0 < max(errors) < 1
 
