@@ -123,6 +123,15 @@ def test_a_saved_classifier_is_evaluated_alone(folder):
     first, second = results_of(folder), results_of(folder, "again")
     assert first["confusion_matrix"] == second["confusion_matrix"]
     assert first["data"]["eval_matched"] == second["data"]["eval_matched"]
+    rows = (folder / "dev_matched.jsonl").read_text().splitlines()
+    two = [row for row in rows if "contradiction" not in row]
+    (folder / "two.jsonl").write_text("\n".join(two) + "\n")
+    of_two = {"train_file": None, "validation_file": ["two.jsonl"], "output_dir": "two"}
+    alone = pairs(folder, model_name_or_path="run", do_train=False, eval_strategy="no", **of_two)
+    assert main(["run-mnli", alone]) == 0
+    results = results_of(folder, "two")
+    assert results["labels"] == first["labels"], "the labels are those of the model"
+    assert [sum(row) for row in results["confusion_matrix"]["two"]] == [3, 2, 0]
     assert main(["run-mnli", pairs(folder, do_train=False, output_dir="new")]) == 2, "no head"
 
 
@@ -165,6 +174,10 @@ def test_priors_are_the_papers_where_the_budget_has_room(folder):
     given = questions(folder, initial_prior_first_n_blocks=0, output_dir="none", max_steps=1)
     assert main(["run-wikihop", given]) == 0
     assert mra_hf.MraConfig.from_pretrained("none").initial_prior_first_n_blocks == 0
+    alone = {"model_name_or_path": "none", "do_train": False, "eval_strategy": "no"}
+    assert main(["run-wikihop", questions(folder, output_dir="alone", **alone)]) == 0
+    evaluated = [results_of(folder, name)["eval"]["eval_loss"] for name in ("none", "alone")]
+    assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-5), "with the priors of its training"
 
 
 def test_without_supports_is_the_control(folder):

@@ -141,6 +141,19 @@ def test_blocks_with_several_work_items(item_blocks, mode, table):
     assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
 
 
+#: Tokens of more block rows than any kernel takes at once: 70 and 130 of them.
+BEYOND_A_TILE = (2235, 4141)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_more_blocks_than_a_tile(mode, table):
+    table(item_blocks=4)
+    inputs = on_device(make_inputs(1, 1, BEYOND_A_TILE[0], 16))
+    mask = mask_on_device("holes", 1, BEYOND_A_TILE[0])
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
+    assert_right(inputs, mask, block_per_row=5, approx_mode=mode, **priors)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_without_any_block_and_with_all(mode):
     blocks = torch.zeros(1, 2, 4, 4, dtype=torch.bool, device=DEVICE)
@@ -257,6 +270,31 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
     ):
         table(**entries)
         assert torch.equal(triton_impl.select(*inputs, mask, **settings), wanted), entries
+
+
+@pytest.mark.parametrize("length", BEYOND_A_TILE)
+def test_selection_among_more_blocks_than_a_tile(length, table):
+    """By radix, with stored and with recomputed scores, as by top-k; and nearly as in torch."""
+    from mra_attention import triton_impl
+
+    inputs = on_device(make_inputs(2, 1, length, 16, seed=5))[:2]
+    mask = mask_on_device("right", 2, length)
+    settings = {
+        "block_per_row": 4,
+        "block_budget": None,
+        "initial_prior_first_n_blocks": 1,
+        "initial_prior_diagonal_n_blocks": 1,
+        "rule": "row_normalized",
+        "scale": 0.25,
+    }
+    table(topk_up_to_rows=1000)
+    by_topk = triton_impl.select(*inputs, mask, **settings)
+    for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
+        table(**entries)
+        assert torch.equal(triton_impl.select(*inputs, mask, **settings), by_topk), entries
+    wanted = selection.select(*inputs, mask, block_size=32, **settings)
+    assert torch.equal(by_topk.sum((1, 2, 3)), wanted.sum((1, 2, 3)))
+    assert (by_topk & wanted).sum() >= 0.999 * wanted.sum()
 
 
 def test_radix_ranks_equal_scores_like_choose_blocks(table):

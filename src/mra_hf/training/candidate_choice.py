@@ -101,7 +101,7 @@ def run_wikihop(
         model_args.attn_implementation,
         model_args.config_overrides,
         new_weights=("scorer.",) if training_args.do_train else (),
-        **_priors(model_args, data_args),
+        **_priors(model_args, data_args, training_args.do_train),
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
     wikihop.add_markers(tokenizer)
@@ -181,8 +181,11 @@ def _check(model_args, data_args, training_args) -> None:
     check_int("max_seq_length", data_args.max_seq_length, 1)
 
 
-def _priors(model_args, data_args) -> dict[str, int]:
-    """Which first blocks are always exact, for the configuration to load the model with."""
+def _priors(model_args, data_args, do_train: bool) -> dict[str, int]:
+    """Which first blocks are always exact, for the configuration to load the model with.
+
+    A model that is only evaluated keeps those it was trained with unless others are asked for.
+    """
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     if config.model_type != "mra_hf":
         raise ValueError(
@@ -194,6 +197,8 @@ def _priors(model_args, data_args) -> dict[str, int]:
         override(config, model_args.config_overrides)
     if data_args.initial_prior_first_n_blocks is not None:
         return {"initial_prior_first_n_blocks": data_args.initial_prior_first_n_blocks}
+    if not do_train:
+        return {}
     diagonal = config.initial_prior_diagonal_n_blocks
     band = 2 * (diagonal // 2) + 1 if diagonal else 0
     largest = max(0, (config.block_per_row - band - 1) // 2)

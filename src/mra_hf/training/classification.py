@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -116,7 +117,8 @@ def run_classification(
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path
     )
-    names, training, sets = _examples(data_args, training_args, tokenizer)
+    known = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
+    names, training, sets = _examples(data_args, training_args, tokenizer, known)
     model = load_model(
         AutoModelForSequenceClassification,
         model_args.model_name_or_path,
@@ -177,6 +179,13 @@ def run_classification(
     return runs.fit(trainer, settings, results, resume_from, evaluate, "text")
 
 
+def _labels_of(checkpoint: str) -> tuple[str, ...] | None:
+    """The labels a checkpoint was trained with; None where its configuration has no names."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
+
+
 def _loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     return cross_entropy(outputs.logits, labels, num_items_in_batch)
 
@@ -234,7 +243,10 @@ def _check(model_args, data_args, training_args) -> None:
 
 
 def _examples(
-    data_args: ClassificationDataArguments, training_args: TrainingArguments, tokenizer
+    data_args: ClassificationDataArguments,
+    training_args: TrainingArguments,
+    tokenizer,
+    known_labels: tuple[str, ...] | None,
 ) -> tuple[tuple[str, ...], Dataset | None, dict[str, Dataset]]:
     """Names of the labels, the examples to train on, and the sets to evaluate on by name."""
     columns = data.Columns(tuple(data_args.text_columns or ()), data_args.label_column)
@@ -270,7 +282,7 @@ def _examples(
         training = training.part(order[data_args.held_out_rows :])
     parts = [part for part in (training, *sets.values()) if part is not None]
     # A label that only the evaluation knows is a fault, not a class.
-    names = tuple(data_args.labels or data.label_names(parts[:1]))
+    names = tuple(data_args.labels or known_labels or data.label_names(parts[:1]))
     if not training_args.do_train:
         training = None
 
