@@ -426,8 +426,7 @@ def _subprocess(session: Session, command: list[str], extra: dict, nothing: int 
         text=True,
         cwd=ROOT,
         env=environment,
-        timeout=max(1.0, session.left()),
-        check=False,
+        check=False,  # without a timeout: the supervisor stops the step with all its processes
     )
     text = done.stdout + done.stderr
     session.log(f"{' '.join(command[:6])} ended with {done.returncode}\n{text[-6000:]}")

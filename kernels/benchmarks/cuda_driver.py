@@ -16,6 +16,7 @@ import argparse
 import gc
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ NO_CARD = "--device cuda, but torch sees no CUDA or ROCm device here"
 STEP_COLUMNS = (*CONDITIONS, "step", "status", "max_error", "allowed", "seconds", "detail")
 #: Seconds that the supervisor grants a step that says nothing else.
 STEP_LIMIT = 150
+#: Those that start a program of their own, which may take all the time there is.
+LONG_STEPS = ("pytest", "compute-sanitizer")
 #: Exit status of a worker whose device no longer answers.
 _BROKEN = 3
 #: Seconds before the time limit at which workers stop starting steps.
@@ -257,6 +260,11 @@ def running_path(out: Path, command: str, worker: int) -> Path:
     return out / f"{command}.running.{worker}"
 
 
+def limit_of(step: str) -> float:
+    """Seconds after which a step counts as stuck."""
+    return float("inf") if step.startswith(LONG_STEPS) else STEP_LIMIT
+
+
 class Supervisor:
     """Starts workers, again where they die, until all steps are done or the time is over."""
 
@@ -289,6 +297,17 @@ class Supervisor:
     def phase(self, workers: int, until: float, *, warm: bool) -> int:
         """Run workers until all have ended or `until` seconds have passed since the start."""
         processes = {i: self.start(i, workers, until, warm) for i in range(workers)}
+        try:
+            return self.watch(processes, workers, until, warm)
+        finally:  # also when interrupted: workers have sessions of their own
+            for process in processes.values():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def watch(
+        self, processes: dict[int, subprocess.Popen], workers: int, until: float, warm: bool
+    ) -> int:
+        """Restart workers whose step got stuck or broke the device; the worst exit status."""
         status = 0
         while processes:
             time.sleep(0.1)
@@ -296,9 +315,10 @@ class Supervisor:
                 code, running = process.poll(), self.running(worker)
                 over = time.monotonic() - self.began > until
                 if code is None and (over or self.is_stuck(worker)):
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)  # and what the step has started
                     process.wait()
-                    reason = f"stopped at {until:.0f} s" if over else f"no end in {STEP_LIMIT} s"
+                    limit = limit_of(running)
+                    reason = f"stopped at {until:.0f} s" if over else f"no end in {limit} s"
                 elif code is None:
                     continue
                 else:
@@ -328,16 +348,17 @@ class Supervisor:
         command += ["--rows-before", str(self.rows_before)]
         command += ["--dry-run"] * args.dry_run + ["--warm"] * warm
         command += ["--write-table"] * args.write_table
-        return subprocess.Popen(command, env=self.environment)
+        return subprocess.Popen(command, env=self.environment, start_new_session=True)
 
     def running(self, worker: int) -> str:
         return running_path(self.args.out, self.args.command, worker).read_text()
 
     def is_stuck(self, worker: int) -> bool:
-        if self.args.dry_run or not self.running(worker):
+        step = self.running(worker)
+        if self.args.dry_run or not step:
             return False
         path = running_path(self.args.out, self.args.command, worker)
-        return time.time() - path.stat().st_mtime > STEP_LIMIT
+        return time.time() - path.stat().st_mtime > limit_of(step)
 
     def note_failure(self, step: str, reason: str) -> None:
         print(f"fail    {step}: {reason}", flush=True)

@@ -94,7 +94,9 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
-        "--out", type=Path, help="CSV to write (default: only print); the folder of a command"
+        "--out",
+        type=Path,
+        help="CSV to write (default: benchmark_DEVICE_PRESET.csv here); the folder of a command",
     )
     parser.add_argument("--resume", action="store_true", help="keep the sections OUT already has")
     cuda_driver.add_arguments(parser)
@@ -102,8 +104,8 @@ def main() -> int:
     cuda_driver.make_importable()
     if args.command is not None or args.tune:
         return cuda_driver.main(parser, args)
-    if args.resume and args.out is None:
-        parser.error("--resume needs --out")
+    if args.out is None:
+        args.out = Path(f"benchmark_{args.device}_{args.preset}.csv")
     return _measure(parser, args)
 
 
@@ -136,14 +138,14 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         )
         for row in rows:
             _show(row)
-        if args.out is not None:
-            with args.out.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-                writer.writerows(where | row for row in rows)
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+            writer.writerows(where | row for row in rows)
         seconds = time.perf_counter() - begin
         print(
             f"  section {number} of {len(sections)}, {seconds:.0f} s", file=sys.stderr, flush=True
         )
+    print(f"written to {args.out}")
     return 0
 
 
@@ -154,11 +156,9 @@ def _sections(preset: str) -> Iterator[tuple[Sweep, str, int]]:
                 yield sweep, dtype, length
 
 
-def _start(out: Path | None, resume: bool) -> dict[tuple[str, str, str], set[str]]:
+def _start(out: Path, resume: bool) -> dict[tuple[str, str, str], set[str]]:
     """Write the header, or return the sections, and their budgets, of a file to be completed."""
     done: dict[tuple[str, str, str], set[str]] = {}
-    if out is None:
-        return done
     if resume and out.exists():
         with out.open(newline="") as file:
             for row in csv.DictReader(file):
