@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, RobertaForMaskedLM
 from transformers.models.roberta.modeling_roberta import RobertaLMHead
@@ -16,6 +17,7 @@ from transformers.models.roberta.modeling_roberta import RobertaLMHead
 import mra_hf
 from mra_hf import loading, neighbour_heads, sparse_prediction
 from mra_hf.commands import main
+from mra_hf.data import mlm
 from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
 
 SCRATCH = (
@@ -113,6 +115,26 @@ def test_a_stopped_run_goes_on_from_its_last_checkpoint(folder):
     bias = AutoModelForMaskedLM.from_pretrained("run").lm_head.bias
     assert (bias - 0.5).abs().max() < 0.01
     assert (folder / "run" / "checkpoint-4").is_dir()
+
+
+def test_a_dataset_is_read_by_name_split_and_column(folder, monkeypatch):
+    asked = []
+
+    def hub(name, config_name, *, split, streaming):
+        asked.append((name, config_name, split, streaming))
+        words = [" ".join(f"w{10 + (start + i) % 80}" for i in range(150)) for start in range(9)]
+        return Dataset.from_dict({"body": words, "title": words})
+
+    monkeypatch.setattr(mlm, "load_dataset", hub)
+    named = {"dataset_name": "some/books", "dataset_config_name": "en", "text_column": "body"}
+    settings = yaml.safe_load((folder / "mlm.yaml").read_text())
+    settings |= named | {"train_file": None, "validation_file": None, "validation_split": "test"}
+    (folder / "mlm.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["run-mlm", "mlm.yaml", "--max_steps", "1"]) == 0
+    expected = [("some/books", "en", "train", False), ("some/books", "en", "test", False)]
+    assert asked == expected
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["data"]["train"] and results["data"]["train"] == results["data"]["eval"]
 
 
 def test_a_resumed_run_has_the_curve_of_an_unbroken_one(folder):

@@ -183,3 +183,33 @@ def test_wrong_combinations_are_refused(arguments, words, tmp_path):
     assert done.returncode == 2 and words in done.stderr
     done = run("check", "--dry-run")
     assert done.returncode == 2 and "--out" in done.stderr
+
+
+STARTS_A_PROGRAM = """
+import subprocess
+import sys
+import time
+from pathlib import Path
+from cuda_driver import Step
+
+def starts_a_program(session):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    Path(__file__).with_name("child").write_text(str(child.pid))
+    time.sleep(300)
+
+def steps(session):
+    return [Step("pytest that takes long", starts_a_program)]
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="not Linux")
+def test_a_step_out_of_time_ends_with_all_it_has_started(tmp_path):
+    copy = tmp_path / "kernels" / "benchmarks"
+    shutil.copytree(RUN.parent, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (copy / "cuda_check.py").write_text(STARTS_A_PROGRAM)
+    arguments = ("check", "--device", "cpu", "--dry-run", "--out", tmp_path / "out")
+    done = run(*arguments, "--workers", 1, "--time-limit", 40, script=copy / "run.py")
+    assert "stopped at 40 s in: pytest that takes long" in done.stdout
+    assert rows_of(tmp_path / "out" / "check.csv") == [], "it is left for the next call"
+    command = Path(f"/proc/{(copy / 'child').read_text()}/cmdline")
+    assert not command.exists() or not command.read_text(), "gone, or a zombie at most"
