@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from mra_hf.commands import main
 from mra_hf.data import debian_text, mlm
@@ -193,6 +193,30 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "w10"}\n{"text": w11}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not JSON"):
         load_documents(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.jsonl", '{"body": "w10"}\n\n{"body": " \\n"}\n', "line 3: 'body' must be a text"),
+        ("a.jsonl", '{"body": "w10"}\n{"body": null}\n', "line 2: 'body' must be a text"),
+        ("a.jsonl", '{"body": "w10"}\n{"title": "w10"}\n', "line 2: 'body' must be a text"),
+        ("a.jsonl", '{"body": ""}\n', "line 1: 'body' must be a text"),
+        ("a.txt", " \n", "line 1: the file holds no text"),
+        ("a.txt", "", "line 1: the file holds no text"),
+    ],
+)
+def test_documents_without_text_are_named(name, content, place, streaming, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}, {place}"):
+        list(load_documents(tmp_path / name, text_column="body", streaming=streaming))
+
+
+def test_rows_without_text_of_a_named_data_set_are_skipped():
+    documents = Dataset.from_dict({"text": ["w10 w11 w12", "", None, " ", "w13 w14 w15"]})
+    packed = pack(documents, word_tokenizer(), 8)
+    assert len(packed) == 1 and len(packed[0]["input_ids"]) == 8
 
 
 @pytest.mark.parametrize("streaming", [False, True])

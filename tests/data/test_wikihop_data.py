@@ -168,10 +168,10 @@ def test_true_questions_are_assembled_whole(length):
     assert several > 20 if length == 512 else several > 0
 
 
-def noun(offset, words, hypernym, gloss) -> str:
+def noun(offset, words, hypernym, gloss, file) -> str:
     listed = " ".join(f"{word} 0" for word in words)
     pointer = f"001 @ {hypernym:08d} n 0000" if hypernym else "000"
-    return f"{offset:08d} 03 n {len(words):02x} {listed} {pointer} | {gloss}  \n"
+    return f"{offset:08d} {file:02d} n {len(words):02x} {listed} {pointer} | {gloss}  \n"
 
 
 @pytest.fixture
@@ -185,9 +185,10 @@ def wordnet(tmp_path, monkeypatch):
         )
         base = number * 10
         top, mid, low = (f"q{tag}top", f"r{tag}mid", f"s{tag}low")
-        lines.append(noun(base, [top], 0, "a thing of its own"))
-        lines.append(noun(base + 1, [mid], base, f'a {top} of some kind; "the {top} fell"'))
-        lines.append(noun(base + 2, [low, "other_word"], base + 1, f"one {mid} among many"))
+        file = 5 if number <= 12 else 4
+        lines.append(noun(base, [top], 0, "a thing of its own", file))
+        lines.append(noun(base + 1, [mid], base, f'a {top} of some kind; "the {top} fell"', file))
+        lines.append(noun(base + 2, [low, "other_word"], base + 1, f"one {mid} among many", file))
     folder = tmp_path / "wordnet-base" / "usr/share/wordnet"
     folder.mkdir(parents=True)
     (folder / "data.noun").write_text("".join(lines))
@@ -199,7 +200,7 @@ def test_nouns_and_chains_are_found(wordnet):
     nouns = wordnet_hop.read_nouns(wordnet)
     assert len(nouns) == 180
     first = nouns[12]
-    assert first.words[1] == "other word" and first.hypernyms == (11,)
+    assert first.words[1] == "other word" and first.hypernyms == (11,) and first.file == 5
     assert nouns[11].gloss.endswith("of some kind"), "without the example of use"
     chains = wordnet_hop.find_chains(nouns, hops=2)
     assert len(chains) == 60
@@ -211,21 +212,23 @@ def test_nouns_and_chains_are_found(wordnet):
 
 def test_the_answer_is_hinted_at_nowhere_else():
     nouns = {
-        1: wordnet_hop.Synset(("campaign",), (), "a series of actions"),
-        2: wordnet_hop.Synset(("tour",), (1,), "a campaign on the road"),
-        3: wordnet_hop.Synset(("stumping",), (2,), "campaigning on a tour"),
+        1: wordnet_hop.Synset(4, ("campaign",), (), "a series of actions"),
+        2: wordnet_hop.Synset(4, ("tour",), (1,), "a campaign on the road"),
+        3: wordnet_hop.Synset(4, ("stumping",), (2,), "campaigning on a tour"),
     }
     assert wordnet_hop.find_chains(nouns) == []
-    nouns[3] = wordnet_hop.Synset(("stumping",), (2,), "talking on a tour")
+    nouns[3] = wordnet_hop.Synset(4, ("stumping",), (2,), "talking on a tour")
     assert len(wordnet_hop.find_chains(nouns)) == 1
 
 
 @pytest.mark.parametrize("hops", [1, 2])
 def test_questions_have_two_hops_and_answers_stay_in_their_split(wordnet, tmp_path, hops):
     sizes = {"n_train": 20, "n_dev": 1, "n_test": 5}
-    settings = sizes | {"hops": hops, "n_candidates": 3, "words": (60, 80), "seed": 3}
+    settings = sizes | {"hops": hops, "n_candidates": 3, "words": (60, 80), "seed": 4}
     manifest = wordnet_hop.build_wordnet_hop(tmp_path / "a", **settings)
     answers = {}
+    nouns = wordnet_hop.read_nouns(wordnet)
+    file_of = {word: noun.file for noun in nouns.values() for word in noun.words}
     for split in ("train", "dev", "test"):
         questions = wikihop.read_wikihop(tmp_path / "a" / f"{split}.json")
         assert len(questions) == sizes[f"n_{split}"] == manifest["splits"][split]["instances"]
@@ -237,6 +240,7 @@ def test_questions_have_two_hops_and_answers_stay_in_their_split(wordnet, tmp_pa
             kind, about = question["query"].split(" ", 1)
             assert kind == ("hypernym2" if hops == 2 else "hypernym")
             gloss = supports[about]
+            assert {file_of[name] for name in question["candidates"]} == {file_of[about]}
             if hops == 2:
                 assert not any(name in gloss for name in question["candidates"])
                 (middle,) = (title for title in supports if title in gloss)
@@ -258,7 +262,8 @@ def test_questions_have_two_hops_and_answers_stay_in_their_split(wordnet, tmp_pa
         ({"hops": 3}, "hops must be 1 or 2"),
         ({"words": (90, 10)}, "words must be"),
         ({"n_candidates": 1}, "n_candidates"),
-        ({"n_candidates": 100}, "n_candidates must be smaller"),
+        ({"n_candidates": 100}, "no more questions have n_candidates=100"),
+        ({"max_per_answer": 0}, "max_per_answer"),
         ({"words": (9000, 9000)}, "words must be smaller"),
     ],
 )

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("MIN", "MAX"),
         help="length of the documents of a question, in words (default: 800 1100)",
     )
+    parser.add_argument(
+        "--max-per-answer",
+        type=int,
+        default=12,
+        help="questions of a split with the same answer (default: 12)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all choices (default: 0)")
     parser.add_argument("--packages", type=Path, help="folder of packages downloaded before")
 
@@ -48,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         hops=args.hops,
         n_candidates=args.candidates,
         words=tuple(args.words),
+        max_per_answer=args.max_per_answer,
         seed=args.seed,
         packages=args.packages,
     )

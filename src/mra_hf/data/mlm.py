@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import AddedToken, ByteLevelBPETokenizer
@@ -206,7 +207,8 @@ def load_documents(
     Args:
         source: a file, a folder or a glob pattern, or several; `.txt` files are one document each,
             `.jsonl` files one document a line in the field `text_column`. Anything that is not on
-            this machine is taken for the name of a dataset.
+            this machine is taken for the name of a dataset; rows without text, which some have
+            between paragraphs, are skipped when it is packed.
         config_name: configuration of a dataset of the hub.
         split: its split; ignored for files.
         text_column: the field with the text.
@@ -217,7 +219,8 @@ def load_documents(
 
     Raises:
         ValueError: no files, files of both kinds or of another kind, text that is not UTF-8, lines
-            that are not JSON, or no such column.
+            that are not JSON, documents of files without text, or no such column. Streamed files
+            are read, and these errors raised, while training.
     """
     names = [source] if isinstance(source, (str, os.PathLike)) else list(source)
     found = {str(name): _files(name) for name in names}
@@ -239,8 +242,7 @@ def load_documents(
         try:
             documents = load_dataset(kind, streaming=streaming, **options)
         except DatasetGenerationError as error:
-            for file in files:
-                _check_text(file)
+            _raise_first_fault(files, text_column)
             raise ValueError(
                 f"cannot read {names}: {error.__cause__ or error}; files must be UTF-8, and every "
                 "line of a .jsonl file one JSON object with the same fields."
@@ -258,21 +260,50 @@ def load_documents(
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"column {text_column!r} of {names} must hold text, and holds {kind}.")
     documents = documents.select_columns(text_column)
-    return documents if text_column == "text" else documents.rename_column(text_column, "text")
+    if text_column != "text":
+        documents = documents.rename_column(text_column, "text")
+    if not files:
+        return documents
+    if streaming:
+        check = functools.partial(_require_text, files=files, text_column=text_column)
+        return documents.map(check, batched=True)
+    for texts in documents.data.column("text").chunks:
+        blank = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.utf8_length(texts), 0))
+        if pc.any(pc.fill_null(blank, True)).as_py():
+            _raise_first_fault(files, text_column)
+    return documents
 
 
-def _check_text(file: Path) -> None:
-    """Raise a `ValueError` that names the line of `file` that is not UTF-8 or not JSON."""
-    if file.suffix == ".jsonl":
-        for _ in read_table(file):
-            pass
-        return
-    text = file.read_bytes()
-    try:
-        text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = text.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {line}: not UTF-8 ({error.reason}).") from error
+def _require_text(batch: dict, *, files: Sequence[Path], text_column: str) -> dict:
+    if not all(_holds_text(text) for text in batch["text"]):
+        _raise_first_fault(files, text_column)
+    return batch
+
+
+def _holds_text(text: str | None) -> bool:
+    return text is not None and not text.isspace() and text != ""
+
+
+def _raise_first_fault(files: Sequence[Path], text_column: str) -> None:
+    """Raise a `ValueError` that names the first file and line that cannot be used, if any."""
+    for file in files:
+        if file.suffix == ".jsonl":
+            for number, row in read_table(file):
+                text = row.get(text_column)
+                if not isinstance(text, str) or not _holds_text(text):
+                    raise ValueError(
+                        f"{file}, line {number}: {text_column!r} must be a text that is not "
+                        f"empty, got {text!r}; remove the line or fill it in."
+                    )
+            continue
+        content = file.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ValueError(f"{file}, line {line}: not UTF-8 ({error.reason}).") from error
+        if not _holds_text(text):
+            raise ValueError(f"{file}, line 1: the file holds no text; remove it.")
 
 
 def _files(name: "str | os.PathLike[str]") -> list[Path]:
@@ -357,7 +388,7 @@ def boundary_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
 
 
 def _pack_shard(batch, *, tokenizer, first, last, length):
-    texts = [text for text in batch["text"] if text and not text.isspace()]
+    texts = [text for text in batch["text"] if _holds_text(text)]
     stream: list[int] = []
     if texts:
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:

@@ -4,8 +4,9 @@ WikiHop (Welbl et al. 2018) joins facts that stand in different articles. Here t
 glosses. A chain A -> B -> C goes up WordNet's hypernyms, and each gloss names the next link:
 "pepin: king of the Franks ..." -> "king: a male sovereign ..." -> "sovereign". The question is
 `hypernym2 pepin`, the answer `sovereign`, and the other candidates are the ends of other chains
-whose glosses lie among the supports too, so that neither a guess from the candidates nor the
-presence of a word gives the answer away.
+whose glosses lie among the supports too, so that the presence of a word does not give the answer
+away. Those chains begin in the same of WordNet's files (persons, artifacts, acts, ...) as the
+question, so that a guess from the words alone has less to go by.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,17 +33,18 @@ MANIFEST_NAME = "manifest.json"
 #: Split -> share of the roots (answers) that belong to it.
 _SHARES = {"train": 0.75, "dev": 0.05, "test": 0.2}
 
-#: No answer is asked for more often, so that common ones ("person") do not fill a split.
-_PER_ANSWER = 12
-
-#: Draws for one instance before it is given up.
-_DRAWS = 100_000
+#: Draws for the candidates of one question before it is left out.
+_DRAWS = 2000
 
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun of WordNet: its words, the offsets of its hypernyms, and its gloss."""
+    """A noun of WordNet: its file (the number of its subject), words, hypernyms, and gloss.
 
+    Hypernyms are given by their offsets.
+    """
+
+    file: int
     words: tuple[str, ...]
     hypernyms: tuple[int, ...]
     gloss: str
@@ -78,7 +80,7 @@ def read_nouns(file: "str | os.PathLike[str]") -> dict[int, Synset]:
             int(pointers[i + 1]) for i in range(0, len(pointers), 4) if pointers[i] in ("@", "@i")
         )
         definition = gloss.split('; "')[0].strip()  # without the examples of use
-        nouns[int(parts[0])] = Synset(words, hypernyms, definition)
+        nouns[int(parts[0])] = Synset(int(parts[1]), words, hypernyms, definition)
     return nouns
 
 
@@ -142,13 +144,14 @@ def build_wordnet_hop(
     hops: int = 2,
     n_candidates: int = 8,
     words: tuple[int, int] = (800, 1100),
+    max_per_answer: int = 12,
     seed: int = 0,
     packages: "str | os.PathLike[str] | None" = None,
 ) -> dict:
     """Write the splits of WordNet-Hop as JSON in WikiHop's schema.
 
     The splits share no answer: a chain belongs to the split of its root, which is its answer. The
-    candidates of an instance are ends of chains of its own split, whatever that is.
+    candidates of an instance are ends of chains of its own split, and of its own file of WordNet.
 
     Args:
         output: folder to write: `train.json`, `dev.json`, `test.json`, each a list of
@@ -158,6 +161,8 @@ def build_wordnet_hop(
         hops: 2, or 1 for the control whose answer stands in the gloss of the word asked about.
         n_candidates: candidates of an instance, the answer included.
         words: shortest and longest length of the supports, in words.
+        max_per_answer: questions of a split that may have the same answer, so that common ones
+            ("person") do not fill it.
         seed: of the split and of every choice; the same seed gives the same files.
         packages: where to download the package, and to look for it (default None: a temporary
             folder).
@@ -175,6 +180,7 @@ def build_wordnet_hop(
     for split, size in sizes.items():
         check_int(f"n_{split}", size, 1)
     check_int("n_candidates", n_candidates, 2)
+    check_int("max_per_answer", max_per_answer, 1)
     if hops not in (1, 2):
         raise ValueError(f"hops must be 1 or 2, got {hops!r}.")
     if not 0 < words[0] <= words[1]:
@@ -199,11 +205,14 @@ def build_wordnet_hop(
             "hops": hops,
             "n_candidates": n_candidates,
             "words": list(words),
+            "max_per_answer": max_per_answer,
             "seed": seed,
             "splits": {},
         }
         for split, size in sizes.items():
-            drawer = _Drawer(nouns, chains[split], n_candidates, words, f"{seed} {split}")
+            drawer = _Drawer(
+                nouns, chains[split], n_candidates, words, max_per_answer, f"{seed} {split}"
+            )
             instances = list(drawer.instances(split, size))
             written = (json.dumps(instances, indent=1, ensure_ascii=False) + "\n").encode()
             (partial / f"{split}.json").write_bytes(written)
@@ -221,48 +230,72 @@ def build_wordnet_hop(
 class _Drawer:
     """Draws the instances of one split."""
 
-    def __init__(self, nouns, chains, n_candidates, words, seed):
+    def __init__(self, nouns, chains, n_candidates, words, max_per_answer, seed):
         self.nouns = nouns
         self.chains = chains
         self.n_candidates = n_candidates
         self.words = words
+        self.max_per_answer = max_per_answer
         self.random = random.Random(seed)
         self.all_offsets = sorted(nouns)
-        self.draws = 0
+        self.of_file = defaultdict(list)  # the chains that begin in a file of WordNet
+        for chain in chains:
+            self.of_file[self._file(chain)].append(chain)
+
+    def _file(self, chain: Chain) -> int:
+        return self.nouns[chain.synsets[0]].file
 
     def instances(self, split: str, size: int) -> Iterator[dict]:
-        questions = self.random.sample(self.chains, len(self.chains))
+        answers_of = {
+            file: len({chain.answer for chain in chains}) for file, chains in self.of_file.items()
+        }
         asked: dict[str, int] = defaultdict(int)
         number = 0
-        for chain in questions:
+        for chain in self.random.sample(self.chains, len(self.chains)):
             if number == size:
                 return
-            if asked[chain.answer] == _PER_ANSWER:
+            if answers_of[self._file(chain)] < self.n_candidates:
+                continue
+            if asked[chain.answer] == self.max_per_answer:
+                continue
+            chosen = self._candidates(chain)
+            if chosen is None:
                 continue
             asked[chain.answer] += 1
-            yield self._instance(chain, f"{split}_{number}")
+            yield self._instance(chain, *chosen, f"{split}_{number}")
             number += 1
         if number < size:
-            raise ValueError(f"n_{split} must be at most {number}, all there are, got {size}.")
+            raise ValueError(
+                f"n_{split} must be at most {number}, got {size}: no more questions have "
+                f"n_candidates={self.n_candidates} that fit together (fewer candidates, or a "
+                "larger max_per_answer, give more)."
+            )
 
-    def _instance(self, chain: Chain, name: str) -> dict:
+    def _candidates(self, chain: Chain) -> tuple[list[str], dict[str, int]] | None:
+        """Candidates and the supports (title -> offset) that lead to them, or None."""
         about = f"{chain.titles[0]} : {self.nouns[chain.synsets[0]].gloss}"
         candidates = [chain.answer]
-        supports = dict(zip(chain.titles, chain.synsets, strict=True))  # title -> gloss
-        self.draws = 0
-        while len(candidates) < self.n_candidates:
-            other = self._draw(self.chains, "n_candidates")
+        supports = dict(zip(chain.titles, chain.synsets, strict=True))
+        for _ in range(_DRAWS):
+            if len(candidates) == self.n_candidates:
+                return candidates, supports
+            other = self.random.choice(self.of_file[self._file(chain)])
             if other.answer in candidates or set(other.titles) & set(supports):
                 continue
             if len(chain.titles) == 2 and _hinted(other.answer, about):
                 continue  # the first gloss would point to a wrong candidate
             candidates.append(other.answer)
             supports |= dict(zip(other.titles, other.synsets, strict=True))
-        wanted = self.random.randint(*self.words)
+        return None
+
+    def _instance(self, chain, candidates, supports, name: str) -> dict:
         texts = [self._support(title, offset) for title, offset in supports.items()]
         length = sum(len(text.split()) for text in texts)
+        wanted = self.random.randint(*self.words)
+        if wanted > length and len(supports) + wanted > len(self.all_offsets):
+            raise ValueError(f"words must be smaller, got {self.words}: there are too few glosses.")
         while length < wanted:
-            offset = self._draw(self.all_offsets, "words")
+            offset = self.random.choice(self.all_offsets)
             title = self.nouns[offset].words[0]
             if title not in supports:
                 supports[title] = offset
@@ -278,13 +311,6 @@ class _Drawer:
             "candidates": candidates,
             "supports": texts,
         }
-
-    def _draw(self, values: Sequence, name: str):
-        """One of `values`. Too few that fit together are an error, not an endless search."""
-        self.draws += 1
-        if self.draws > _DRAWS:
-            raise ValueError(f"{name} must be smaller: too few glosses fit together.")
-        return self.random.choice(values)
 
     def _support(self, title: str, offset: int) -> str:
         return f"{title}: {self.nouns[offset].gloss}"
