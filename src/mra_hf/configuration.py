@@ -10,8 +10,8 @@ from transformers import RobertaConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from mra_attention.api import APPROX_MODES, SELECTION_RULES, check_int
 from mra_attention.blocks import count_blocks
+from mra_attention.checks import APPROX_MODES, SELECTION_RULES, check_int
 
 logger = logging.get_logger(__name__)
 

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mra_attention.api import check_int
 from mra_attention.blocks import count_blocks
+from mra_attention.checks import check_int
 from mra_attention.selection import MAX_BLOCK_ROWS
 from mra_hf import modeling
 from mra_hf.checkpoint_files import (

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.models.mra.configuration_mra import MraConfig as BuiltinConfig
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.checkpoint_files import VOCABULARY_NAMES, Source, locate
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 from mra_hf.conversion_report import PIPELINE_TAGS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

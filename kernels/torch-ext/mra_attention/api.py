@@ -4,7 +4,6 @@ Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N 
 """
 
 import functools
-import math
 from typing import Literal
 
 import torch
@@ -13,16 +12,16 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .blocks import count_blocks
+from .checks import (
+    APPROX_MODES,
+    SELECTION_RULES,
+    check_choice,
+    check_settings,
+    check_tensors,
+    to_token_mask,
+)
 from .implementations import IMPLEMENTATIONS, resolve_impl
-from .selection import MAX_BLOCK_ROWS, BlockSelection, select
-
-APPROX_MODES = ("full", "sparse")
-SELECTION_RULES = ("row_normalized", "global")
-#: Larger blocks are refused: inputs are padded to whole blocks.
-MAX_BLOCK_SIZE = 1024
-#: More pairs than any matrix that can be ranked has; keeps products of budgets inside int64.
-_ENOUGH = 2**30
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .selection import BlockSelection, select
 
 
 def mra2_attention(
@@ -88,8 +87,8 @@ def mra2_attention(
         RuntimeError: double backward, `torch.vmap` or forward-mode differentiation through
             `impl="torch"` or `"triton"`.
     """
-    query, key, value = _check_tensors(query, key, value)
-    settings = _check_settings(
+    query, key, value = check_tensors(query, key, value)
+    settings = check_settings(
         query,
         block_per_row=block_per_row,
         block_budget=block_budget,
@@ -99,9 +98,9 @@ def mra2_attention(
         selection=selection,
         scale=scale,
     )
-    _check_choice("approx_mode", approx_mode, APPROX_MODES)
-    _check_choice("impl", impl, IMPLEMENTATIONS)
-    token_mask = _to_token_mask(attention_mask, query)
+    check_choice("approx_mode", approx_mode, APPROX_MODES)
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    token_mask = to_token_mask(attention_mask, query)
     arguments = {
         "scale": settings["scale"],
         "sparse": approx_mode == "sparse",
@@ -153,14 +152,14 @@ def select_blocks(
     Raises:
         ValueError: as `mra2_attention`.
     """
-    query, key, _ = _check_tensors(query, key, key)
+    query, key, _ = check_tensors(query, key, key)
     if isinstance(selection, BlockSelection):
         raise ValueError(
             f"selection must be the name of a rule here, one of {SELECTION_RULES}; got a ready "
             "BlockSelection, "
             "which is what this function returns. Pass it to mra2_attention instead."
         )
-    settings = _check_settings(
+    settings = check_settings(
         query,
         block_per_row=block_per_row,
         block_budget=block_budget,
@@ -170,7 +169,7 @@ def select_blocks(
         selection=selection,
         scale=scale,
     )
-    token_mask = _to_token_mask(attention_mask, query)
+    token_mask = to_token_mask(attention_mask, query)
     impl = resolve_impl("auto", query, block_size)
     chooser = functools.partial(_select_op, impl="triton" if impl == "triton" else "torch")
     return BlockSelection(_choose(chooser, query, key, token_mask, selection, settings), block_size)
@@ -198,8 +197,8 @@ def mra2_attention_matrix(
     Raises:
         ValueError: as `mra2_attention`.
     """
-    query, key, _ = _check_tensors(query, key, key)
-    settings = _check_settings(
+    query, key, _ = check_tensors(query, key, key)
+    settings = check_settings(
         query,
         block_per_row=block_per_row,
         block_budget=block_budget,
@@ -209,8 +208,8 @@ def mra2_attention_matrix(
         selection=selection,
         scale=scale,
     )
-    _check_choice("approx_mode", approx_mode, APPROX_MODES)
-    token_mask = _to_token_mask(attention_mask, query)
+    check_choice("approx_mode", approx_mode, APPROX_MODES)
+    token_mask = to_token_mask(attention_mask, query)
     blocks = _choose(select, query, key, token_mask, selection, settings)
     with torch.autocast(query.device.type, enabled=False):
         return reference.attention_matrix(
@@ -301,188 +300,3 @@ class _ReferenceUnderAutocast(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
             output = reference.attention(*inputs, token_mask, blocks, **ctx.arguments)
             return *torch.autograd.grad(output, inputs, grad_output), None, None, None
-
-
-# -- checks
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Check shapes, dtypes and devices; under autocast, cast to its dtype."""
-    tensors = {"query": query, "key": key, "value": value}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(
-                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], got "
-                f"{type(x).__name__}."
-            )
-        if x.layout != torch.strided:
-            raise ValueError(
-                f"{name} must be a dense tensor, got layout {x.layout}; use to_dense()."
-            )
-        if x.ndim != 4:
-            raise ValueError(
-                f"{name} must be [batch, heads, tokens, head_dim], got {x.ndim} dimensions "
-                f"{tuple(x.shape)}; "
-                "split the hidden dimension into heads and move heads before tokens."
-            )
-    for name in ("key", "value"):
-        if tensors[name].shape != query.shape:
-            raise ValueError(
-                f"{name} must have the shape of query, {tuple(query.shape)}, got "
-                f"{tuple(tensors[name].shape)}; "
-                "mra2_attention is self-attention: no cache, no cross-attention, no grouped key "
-                "heads."
-            )
-        if tensors[name].device != query.device:
-            raise ValueError(
-                f"{name} is on {tensors[name].device}, query on {query.device}; move all three to "
-                "one device."
-            )
-    if query.shape[2] == 0 or query.shape[3] == 0:
-        raise ValueError(
-            f"query must hold at least one token and one channel, got {tuple(query.shape)}."
-        )
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in (query, key, value)
-        )
-    if query.dtype not in _DTYPES:
-        raise ValueError(
-            f"query must be float32, bfloat16, float16 or float64, got {query.dtype}; cast it "
-            "first."
-        )
-    for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise ValueError(
-                f"{name} is {x.dtype}, query is {query.dtype}; cast all three to one dtype."
-            )
-    return query, key, value
-
-
-def _to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Check the mask by type and shape alone (no value is read on the host) and return it as `[B,
-    N]` bool.
-    """
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            "attention_mask must be a torch.Tensor [batch, tokens] or None, got "
-            f"{type(attention_mask).__name__}."
-        )
-    expected = (query.shape[0], query.shape[2])
-    if attention_mask.ndim != 2 or attention_mask.shape != expected:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] = {tuple(expected)}, got "
-            f"{tuple(attention_mask.shape)}; "
-            "pass the tokenizer's 2-D attention_mask, not an expanded one."
-        )
-    if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise ValueError(
-            "attention_mask must be bool or integer, nonzero at real tokens, got "
-            f"{attention_mask.dtype}; an additive "
-            "float mask cannot be used: pass mask.bool(), or (mask == 0) if it holds 0 for real "
-            "tokens."
-        )
-    if attention_mask.device != query.device:
-        raise ValueError(
-            f"attention_mask is on {attention_mask.device}, query on {query.device}; move it to "
-            "the device of query."
-        )
-    return attention_mask.bool()
-
-
-def _check_settings(
-    query: Tensor,
-    *,
-    block_per_row,
-    block_budget,
-    block_size,
-    initial_prior_first_n_blocks,
-    initial_prior_diagonal_n_blocks,
-    selection,
-    scale,
-) -> dict:
-    """Check what the selection needs and return it as keyword arguments of `selection.select`."""
-    check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
-    check_int("block_per_row", block_per_row, 1)
-    if block_budget is not None:
-        check_int("block_budget", block_budget, 1)
-        block_budget = min(block_budget, _ENOUGH)
-    check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
-    check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
-    if scale is None:
-        scale = query.shape[3] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(
-            f"scale must be a finite Python number or None for head_dim ** -0.5, got {scale!r}."
-        )
-    n_blocks = count_blocks(query.shape[2], block_size)
-    if isinstance(selection, BlockSelection):
-        _check_ready_selection(
-            selection,
-            (query.shape[0], query.shape[1], n_blocks, n_blocks),
-            query.device,
-            block_size=block_size,
-        )
-    else:
-        _check_choice(
-            "selection", selection, SELECTION_RULES, "a BlockSelection from select_blocks"
-        )
-        if n_blocks > MAX_BLOCK_ROWS:
-            raise ValueError(
-                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}; at most "
-                f"{MAX_BLOCK_ROWS} "
-                "block rows can be ranked: raise block_size."
-            )
-    return {
-        "block_per_row": min(block_per_row, _ENOUGH),
-        "block_budget": block_budget,
-        "block_size": block_size,
-        "initial_prior_first_n_blocks": min(initial_prior_first_n_blocks, _ENOUGH),
-        "initial_prior_diagonal_n_blocks": min(initial_prior_diagonal_n_blocks, _ENOUGH),
-        "rule": selection if isinstance(selection, str) else "",
-        "scale": float(scale),
-    }
-
-
-def _check_ready_selection(selection: BlockSelection, shape, device, *, block_size: int) -> None:
-    blocks = selection.blocks
-    if not isinstance(blocks, Tensor):
-        raise ValueError(
-            f"selection.blocks must be a torch.Tensor, got {type(blocks).__name__}; make the "
-            "selection with select_blocks."
-        )
-    if blocks.shape != shape or blocks.dtype != torch.bool or blocks.device != device:
-        raise ValueError(
-            f"selection.blocks must be bool {tuple(shape)} = [batch, heads, block rows, block "
-            f"rows] on {device}, got "
-            f"{blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; make it with select_blocks "
-            "from tensors of the "
-            "same shape."
-        )
-    if selection.block_size != block_size:
-        raise ValueError(
-            f"block_size is {block_size} but the given selection was made with "
-            f"{selection.block_size}; pass "
-            f"block_size={selection.block_size}."
-        )
-
-
-def _check_choice(name: str, given, allowed: tuple[str, ...], otherwise: str | None = None) -> None:
-    if not isinstance(given, str) or given not in allowed:
-        words = ", ".join(f'"{word}"' for word in allowed) + (
-            f", or {otherwise}" if otherwise else ""
-        )
-        raise ValueError(f"{name} must be one of {words}; got {given!r}.")
-
-
-def check_int(name: str, given, lowest: int, highest: int | None = None) -> None:
-    """Raise a `ValueError` unless `given` is an integer (not a bool) from `lowest` to `highest`."""
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)) or given < lowest:
-        raise ValueError(f"{name} must be an integer of at least {lowest}, got {given!r}.")
-    if highest is not None and given > highest:
-        raise ValueError(f"{name} must be at most {highest}, got {given}.")

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import masked_token_scores

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, RobertaTokenizer
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.data import debian_text
 from mra_hf.data.tables import read_table
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.data.mlm import boundary_tokens
 
 if TYPE_CHECKING:

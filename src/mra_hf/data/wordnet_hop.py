@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.data import debian_text
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.data import wikihop
 from mra_hf.experiment_files import write_predictions, write_text

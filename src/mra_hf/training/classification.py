@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.data import classification as data
 from mra_hf.experiment_files import write_predictions
 from mra_hf.loading import check_length, load_model

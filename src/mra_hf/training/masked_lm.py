@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import mra_hf
-from mra_attention.api import check_int
+from mra_attention.checks import check_int
 from mra_hf.analysis.training_curve import plot_training_curve
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.experiment_files import (
