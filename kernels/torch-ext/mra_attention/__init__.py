@@ -1,8 +1,19 @@
-"""Multi-resolution attention as operators: MRA-2 and MRA-2-s, forward and backward. Knows torch,
+"""Multi-resolution attention as operators: MRA-2, MRA-2-s and the general scheme. Knows torch,
 not Transformers.
 """
 
-from .api import mra2_attention, mra2_attention_matrix, select_blocks
+from .api import (
+    mra2_attention,
+    mra2_attention_matrix,
+    multiresolution_attention,
+    select_blocks,
+)
 from .selection import BlockSelection
 
-__all__ = ["BlockSelection", "mra2_attention", "mra2_attention_matrix", "select_blocks"]
+__all__ = [
+    "BlockSelection",
+    "mra2_attention",
+    "mra2_attention_matrix",
+    "multiresolution_attention",
+    "select_blocks",
+]

@@ -4,18 +4,22 @@ Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import multiresolution, ops, reference
 from .blocks import count_blocks
 from .checks import (
     APPROX_MODES,
+    MAX_BLOCK_SIZE,
     SELECTION_RULES,
     check_choice,
+    check_scales,
+    check_scheme,
     check_settings,
     check_tensors,
     to_token_mask,
@@ -127,6 +131,89 @@ def mra2_attention(
             return output.to(query.dtype)
         case other:
             raise AssertionError(f"no implementation named {other}")
+
+
+def multiresolution_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    resolutions: Sequence[int] = (16, 4, 1),
+    block_budgets: Sequence[int],
+    approx_mode: Literal["full", "sparse"] = "full",
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+    selection: str = "row_normalized",
+    scale: float | None = None,
+    impl: Literal["auto", "reference", "torch"] = "auto",
+) -> Tensor:
+    """Multi-resolution self-attention with any chain of scales.
+
+    ICML 2022 paper, Algorithms 1 and 2. The matrix is covered by blocks of side `resolutions[0]`;
+    the best `block_budgets[0]` of them per head are cut into blocks of side `resolutions[1]`, of
+    which the best `block_budgets[1]` are cut again, and so on. Every block that is left contributes
+    the product of its means. `(32, 1)` is MRA-2 and takes its kernels; budgets that cover
+    everything with a last scale of 1 are softmax attention; a last scale above 1 gives a result
+    that is constant over so many queries. With N tokens, scales s_i and budgets m_i the cost is
+    N + (N / s_0)^2 + sum_i m_i (s_(i-1) / s_i)^2: a coarser first scale keeps it linear where the
+    pooled matrix of (32, 1) has become the larger part.
+
+    Args:
+        query, key, value, attention_mask, scale: as in `mra2_attention`.
+        resolutions: sides of blocks in tokens, from the coarsest on; each divides the one before.
+        block_budgets: blocks per head that are cut, one number for every scale but the last;
+            clamped to the blocks that there are.
+        approx_mode: `"full"`, or `"sparse"`: blocks of the last scale alone contribute.
+        initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks: priors as in
+            `mra2_attention`, on the blocks of the coarsest scale.
+        selection: `"row_normalized"` ranks a block by its logit minus the largest one among the
+            candidates of its row, `"global"` by the logit itself.
+        impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (no N x N buffer), or
+            `"auto"`: torch, and for two scales with a last of 1 what `mra2_attention` takes.
+
+    Returns:
+        `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on).
+
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
+            what to pass.
+    """
+    resolutions, block_budgets = check_scales(resolutions, block_budgets)
+    check_choice("impl", impl, ("auto", "reference", "torch"))
+    if len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE:
+        check_choice("selection", selection, SELECTION_RULES)
+        return mra2_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            block_budget=block_budgets[0],
+            approx_mode=approx_mode,
+            block_size=resolutions[0],
+            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+            selection=selection,
+            scale=scale,
+            impl=impl,
+        )
+    query, key, value = check_tensors(query, key, value)
+    scheme = check_scheme(
+        query,
+        resolutions=resolutions,
+        block_budgets=block_budgets,
+        approx_mode=approx_mode,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        selection=selection,
+        scale=scale,
+    )
+    token_mask = to_token_mask(attention_mask, query)
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference" or query.shape[0] == 0 or query.shape[1] == 0:
+            matrix = reference.multiresolution_matrix(query, key, token_mask, scheme)
+            return reference.apply_matrix(matrix, value, token_mask)
+        return multiresolution.attention(query, key, value, token_mask, scheme)
 
 
 def select_blocks(

@@ -3,12 +3,15 @@
 Every refusal is a `ValueError` that says what to pass.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .blocks import count_blocks
+from .multiresolution import Scheme
 from .selection import MAX_BLOCK_ROWS, BlockSelection
 
 APPROX_MODES = ("full", "sparse")
@@ -128,12 +131,7 @@ def check_settings(
         block_budget = min(block_budget, _ENOUGH)
     check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
     check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
-    if scale is None:
-        scale = query.shape[3] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(
-            f"scale must be a finite Python number or None for head_dim ** -0.5, got {scale!r}."
-        )
+    scale = check_scale(scale, query)
     n_blocks = count_blocks(query.shape[2], block_size)
     if isinstance(selection, BlockSelection):
         _check_ready_selection(
@@ -157,8 +155,82 @@ def check_settings(
         "initial_prior_first_n_blocks": min(initial_prior_first_n_blocks, _ENOUGH),
         "initial_prior_diagonal_n_blocks": min(initial_prior_diagonal_n_blocks, _ENOUGH),
         "rule": selection if isinstance(selection, str) else "",
-        "scale": float(scale),
+        "scale": scale,
     }
+
+
+def check_scales(
+    resolutions: Sequence[int], block_budgets: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Check a chain of scales and its budgets by themselves, and return them as tuples."""
+    for name, given in (("resolutions", resolutions), ("block_budgets", block_budgets)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise ValueError(f"{name} must be a sequence of integers, got {given!r}.")
+    if not resolutions:
+        raise ValueError("resolutions must hold at least one scale, got none.")
+    for place, size in enumerate(resolutions):
+        check_int(f"resolutions[{place}]", size, 1)
+    for coarse, fine in itertools.pairwise(resolutions):
+        if coarse <= fine or coarse % fine:
+            raise ValueError(
+                f"resolutions must go from coarse to fine, each dividing the one before, got "
+                f"{tuple(resolutions)}: {fine} after {coarse}."
+            )
+    if len(block_budgets) != len(resolutions) - 1:
+        raise ValueError(
+            f"block_budgets must hold one number for every scale but the last, "
+            f"{len(resolutions) - 1} for resolutions={tuple(resolutions)}, got "
+            f"{tuple(block_budgets)}."
+        )
+    for place, budget in enumerate(block_budgets):
+        check_int(f"block_budgets[{place}]", budget, 1)
+    return tuple(resolutions), tuple(min(budget, _ENOUGH) for budget in block_budgets)
+
+
+def check_scheme(
+    query: Tensor,
+    *,
+    resolutions: tuple[int, ...],
+    block_budgets: tuple[int, ...],
+    approx_mode,
+    initial_prior_first_n_blocks,
+    initial_prior_diagonal_n_blocks,
+    selection,
+    scale,
+) -> Scheme:
+    """Check what the general scheme needs beside its scales."""
+    check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
+    check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
+    check_choice("approx_mode", approx_mode, APPROX_MODES)
+    check_choice("selection", selection, SELECTION_RULES)
+    padded = count_blocks(query.shape[2], resolutions[0]) * resolutions[0]
+    ranked = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]
+    if ranked:
+        raise ValueError(
+            f"query has {query.shape[2]} tokens in {padded // ranked[0]} blocks of {ranked[0]}; at "
+            f"most {MAX_BLOCK_ROWS} block rows can be ranked: make resolutions coarser, got "
+            f"{resolutions}."
+        )
+    return Scheme(
+        resolutions,
+        block_budgets,
+        min(initial_prior_first_n_blocks, _ENOUGH),
+        min(initial_prior_diagonal_n_blocks, _ENOUGH),
+        selection,
+        check_scale(scale, query),
+        approx_mode == "sparse",
+    )
+
+
+def check_scale(scale, query: Tensor) -> float:
+    """The factor of the logits, by default `D ** -0.5`."""
+    if scale is None:
+        return query.shape[3] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(
+            f"scale must be a finite Python number or None for head_dim ** -0.5, got {scale!r}."
+        )
+    return float(scale)
 
 
 def _check_ready_selection(selection: BlockSelection, shape, device, *, block_size: int) -> None:

@@ -67,7 +67,7 @@ def coarse_scores(
     is equal by definition (constant queries, repeated text) then ties exactly, instead of being
     ranked by the rounding of blocks of different sizes.
     """
-    dtype = torch.float32 if query.device.type == "mps" else torch.float64
+    dtype = score_dtype(query)
     mask_blocks = mask_to_blocks(
         token_mask, query.shape[0], query.shape[2], block_size, n_blocks, query.device
     )
@@ -88,6 +88,33 @@ def coarse_scores(
         row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
         scores = scores - row_max
     return scores, live
+
+
+def score_dtype(query: Tensor) -> torch.dtype:
+    """What scores are computed in: float64, where the device has it."""
+    return torch.float32 if query.device.type == "mps" else torch.float64
+
+
+def sort_keys(scores: Tensor, row: Tensor, column: Tensor, n_blocks: int) -> Tensor:
+    """One int64 per pair that orders pairs by score, then by tie rank; no two are equal.
+
+    Args:
+        scores: any shape, compared as float32.
+        row, column: blocks of the pairs, int64, that broadcast with `scores`.
+        n_blocks: R, at most `MAX_BLOCK_ROWS`.
+    """
+    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
+    tie_rank = 2 * ((row - column).abs() * n_blocks + row) + (column > row)
+    return (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
+
+
+def best_keys(keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """The largest `budget` of `[..., K]` keys, -1 where there is no pair: whether each is a pair,
+    and where it stands, `[..., min(budget, K)]`.
+    """
+    found, places = keys.topk(min(budget, keys.shape[-1]), dim=-1)
+    return found >= 0, places
 
 
 def pair_budget(live: Tensor, block_per_row: int, block_budget: int | None) -> Tensor:
@@ -129,11 +156,8 @@ def choose_blocks(
     column = row.T
     distance = (row - column).abs()
 
-    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
-    tie_rank = 2 * (distance * rows + row) + (column > row)
     live_pairs = live[:, None, :, None] & live[:, None, None, :]
-    sort_key = (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
+    sort_key = sort_keys(scores, row, column, rows)
     if initial_prior_first_n_blocks or initial_prior_diagonal_n_blocks:
         first = live.cumsum(-1) <= initial_prior_first_n_blocks  # [B, R]
         prior = (first[:, None, :, None] | first[:, None, None, :]) & live_pairs
