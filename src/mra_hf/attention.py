@@ -14,9 +14,20 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function
 from transformers.utils import logging
 
-from mra_attention import mra2_attention, mra2_attention_matrix, select_blocks
+from mra_attention import (
+    mra2_attention,
+    mra2_attention_matrix,
+    multiresolution_attention,
+    multiresolution_attention_matrix,
+    select_blocks,
+)
 from mra_attention.implementations import IMPLEMENTATIONS
-from mra_hf.configuration import ATTENTION_DEFAULTS, MraConfig, check_attention_settings
+from mra_hf.configuration import (
+    ATTENTION_DEFAULTS,
+    MraConfig,
+    check_attention_settings,
+    one_description,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +115,8 @@ def mra2_mask(
 
 
 def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    """Return the arguments of `mra2_attention` that `config` asks for under the name `name`.
+    """Return the arguments of `mra2_attention` that `config` asks for under the name `name`; those
+    of `multiresolution_attention` where it has `resolutions`.
 
     Fields of a `MraConfig`; on any other config the dict `config.mra`, with `MraConfig`'s defaults
     where it is silent.
@@ -126,7 +138,12 @@ def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
             )
     if name == "mra2_s":
         settings["approx_mode"] = "sparse"
-    return settings
+    if settings["resolutions"] is None:
+        unused = ("resolutions", "block_budgets")
+    else:
+        unused = ("block_per_row", "block_budget", "block_size")
+        settings["block_budgets"] = settings["block_budgets"] or ()
+    return {setting: chosen for setting, chosen in settings.items() if setting not in unused}
 
 
 def set_attention(
@@ -136,14 +153,17 @@ def set_attention(
 
     Settings go to `config.mra` (to the fields of a `MraConfig`) and are saved with the model;
     `impl` is a choice of this process and is not. `block_per_row` without `block_budget` clears an
-    earlier `block_budget`. Dropout on attention weights is set to 0, with one log line.
+    earlier `block_budget`; `resolutions` takes the place of an earlier `block_per_row`,
+    `block_budget` and `block_size`, and the other way round. Dropout on attention
+    weights is set to 0, with one log line.
 
     Args:
         model: for example a `RobertaForMaskedLM`.
         name: `"mra2"` or `"mra2_s"`.
         impl: implementation of `mra_attention.mra2_attention`.
         **settings: any of `block_per_row`, `block_budget`, `approx_mode`, `block_size`,
-            `initial_prior_first_n_blocks`, `initial_prior_diagonal_n_blocks`, `selection`.
+            `initial_prior_first_n_blocks`, `initial_prior_diagonal_n_blocks`, `selection`,
+            `resolutions`, `block_budgets`.
 
     Returns:
         `model`.
@@ -168,6 +188,7 @@ def set_attention(
     attention_modules = refuse_unsuitable(model)
     if "block_per_row" in settings:
         settings.setdefault("block_budget", None)
+    settings = one_description(settings)
     configs = {
         id(module.config): module.config for module in model.modules() if _has_config(module)
     }
@@ -265,14 +286,20 @@ def _attend(
             "mra2 needs it as [batch, tokens]: pass the tokenizer's 2-D mask; a model that expands "
             'its mask itself or adds a bias there needs attn_implementation="sdpa".'
         )
+    if output_attentions and query.shape[2] > MAX_MATRIX_TOKENS:
+        raise ValueError(
+            "output_attentions=True builds [batch, heads, tokens, tokens] matrices and is "
+            "allowed up to "
+            f"{MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the input, or call "
+            "mra_attention.select_blocks for the chosen blocks alone."
+        )
+    if "resolutions" in settings:
+        settings["scale"] = scaling
+        if output_attentions:
+            matrices = multiresolution_attention_matrix(query, key, attention_mask, **settings)
+        output = multiresolution_attention(query, key, value, attention_mask, impl=impl, **settings)
+        return output.transpose(1, 2).contiguous(), matrices
     if output_attentions:
-        if query.shape[2] > MAX_MATRIX_TOKENS:
-            raise ValueError(
-                "output_attentions=True builds [batch, heads, tokens, tokens] matrices and is "
-                "allowed up to "
-                f"{MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the input, or call "
-                "mra_attention.select_blocks for the chosen blocks alone."
-            )
         chooser = {
             setting: chosen for setting, chosen in settings.items() if setting != "approx_mode"
         }

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from mra_attention.blocks import count_blocks
-from mra_attention.checks import APPROX_MODES, SELECTION_RULES, check_int
+from mra_attention.checks import APPROX_MODES, SELECTION_RULES, check_int, check_scales
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,12 @@ ATTENTION_DEFAULTS: dict[str, Any] = {
     "initial_prior_diagonal_n_blocks": 0,
     "block_size": 32,
     "selection": "row_normalized",
+    "resolutions": None,
+    "block_budgets": None,
 }
+#: The two ways to say which scales there are and what is chosen: one excludes the other.
+_TWO_SCALES = ("block_per_row", "block_budget", "block_size")
+_ANY_SCALES = ("resolutions", "block_budgets")
 
 
 class MraConfig(RobertaConfig):
@@ -53,6 +58,11 @@ class MraConfig(RobertaConfig):
             (default 0).
         block_size: tokens per block (default 32).
         selection: "row_normalized" (default) or "global", the rule that ranks blocks.
+        resolutions: scales from coarse to fine in place of (block_size, 1), see
+            `mra_attention.multiresolution_attention` (default None). Priors then are on blocks of
+            the coarsest scale.
+        block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
+            last (default None).
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
             follows their sum (the papers' small models). None: `hidden_size`.
         sparse_prediction: masked-LM training computes logits at the labelled places alone.
@@ -81,6 +91,8 @@ class MraConfig(RobertaConfig):
     initial_prior_diagonal_n_blocks: int = 0
     block_size: int = 32
     selection: str = "row_normalized"
+    resolutions: list[int] | tuple[int, ...] | None = None
+    block_budgets: list[int] | tuple[int, ...] | None = None
     embedding_size: int | None = None
     sparse_prediction: bool = False
     candidate_pooling: str = "marker"
@@ -153,10 +165,18 @@ class MraConfig(RobertaConfig):
         self._output_attentions = value
 
     def density(self, length: int | None = None) -> float:
-        """Return the share of block pairs that is exact, for `length` real tokens (default: the
-        longest sequence).
+        """Return the share of the matrix that the finest scale covers, for `length` real tokens
+        (default: the longest sequence).
         """
-        rows = count_blocks(length or self.max_tokens, self.block_size)
+        length = length or self.max_tokens
+        if self.resolutions is not None:
+            rows = count_blocks(length, self.resolutions[0]) * self.resolutions[0]
+            pairs = [(rows // size) ** 2 for size in self.resolutions]
+            share = 1.0  # of the matrix, that a scale covers
+            for budget, of_scale in zip(self.block_budgets or (), pairs, strict=False):
+                share = min(share, budget / of_scale)
+            return share
+        rows = count_blocks(length, self.block_size)
         budget = rows * self.block_per_row if self.block_budget is None else self.block_budget
         return min(1.0, budget / rows**2)
 
@@ -175,6 +195,9 @@ class MraConfig(RobertaConfig):
                 f'"{cls.model_type}", "{BUILTIN_TYPE}" and {ROBERTA_TYPES}. Convert BERT '
                 "checkpoints with `mra-hf convert SOURCE OUT`."
             )
+        config_dict |= {
+            name: value for name, value in one_description(kwargs).items() if name not in kwargs
+        }
         asked = {"block_per_row", "max_position_embeddings"} & kwargs.keys()
         if asked and "block_budget" not in kwargs:
             config_dict["block_budget"] = None  # else it would silently stand above what was asked
@@ -217,6 +240,19 @@ def _translate(config_dict: dict[str, Any], source_type: str) -> dict[str, Any]:
     return fields
 
 
+def one_description(asked: dict[str, Any]) -> dict[str, Any]:
+    """`asked` with the other description of the scales at its defaults: what is asked for replaces
+    it.
+    """
+    if asked.get("resolutions") is not None:
+        other = _TWO_SCALES
+    elif any(asked.get(name) is not None for name in _TWO_SCALES):
+        other = _ANY_SCALES
+    else:
+        return dict(asked)
+    return {name: ATTENTION_DEFAULTS[name] for name in other} | asked
+
+
 def check_attention_settings(settings: dict[str, Any]) -> None:
     """Raise a `ValueError` unless `settings`, a full set of `ATTENTION_DEFAULTS`, can be run."""
     unknown = sorted(set(settings) - set(ATTENTION_DEFAULTS))
@@ -233,6 +269,9 @@ def check_attention_settings(settings: dict[str, Any]) -> None:
     diagonal = settings["initial_prior_diagonal_n_blocks"]
     check_int("initial_prior_first_n_blocks", first, 0)
     check_int("initial_prior_diagonal_n_blocks", diagonal, 0)
+    if settings["resolutions"] is not None or settings["block_budgets"] is not None:
+        _check_scales(settings)
+        return
     needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
     if settings["block_per_row"] < needed:
         raise ValueError(
@@ -242,4 +281,20 @@ def check_attention_settings(settings: dict[str, Any]) -> None:
             "blocks that are always exact "
             "would leave none for the data-dependent choice. Raise block_per_row or lower the "
             "priors."
+        )
+
+
+def _check_scales(settings: dict[str, Any]) -> None:
+    if settings["resolutions"] is None:
+        raise ValueError(
+            f"block_budgets={settings['block_budgets']} needs resolutions, the scales it is for; "
+            "with two scales set block_per_row or block_budget instead."
+        )
+    check_scales(settings["resolutions"], settings["block_budgets"] or ())
+    both = [name for name in _TWO_SCALES if settings[name] != ATTENTION_DEFAULTS[name]]
+    if both:
+        raise ValueError(
+            f"resolutions and {both[0]} describe the same thing: with resolutions="
+            f"{list(settings['resolutions'])} leave {both[0]} at "
+            f"{ATTENTION_DEFAULTS[both[0]]}, got {settings[both[0]]}."
         )

@@ -6,6 +6,7 @@ from .api import (
     mra2_attention,
     mra2_attention_matrix,
     multiresolution_attention,
+    multiresolution_attention_matrix,
     select_blocks,
 )
 from .selection import BlockSelection
@@ -15,5 +16,6 @@ __all__ = [
     "mra2_attention",
     "mra2_attention_matrix",
     "multiresolution_attention",
+    "multiresolution_attention_matrix",
     "select_blocks",
 ]

@@ -310,6 +310,45 @@ def mra2_attention_matrix(
         )
 
 
+def multiresolution_attention_matrix(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    resolutions: Sequence[int] = (16, 4, 1),
+    block_budgets: Sequence[int],
+    approx_mode: Literal["full", "sparse"] = "full",
+    initial_prior_first_n_blocks: int = 0,
+    initial_prior_diagonal_n_blocks: int = 0,
+    selection: str = "row_normalized",
+    scale: float | None = None,
+) -> Tensor:
+    """Return the row-normalised matrix A-hat `[B, H, N, N]` that `multiresolution_attention`
+    applies.
+
+    From the reference, so it needs O(N^2) memory; float32, or float64 for float64 inputs. Rows of
+    padding are zero.
+
+    Raises:
+        ValueError: as `multiresolution_attention`.
+    """
+    resolutions, block_budgets = check_scales(resolutions, block_budgets)
+    query, key, _ = check_tensors(query, key, key)
+    scheme = check_scheme(
+        query,
+        resolutions=resolutions,
+        block_budgets=block_budgets,
+        approx_mode=approx_mode,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        selection=selection,
+        scale=scale,
+    )
+    token_mask = to_token_mask(attention_mask, query)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.multiresolution_matrix(query, key, token_mask, scheme)
+
+
 def _select_op(
     query: Tensor, key: Tensor, token_mask: Tensor | None, impl: str = "torch", **settings
 ) -> Tensor:

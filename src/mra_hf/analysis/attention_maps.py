@@ -70,6 +70,11 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             handle.remove()
 
     settings = attention_settings(model.config, "mra2")
+    if "resolutions" in settings:
+        raise ValueError(
+            "pictures are of two scales, and the configuration has resolutions="
+            f"{settings['resolutions']}; set block_per_row instead."
+        )
     rule = {name: chosen for name, chosen in settings.items() if name != "approx_mode"}
     heads = model.config.num_attention_heads
     matrices = []

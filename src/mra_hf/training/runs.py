@@ -170,6 +170,8 @@ def conditions(
         "attention": attention,
         "approx_mode": settings.get("approx_mode"),
         "block_per_row": settings.get("block_per_row"),
+        "resolutions": settings.get("resolutions"),
+        "block_budgets": settings.get("block_budgets"),
         "parameters": model.num_parameters(),
         "max_seq_length": max_seq_length,
         "seed": training_args.seed,

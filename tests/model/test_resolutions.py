@@ -1,0 +1,105 @@
+"""The general scheme in models: `MraConfig.resolutions`, stock models, saving, training."""
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaModel
+
+from mra_attention import multiresolution_attention
+from mra_hf import MraConfig, MraForMaskedLM, MraModel, set_attention
+from tiny_models import SIZES
+
+SCALES = {"resolutions": [16, 4, 1], "block_budgets": [9, 40]}
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[1, 70:] = 0
+    return {"input_ids": torch.randint(5, 50, (2, 100)), "attention_mask": mask}
+
+
+def test_a_model_attends_by_its_scales_and_comes_back_from_a_directory(inputs, tmp_path):
+    torch.manual_seed(0)
+    model = MraModel(MraConfig(**SIZES, **SCALES)).eval()
+    with torch.no_grad():
+        output = model(**inputs, output_attentions=True)
+        model.save_pretrained(tmp_path)
+        again = MraModel.from_pretrained(tmp_path).eval()
+        assert again.config.resolutions == SCALES["resolutions"]
+        torch.testing.assert_close(again(**inputs).last_hidden_state, output.last_hidden_state)
+        full = MraModel.from_pretrained(tmp_path, block_per_row=8).eval()
+        assert full.config.resolutions is None and full.config.block_budgets is None
+        assert not torch.allclose(full(**inputs).last_hidden_state, output.last_hidden_state)
+        finer = MraModel.from_pretrained(tmp_path, resolutions=[8, 1], block_budgets=[30])
+        assert finer.config.resolutions == [8, 1]
+    # A matrix per layer, whose rows are made of tiles: constant over the blocks that stay coarse.
+    matrix = output.attentions[0]
+    torch.testing.assert_close(
+        matrix.sum(-1)[0], torch.ones_like(matrix.sum(-1)[0]), atol=1e-5, rtol=0
+    )
+    assert (matrix[1, :, :, 70:] == 0).all()
+
+
+def test_a_stock_model_attends_by_scales(inputs):
+    torch.manual_seed(0)
+    model = RobertaModel(RobertaConfig(**SIZES)).eval()
+    set_attention(model, block_per_row=4)
+    set_attention(model, **SCALES)
+    assert model.config.mra["resolutions"] == SCALES["resolutions"]
+    assert "block_per_row" not in model.config.mra or model.config.mra["block_per_row"] == 8
+    seen = []
+    layer = model.encoder.layer[0].attention.self
+    layer.register_forward_hook(lambda *call: seen.append(call[-1][0]))
+    with torch.no_grad():
+        model(**inputs)
+        hidden = model.embeddings(inputs["input_ids"])
+        heads = SIZES["num_attention_heads"]
+        qkv = [
+            part(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in (layer.query, layer.key, layer.value)
+        ]
+        expected = multiresolution_attention(*qkv, inputs["attention_mask"], **SCALES)
+    torch.testing.assert_close(seen[0], expected.transpose(1, 2).flatten(2))
+
+
+def test_it_trains(inputs):
+    torch.manual_seed(0)
+    model = MraForMaskedLM(MraConfig(**SIZES, **SCALES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SCALES | {"block_per_row": 4}, "resolutions and block_per_row describe the same thing"),
+        (SCALES | {"block_budget": 9}, "resolutions and block_budget describe the same thing"),
+        (SCALES | {"block_size": 16}, "resolutions and block_size describe the same thing"),
+        ({"block_budgets": [4]}, "needs resolutions"),
+        ({"resolutions": [16, 4, 1]}, "block_budgets must hold one number for every scale"),
+        ({"resolutions": [16, 5], "block_budgets": [3]}, "each dividing the one before"),
+    ],
+)
+def test_two_descriptions_and_impossible_ones_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MraConfig(**settings)
+    if len(settings) > 1 or "block_budgets" not in settings:
+        model = RobertaModel(RobertaConfig(**SIZES))
+        with pytest.raises(ValueError, match=message):
+            set_attention(model, **settings)
+
+
+def test_density_is_the_share_of_the_finest_scale():
+    config = MraConfig(**SIZES, **SCALES)
+    # 40 blocks of side 4 of a matrix of 112 tokens.
+    assert config.density(100) == pytest.approx(40 * 16 / 112**2)
+    same = MraConfig(resolutions=[32, 1], block_budgets=[20])
+    assert same.density(320) == MraConfig(block_budget=20).density(320)
