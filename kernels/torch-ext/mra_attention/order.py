@@ -1,0 +1,146 @@
+"""Orders of tokens that bring like ones into one block (ICML 2022, section 4.4 and its appendix).
+
+Block means say much where neighbours are alike. Softmax attention does not care about the order of
+its queries, nor about that of keys and values together, so both may be put in an order of their own
+first and the output back afterwards.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .checks import check_int, to_token_mask
+
+
+def patch_order(
+    height: int, width: int, patch: tuple[int, int] = (4, 8), device: torch.device | None = None
+) -> Tensor:
+    """Places of a grid's tokens, patch by patch, `[height * width]` int64.
+
+    Tokens of the grid lie row by row; `x[:, order]` has the tokens of a patch beside each other,
+    row by row within it, patches row by row too. A patch of 4 x 8 is one block of 32 tokens.
+
+    Raises:
+        ValueError: sides that are not multiples of those of the patch.
+    """
+    for name, side, of_patch in (("height", height, patch[0]), ("width", width, patch[1])):
+        check_int(f"patch of {name}", of_patch, 1)
+        check_int(name, side, 1)
+        if side % of_patch:
+            raise ValueError(
+                f"{name} must be a multiple of its side of the patch, {of_patch}, got {side}; pad "
+                "the grid or choose another patch."
+            )
+    places = torch.arange(height * width, device=device)
+    rows, columns = height // patch[0], width // patch[1]
+    return places.view(rows, patch[0], columns, patch[1]).transpose(1, 2).flatten()
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """The order that undoes `order`, `[..., N]` int64."""
+    places = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def hash_order(
+    x: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    n_buckets: int = 16,
+    directions: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Tokens by bucket of a random projection, within a bucket as they stood, padding last.
+
+    A bucket is the nearest of n_buckets / 2 random directions and their negatives (the hash of
+    Andoni et al. 2015 that Reformer uses); every head sorts its own tokens.
+
+    Args:
+        x: `[B, H, N, D]`, queries or keys.
+        attention_mask: `[B, N]` bool or integer, or None.
+        n_buckets: even.
+        directions: `[D, n_buckets / 2]`, to sort queries and keys alike; default: drawn.
+        generator: to draw them with.
+
+    Returns:
+        `[B, H, N]` int64, for `attend_in_order`.
+
+    Raises:
+        ValueError: an odd number of buckets, or directions of another shape.
+    """
+    check_int("n_buckets", n_buckets, 2)
+    if n_buckets % 2:
+        raise ValueError(f"n_buckets must be even, got {n_buckets}: a direction gives two.")
+    wanted = (x.shape[-1], n_buckets // 2)
+    if directions is None:
+        directions = random_directions(*wanted, generator=generator)
+    if tuple(directions.shape) != wanted:
+        raise ValueError(
+            f"directions must be [head_dim, n_buckets / 2] = {wanted}, got "
+            f"{tuple(directions.shape)}."
+        )
+    directions = directions.to(x.device, torch.float32)
+    token_mask = to_token_mask(attention_mask, x)
+    with torch.no_grad():
+        if token_mask is not None:
+            x = x.masked_fill(~token_mask[:, None, :, None], 0)
+        projected = x.float() @ directions
+        buckets = torch.cat([projected, -projected], -1).argmax(-1)
+        if token_mask is not None:
+            buckets = buckets.masked_fill(~token_mask[:, None], n_buckets)
+        return buckets.argsort(dim=-1, stable=True)
+
+
+def random_directions(
+    head_dim: int, n_directions: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Directions for `hash_order`, `[head_dim, n_directions]` float32."""
+    return torch.randn(head_dim, n_directions, generator=generator) / math.sqrt(head_dim)
+
+
+def attend_in_order(
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    query_order: Tensor,
+    key_order: Tensor,
+) -> Tensor:
+    """Attention on tokens in another order, its output in the old one.
+
+    Args:
+        attention: called as `attention(query, key, value, attention_mask)`, for example a partial
+            of `mra2_attention`.
+        query, key, value: `[B, H, N, D]`.
+        attention_mask: `[B, N]` or None. With it, both orders must have padding last, as those of
+            `hash_order` do.
+        query_order, key_order: `[N]` or `[B, H, N]` int64, permutations.
+
+    Returns:
+        `[B, H, N, D]`.
+
+    Raises:
+        ValueError: orders of another shape.
+    """
+    shape = query.shape[:3]
+    token_mask = to_token_mask(attention_mask, query)
+    orders = {"query_order": query_order, "key_order": key_order}
+    for name, order in orders.items():
+        if order.shape not in (shape, shape[2:]):
+            raise ValueError(
+                f"{name} must be [tokens] or [batch, heads, tokens] = {tuple(shape)}, got "
+                f"{tuple(order.shape)}."
+            )
+    query_order, key_order = (order.expand(shape)[..., None] for order in orders.values())
+    if token_mask is not None:
+        count = token_mask.sum(-1, keepdim=True)
+        token_mask = torch.arange(shape[2], device=query.device) < count
+    query = query.gather(2, query_order.expand_as(query))
+    key, value = (x.gather(2, key_order.expand_as(x)) for x in (key, value))
+    output = attention(query, key, value, token_mask)
+    back = inverse_order(query_order[..., 0])[..., None]
+    return output.gather(2, back.expand_as(output))
