@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from mra_attention import implementations, mra2_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
+
+from mra_attention.triton_impl import launching  # noqa: E402
 
 
 def test_kernels_in_the_interpreter():
@@ -32,7 +35,19 @@ def test_kernels_in_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", result.stdout)[1])
-    assert passed >= 75, result.stdout[-2000:]
+    assert passed >= 120, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "query_blocks"),
+    [("forward", 3), ("query_gradient", 0), ("key_gradient", 2), ("forward", "2")],
+)
+def test_a_table_with_a_number_of_query_blocks_that_does_not_exist_is_refused(kernel, query_blocks):
+    content = json.loads(Path(launching.__file__).with_name("launch_configs.json").read_text())
+    row = next(row for row in content["configs"] if row["kernel"] == kernel)
+    row["query_blocks"] = query_blocks
+    with pytest.raises(ValueError, match=f"query_blocks must be .* for {kernel}, got"):
+        launching.parse_table(content)
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
