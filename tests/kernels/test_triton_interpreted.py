@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import os
 import re
@@ -71,14 +73,20 @@ def test_kernels_compile_for_a_card_that_is_not_here(tmp_path):
     rows = [line.split() for line in result.stdout.splitlines() if " swapped " in line]
     assert {row[1] for row in rows} == {"exact", "exact_query", "exact_key"}
     assert all("HGMMA" in row for row in rows)
-    assert len(table.read_text().splitlines()) > 20
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) > 20
+    two = {(row["kernel"], row["form"]) for row in rows if row["query_blocks"] == "2"}
+    forms = itertools.product(("exact_kernel", "exact_query_kernel"), ("plain", "swapped"))
+    assert two >= {*forms, ("merge_kernel", ""), ("merge_gradient_kernel", ""), ("fill_kernel", "")}
 
 
 def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "kernels")
     import compile_check as check
 
-    good = check.Result("sm_90", "exact_kernel", "bf16", 64, "swapped", 2, 4, 3, 128, 0, 1, "", "")
+    good = check.Result(
+        "sm_90", "exact_kernel", "bf16", 64, "swapped", 1, 2, 4, 3, 128, 0, 1, "", ""
+    )
     good.tensor_core = "HGMMA"
     assert check._findings(good, 100) == []
     for field, value, word in (
