@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from cuda_driver import Outcome, Session, Skipped, Step
 from cuda_measure import (
-    QUERY_KERNELS,
     attention_inputs,
     forms,
     graphed,
@@ -316,14 +315,11 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
         return Step(f"variant: {label}", run, "variant", 6)
 
     for swapped in forms(session):
-        form = "swapped" if swapped else "plain"
         for group in (2,) if small else (2, 4):
             for stages in (2,) if small else (2, 3):
                 settings = {"swapped": swapped, "group": group, "num_stages": stages}
-                label = f"{form} group={group} stages={stages}"
+                label = f"{'swapped' if swapped else 'plain'} group={group} stages={stages}"
                 yield variant(label, {}, configs=with_configs(**settings))
-        configs = with_configs(QUERY_KERNELS, swapped=swapped, query_blocks=2)
-        yield variant(f"{form} query_blocks=2", {}, configs=configs)
     for blocks in (1, 2) if small else (8, 16, 32):
         yield variant(f"item_blocks={blocks}", {}, item_blocks=blocks)
         yield variant(f"item_blocks={blocks} priors", _PRIORS, item_blocks=blocks)

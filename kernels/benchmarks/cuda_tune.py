@@ -34,6 +34,10 @@ _CONFIG = ("swapped", "group", "num_warps", "num_stages", "query_blocks")
 _KEYS = ("architecture", "kernel", "head_dim", "operand_bytes", *_CONFIG, "setting")
 TUNE_COLUMNS = (*CONDITIONS, *_KEYS, "ms_median", "ms_p20", "ms_p80")
 _DTYPES = {2: "bf16", 4: "fp32"}
+#: Tokens that inputs are rolled by. Their topics last 64 tokens, as long as two blocks: unrolled,
+#: two adjacent query blocks would select the same key blocks, which flatters two query blocks a
+#: tile. Rolled, the union of two lists is 0.82 of their sum; the embedded English model has 0.83.
+_ROLLED = 20
 #: A table-wide setting gives way to another that is faster by more than this factor.
 _WORTH = 0.98
 
@@ -104,7 +108,7 @@ def _passes(session: Session, dim: int, dtype: str, priors: bool = False) -> Pas
     if dtype == "fp32":
         batch = max(1, batch // 2)
     inputs = attention_inputs(session, length, batch, heads, dim, dtype)
-    inputs = tuple(x.detach() for x in inputs)
+    inputs = tuple(x.detach().roll(_ROLLED, 2) for x in inputs)
     scale = dim**-0.5
     blocks = triton_impl.select(
         *inputs[:2],
