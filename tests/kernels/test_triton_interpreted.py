@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_cases import make_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mra_attention import implementations, mra2_attention
 
@@ -118,6 +120,61 @@ def test_what_the_kernels_cannot_take_is_refused_with_a_remedy(change, words, mo
         mra2_attention(*inputs[:3], impl="triton", block_size=block_size)
     assert words in str(error.value) and 'impl="auto"' in str(error.value)
     assert implementations.resolve_impl("auto", inputs[0], block_size) == "torch"
+
+
+@pytest.fixture
+def on_a_cuda_device(monkeypatch):
+    """Let the choice see a CUDA device of a compute capability; return a tensor that lies on it."""
+
+    def pretend(*capability, hip=None):
+        def get_device_capability(device):
+            assert not torch.compiler.is_dynamo_compiling(), "the true one cannot be traced"
+            return capability
+
+        cuda = SimpleNamespace(
+            is_available=lambda: True, get_device_capability=get_device_capability
+        )
+        version = SimpleNamespace(hip=hip)
+        monkeypatch.setattr(implementations, "torch", SimpleNamespace(cuda=cuda, version=version))
+        with FakeTensorMode():
+            return torch.empty(1, 1, 40, 32, device="cuda:0")
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+def test_cuda_devices_older_than_the_launch_table_take_the_torch_path(capability, on_a_cuda_device):
+    query = on_a_cuda_device(*capability)
+    assert implementations.resolve_impl("auto", query, 32) == "torch"
+    with pytest.raises(ValueError, match='impl="triton" takes CUDA devices') as error:
+        implementations.resolve_impl("triton", query, 32)
+    assert "got one of {}.{}".format(*capability) in str(error.value)
+    assert 'Pass impl="auto" or "torch"' in str(error.value)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_newer_cuda_devices_take_the_kernels(capability, on_a_cuda_device):
+    query = on_a_cuda_device(*capability)
+    assert implementations.resolve_impl("auto", query, 32) == "triton"
+
+
+def test_rocm_devices_take_the_kernels_whatever_their_number(on_a_cuda_device):
+    query = on_a_cuda_device(7, 5, hip="7.0")
+    assert implementations.resolve_impl("auto", query, 32) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_the_compute_capability_does_not_break_a_compiled_graph(capability, on_a_cuda_device):
+    on_a_cuda_device(*capability)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def shifted(x):
+        found = implementations.cuda_capability(x.device)
+        return x + 1 if found < implementations.OLDEST_CAPABILITY else x - 1
+
+    given = shifted(torch.zeros(2)).tolist()
+    assert given == ([1, 1] if capability < (8, 0) else [-1, -1])
 
 
 def test_missing_triton_is_named(monkeypatch):
