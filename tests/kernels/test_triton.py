@@ -15,6 +15,8 @@ from attention_cases import (
     MASK_KINDS,
     MODES,
     NAMES,
+    Attention,
+    assert_exports_no_operator_of_ours,
     make_inputs,
     make_mask,
     outputs_and_gradients,
@@ -506,6 +508,28 @@ def test_compiles_as_one_graph_and_checkpoints():
     for function in (compiled, checkpointed):
         for x, y in zip(outputs_and_gradients(function, *inputs), expected, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exported_module_gives_what_the_kernels_give(mode):
+    """Also at other batch sizes and lengths; the kernels themselves are not in its graph."""
+    module = Attention(block_per_row=2, approx_mode=mode, impl="triton")
+    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    names = ("query", "key", "value")
+    program = torch.export.export(
+        module,
+        (*on_device(make_inputs(2, 1, 70, 16))[:3], mask_on_device("right", 2, 70)),
+        dynamic_shapes={
+            **dict.fromkeys(names, dynamic),
+            "mask": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+        },
+    )
+    assert_exports_no_operator_of_ours(program)
+    for batch, length in ((2, 70), (1, 129)):
+        inputs = on_device(make_inputs(batch, 1, length, 16))[:3]
+        mask = mask_on_device("holes", batch, length)
+        given, expected = program.module()(*inputs, mask), module(*inputs, mask)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_full_budget_is_dense_attention():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import make_inputs
+from attention_cases import MODES, Attention, assert_exports_no_operator_of_ours, make_inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mra_attention import implementations, mra2_attention
@@ -175,6 +175,21 @@ def test_the_compute_capability_does_not_break_a_compiled_graph(capability, on_a
 
     given = shifted(torch.zeros(2)).tolist()
     assert given == ([1, 1] if capability < (8, 0) else [-1, -1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_for_the_kernels_is_exported_without_a_card(mode, monkeypatch):
+    """Where calling it is refused: the exported graph is the reference, whatever `impl` says."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = {"block_per_row": 2, "approx_mode": mode}
+    module = Attention(**settings, impl="triton")
+    inputs = make_inputs(2, 2, 70, 32)[:3]
+    with pytest.raises(ValueError, match="got tensors on cpu"):
+        module(*inputs)
+    program = torch.export.export(module, tuple(inputs))
+    assert_exports_no_operator_of_ours(program)
+    expected = mra2_attention(*inputs, **settings, impl="reference")
+    torch.testing.assert_close(program.module()(*inputs), expected, rtol=0, atol=1e-5)
 
 
 def test_missing_triton_is_named(monkeypatch):
