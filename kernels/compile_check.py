@@ -49,6 +49,10 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
+#: (sparse, masked) besides (False, True), which everything is compiled with.
+FURTHER_MODES = ((False, False), (True, True), (True, False))
+#: Head dims that are padded inside, and the dtype that they are compiled with, by padded head dim.
+PADDED = {64: (40, "fp32"), 128: (80, "bf16")}
 #: Bytes (NVIDIA) or registers (AMD) that may be spilled, by (target, kernel, dtype, padded head
 #: dim); None stands for any. What is not listed may not spill at all.
 SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
@@ -192,7 +196,8 @@ def _recorded(
 
 def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
     """Every launch worth compiling, once: all dtypes and head dims of the kernels that have a
-    shipped configuration; the other kernels at all head dims; further modes at one of each.
+    shipped configuration; the other kernels at all head dims. Of further modes each head dim meets
+    all, and each dtype too, but not in every combination.
     """
     found: dict[Launch, None] = {}
     for target in targets:
@@ -201,9 +206,15 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                 for launch in _recorded(target, dtype, dim, False, True, "ieee", 4096):
                     if launch.kernel in ITEM_KERNELS or dtype != "fp16":
                         found[launch] = None
-            for sparse, masked in ((False, False), (True, True), (True, False)):
-                for launch in _recorded(target, "bf16", dim, sparse, masked, "ieee", 4096):
-                    if launch.kernel in ITEM_KERNELS:
+            for place, dtype in enumerate(DTYPES, DIMS.index(dim)):
+                mode = FURTHER_MODES[place % len(FURTHER_MODES)]
+                for launch in _recorded(target, dtype, dim, *mode, "ieee", 4096):
+                    if launch.kernel in ITEM_KERNELS and dtype in dtypes:
+                        found[launch] = None
+            padded, dtype = PADDED.get(dim, (dim, ""))
+            if dtype in dtypes:
+                for launch in _recorded(target, dtype, padded, False, True, "ieee", 4096):
+                    if "D" in dict(launch.constants):  # the others see the padded head dim alone
                         found[launch] = None
             # longer sequences: radix select, and scores computed anew by every pass
             for length in (16384, 65536) if dim >= 64 else ():
@@ -279,15 +290,13 @@ def compile_launch(launch: Launch) -> Result:
 
 def _findings(result: Result, shared_limit: int) -> list[str]:
     found = []
+    about = (result.target, result.kernel, result.dtype, launching.padded_dim(result.dim))
     allowed = max(
         (
             allowance
             for key, allowance in SPILL_ALLOWANCES.items()
             if all(
-                wanted is None or wanted == given
-                for wanted, given in zip(
-                    key, (result.target, result.kernel, result.dtype, result.dim), strict=True
-                )
+                wanted is None or wanted == given for wanted, given in zip(key, about, strict=True)
             )
         ),
         default=0,
@@ -310,8 +319,8 @@ def _intended(result: Result) -> str:
     if result.dtype == "fp32":
         return ""  # IEEE products run on the ordinary units
     # Sums of fewer than 64 channels cannot be the M side that wgmma wants; tf32 runs plain.
-    wide = result.target == "sm_90" and result.dim >= 64 and result.dtype != "tf32"
-    return "HGMMA" if wide else "HMMA"
+    wide = launching.padded_dim(result.dim) >= 64 and result.dtype != "tf32"
+    return "HGMMA" if result.target == "sm_90" and wide else "HMMA"
 
 
 def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:
