@@ -5,14 +5,16 @@
 
 Launches are recorded from the public code path on tensors without data (device "meta"), which also
 shows that nothing on that path reads a value back. Each is compiled ahead of time by the installed
-Triton for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture.
-Findings: stack spills beyond the allowance, shared memory over the card's limit (compilation alone
-does not notice), tensor-core instructions other than the intended ones.
+Triton for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture;
+those of two query blocks a tile (column "queries"), which no shipped configuration uses, at head
+dim 64 in 16 bits. Findings: stack spills beyond the allowance, shared memory over the card's limit
+(compilation alone does not notice), tensor-core instructions other than the intended ones.
 """
 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import inspect
 import multiprocessing
@@ -23,6 +25,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent
 if __name__ == "__main__":
@@ -46,6 +49,10 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
+#: (sparse, masked) besides (False, True), which everything is compiled with.
+FURTHER_MODES = ((False, False), (True, True), (True, False))
+#: Head dims that are padded inside, and the dtype that they are compiled with, by padded head dim.
+PADDED = {64: (40, "fp32"), 128: (80, "bf16")}
 #: Bytes (NVIDIA) or registers (AMD) that may be spilled, by (target, kernel, dtype, padded head
 #: dim); None stands for any. What is not listed may not spill at all.
 SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
@@ -79,6 +86,7 @@ class Result:
     dtype: str
     dim: int
     form: str
+    query_blocks: int
     group: int
     warps: int
     stages: int
@@ -104,10 +112,25 @@ _TYPES = {
 
 
 def _recorded(
-    target: str, dtype: str, dim: int, sparse: bool, masked: bool, precision: str, length: int
+    target: str,
+    dtype: str,
+    dim: int,
+    sparse: bool,
+    masked: bool,
+    precision: str,
+    length: int,
+    **changes,
 ) -> list[Launch]:
-    """The launches of a selection, a forward and a backward pass."""
+    """The launches of a selection, a forward and a backward pass; `changes` are made to the
+    configurations of kernels that work on query blocks.
+    """
     launches = []
+    table = launching.table()
+    configs = {
+        key: config if key[1] == "key_gradient" else replace(config, **changes)
+        for key, config in table.configs.items()
+    }
+    changed = replace(table, configs=configs)
 
     def record(kernel, programs, *arguments, num_warps=4, num_stages=2, **constants):
         names = [name for name in inspect.signature(kernel.fn).parameters if name not in constants]
@@ -143,10 +166,15 @@ def _recorded(
         torch.empty(shape, dtype=DTYPES[dtype], device="meta").transpose(1, 2) for _ in range(4)
     )
     mask = torch.empty(shape[:2], dtype=torch.bool, device="meta") if masked else None
-    saved = launching.launch, launching.architecture, launching.float32_precision
-    launching.launch, launching.architecture = record, lambda device: target
-    launching.float32_precision = lambda: precision
-    try:
+    patches = {
+        "launch": record,
+        "architecture": lambda device: target,
+        "float32_precision": lambda: precision,
+        "table": lambda: changed,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in patches.items():
+            stack.enter_context(mock.patch.object(launching, name, stand_in))
         scale = dim**-0.5
         blocks = triton_impl.select(
             query,
@@ -163,14 +191,13 @@ def _recorded(
         settings = {"scale": scale, "sparse": sparse, "largest_budget": largest_budget}
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
-    finally:
-        launching.launch, launching.architecture, launching.float32_precision = saved
     return launches
 
 
 def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
     """Every launch worth compiling, once: all dtypes and head dims of the kernels that have a
-    shipped configuration; the other kernels at all head dims; further modes at one of each.
+    shipped configuration; the other kernels at all head dims. Of further modes each head dim meets
+    all, and each dtype too, but not in every combination.
     """
     found: dict[Launch, None] = {}
     for target in targets:
@@ -179,9 +206,15 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                 for launch in _recorded(target, dtype, dim, False, True, "ieee", 4096):
                     if launch.kernel in ITEM_KERNELS or dtype != "fp16":
                         found[launch] = None
-            for sparse, masked in ((False, False), (True, True), (True, False)):
-                for launch in _recorded(target, "bf16", dim, sparse, masked, "ieee", 4096):
-                    if launch.kernel in ITEM_KERNELS:
+            for place, dtype in enumerate(DTYPES, DIMS.index(dim)):
+                mode = FURTHER_MODES[place % len(FURTHER_MODES)]
+                for launch in _recorded(target, dtype, dim, *mode, "ieee", 4096):
+                    if launch.kernel in ITEM_KERNELS and dtype in dtypes:
+                        found[launch] = None
+            padded, dtype = PADDED.get(dim, (dim, ""))
+            if dtype in dtypes:
+                for launch in _recorded(target, dtype, padded, False, True, "ieee", 4096):
+                    if "D" in dict(launch.constants):  # the others see the padded head dim alone
                         found[launch] = None
             # longer sequences: radix select, and scores computed anew by every pass
             for length in (16384, 65536) if dim >= 64 else ():
@@ -191,10 +224,25 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
         for dim in {64} & set(dims):
             for launch in _recorded(target, "fp32", dim, False, True, "tf32", 4096):
                 found[replace(launch, dtype="tf32")] = None
+            for dtype in {"bf16", "fp16"} & set(dtypes):
+                for swapped in (False, True) if target == "sm_90" else (False,):
+                    changes = {"query_blocks": 2, "swapped": swapped}
+                    recorded = _recorded(target, dtype, dim, False, True, "ieee", 4096, **changes)
+                    for launch in recorded:
+                        if _query_blocks(launch) == 2 and (
+                            launch.kernel in ITEM_KERNELS or dtype == "bf16"
+                        ):
+                            found[launch] = None
     unique = {}
     for launch in found:  # many kernels do not depend on the dtype or the precision
         unique.setdefault(replace(launch, dtype="", dim=0), launch)
     return list(unique.values())
+
+
+def _query_blocks(launch: Launch) -> int:
+    """Query blocks that own a tile or a list; 0 where there are none."""
+    constants = dict(launch.constants)
+    return constants.get("QUERY_BLOCKS", constants.get("OWN_BLOCKS", 0))
 
 
 def compile_launch(launch: Launch) -> Result:
@@ -226,6 +274,7 @@ def compile_launch(launch: Launch) -> Result:
         launch.dtype,
         launch.dim,
         {True: "swapped", False: "plain"}.get(constants.get("SWAPPED"), ""),
+        _query_blocks(launch),
         constants.get("GROUP", 0),
         launch.num_warps,
         launch.num_stages,
@@ -241,15 +290,13 @@ def compile_launch(launch: Launch) -> Result:
 
 def _findings(result: Result, shared_limit: int) -> list[str]:
     found = []
+    about = (result.target, result.kernel, result.dtype, launching.padded_dim(result.dim))
     allowed = max(
         (
             allowance
             for key, allowance in SPILL_ALLOWANCES.items()
             if all(
-                wanted is None or wanted == given
-                for wanted, given in zip(
-                    key, (result.target, result.kernel, result.dtype, result.dim), strict=True
-                )
+                wanted is None or wanted == given for wanted, given in zip(key, about, strict=True)
             )
         ),
         default=0,
@@ -272,8 +319,8 @@ def _intended(result: Result) -> str:
     if result.dtype == "fp32":
         return ""  # IEEE products run on the ordinary units
     # Sums of fewer than 64 channels cannot be the M side that wgmma wants; tf32 runs plain.
-    wide = result.target == "sm_90" and result.dim >= 64 and result.dtype != "tf32"
-    return "HGMMA" if wide else "HMMA"
+    wide = launching.padded_dim(result.dim) >= 64 and result.dtype != "tf32"
+    return "HGMMA" if result.target == "sm_90" and wide else "HMMA"
 
 
 def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:
@@ -330,14 +377,15 @@ def main() -> int:
     results = compile_all(launches, args.processes)
     print(f"Triton {triton.__version__}, {len(results)} compiled launches")
     print(
-        f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'group':>6}{'warps':>6}"
-        f"{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  {'tensor cores':<13}finding"
+        f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'queries':>8}{'group':>6}"
+        f"{'warps':>6}{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  {'tensor cores':<13}"
+        "finding"
     )
     for r in results:
         print(
             f"{r.target:<7}{r.kernel.removesuffix('_kernel'):<24}{r.dtype:<6}{r.dim:>4} "
-            f"{r.form:<8}{r.group or '':>6}{r.warps:>6}{r.stages:>7}{r.registers:>6}"
-            f"{r.spills:>7}{r.shared_bytes:>8}  {r.tensor_core:<13}{r.finding}"
+            f"{r.form:<8}{r.query_blocks or '':>8}{r.group or '':>6}{r.warps:>6}{r.stages:>7}"
+            f"{r.registers:>6}{r.spills:>7}{r.shared_bytes:>8}  {r.tensor_core:<13}{r.finding}"
         )
     if args.csv is not None:
         with args.csv.open("w", newline="") as file:

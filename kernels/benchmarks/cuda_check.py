@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from cuda_driver import ROOT, Outcome, Session, Step
-from cuda_measure import DTYPES, as_graph, forms, patched_table, with_configs
+from cuda_measure import DTYPES, QUERY_KERNELS, as_graph, forms, patched_table, with_configs
 from torch import Tensor
 
 from mra_attention import BlockSelection, mra2_attention, select_blocks, triton_impl
@@ -75,8 +75,10 @@ def steps(session: Session) -> list[Step]:
 
     changes = [("items of 1 block", {"item_blocks": 1}), ("items of 2 blocks", {"item_blocks": 2})]
     for swapped in forms(session):
-        configs = with_configs(swapped=swapped)
-        changes.append((f"{'swapped' if swapped else 'plain'} form", {"configs": configs}))
+        form = "swapped form" if swapped else "plain form"
+        changes.append((form, {"configs": with_configs(swapped=swapped)}))
+        configs = with_configs(QUERY_KERNELS, swapped=swapped, query_blocks=2)
+        changes.append((f"two query blocks, {form}", {"configs": configs}))
     if not small:
         changes += [(f"groups of {n}", {"configs": with_configs(group=n)}) for n in (1, 4)]
     cases = (base,) if small else (base, base32, replace(base, length=4096, batch=1, priors=True))

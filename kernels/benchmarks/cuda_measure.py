@@ -14,6 +14,8 @@ from mra_attention.benchmarking import topical_inputs
 from mra_attention.triton_impl import launching
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Those whose tiles one or two query blocks may own.
+QUERY_KERNELS = ("forward", "query_gradient")
 
 
 @dataclasses.dataclass(frozen=True)

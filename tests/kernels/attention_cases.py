@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 
+from mra_attention import mra2_attention
+
 MASK_KINDS = ("none", "right", "left", "holes", "empty sample")
 MODES = ("full", "sparse")
 NAMES = ("output", "grad_query", "grad_key", "grad_value")
@@ -65,6 +67,23 @@ def outputs_and_gradients(attention, query, key, value, grad_output):
     inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     output = attention(*inputs)
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
+
+
+class Attention(torch.nn.Module):
+    """`mra2_attention` with its settings, as a module to be exported."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, query, key, value, mask=None):
+        return mra2_attention(query, key, value, mask, **self.settings)
+
+
+def assert_exports_no_operator_of_ours(program):
+    """An exported graph runs where this package is not installed: the reference, in aten."""
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert targets and not any("mra2" in target for target in targets), targets
 
 
 def dense_attention(query, key, value, mask=None, scale=None):

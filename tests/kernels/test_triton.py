@@ -15,6 +15,8 @@ from attention_cases import (
     MASK_KINDS,
     MODES,
     NAMES,
+    Attention,
+    assert_exports_no_operator_of_ours,
     make_inputs,
     make_mask,
     outputs_and_gradients,
@@ -48,6 +50,25 @@ def table(monkeypatch):
 
     def change(**entries):
         monkeypatch.setattr(launching, "table", lambda: dataclasses.replace(shipped, **entries))
+
+    return change
+
+
+@pytest.fixture
+def two_query_blocks(table):
+    """Let two query blocks own a tile, in all kernels that can or in those that are named."""
+    from mra_attention.triton_impl import launching
+
+    configs = launching.table().configs
+
+    def change(*kernels, **entries):
+        kernels = kernels or ("forward", "query_gradient")
+        changed = {
+            key: dataclasses.replace(config, query_blocks=2)
+            for key, config in configs.items()
+            if key[1] in kernels
+        }
+        table(configs=configs | changed, **entries)
 
     return change
 
@@ -231,6 +252,140 @@ def test_two_runs_give_the_same_bits(table):
         assert torch.equal(x, y)
 
 
+# -- two query blocks a tile
+
+
+@pytest.mark.parametrize("form_name", ["plain", "swapped"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_two_query_blocks_in_every_dtype_mode_and_form(
+    dtype, mode, form_name, form, two_query_blocks
+):
+    form(form_name)
+    two_query_blocks()
+    inputs = on_device(make_inputs(1, 2, 150, 64, dtype=dtype))
+    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=2, approx_mode=mode)
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 64, 65, 100, 256])
+def test_two_query_blocks_at_ragged_lengths(length, two_query_blocks):
+    """Also where the last bundle has one block, and where that is the only one."""
+    two_query_blocks()
+    assert_right(on_device(make_inputs(2, 1, length, 40)), None, block_per_row=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+def test_two_query_blocks_with_masks(mask_kind, mode, two_query_blocks):
+    two_query_blocks()
+    inputs = on_device(make_inputs(2, 1, 100, 16))
+    mask = mask_on_device(mask_kind, 2, 100)
+    results = assert_right(inputs, mask, block_per_row=1, approx_mode=mode)
+    if mask is not None:
+        for result in results:
+            assert not result.transpose(1, 2)[~mask].any()
+
+
+@pytest.mark.parametrize("form_name", ["plain", "swapped"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("item_blocks", [1, 3])
+def test_two_query_blocks_with_several_work_items(
+    item_blocks, mode, form_name, form, two_query_blocks
+):
+    """The first row is selected whole, so that the list of the first bundle is cut; 7 blocks."""
+    form(form_name)
+    two_query_blocks(item_blocks=item_blocks)
+    inputs = on_device(make_inputs(1, 1, 200, 16))
+    mask = mask_on_device("right", 1, 200)
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
+    assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient"])
+def test_two_query_blocks_in_one_pass_alone(kernel, two_query_blocks):
+    two_query_blocks(kernel, item_blocks=2)
+    inputs = on_device(make_inputs(1, 2, 150, 16))
+    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=3)
+
+
+def test_two_query_blocks_among_more_blocks_than_a_tile(two_query_blocks):
+    two_query_blocks(item_blocks=4)
+    inputs = on_device(make_inputs(1, 1, BEYOND_A_TILE[0], 16))
+    mask = mask_on_device("holes", 1, BEYOND_A_TILE[0])
+    assert_right(inputs, mask, block_per_row=3, initial_prior_first_n_blocks=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_query_blocks):
+    two_query_blocks(item_blocks=2)
+    blocks = torch.zeros(1, 3, 5, 5, dtype=torch.bool, device=DEVICE)
+    blocks[:, 0, 1] = True  # all of it for the second of a bundle, nothing for the first
+    blocks[:, 1, 2] = True
+    blocks[:, 2, :, 2] = True
+    inputs = on_device(make_inputs(1, 3, 140, 16))
+    assert_right(inputs, None, selection=BlockSelection(blocks, 32), approx_mode=mode)
+
+
+def test_two_query_blocks_leave_no_trace_of_padding_and_scratch(two_query_blocks, monkeypatch):
+    from mra_attention.triton_impl.problem import Call
+
+    two_query_blocks(item_blocks=1)
+    inputs = on_device(make_inputs(1, 1, 150, 16))
+    mask = mask_on_device("holes", 1, 150)
+    expected = run("triton", inputs, mask, block_per_row=2)
+    dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    original = Call.empty
+
+    def filled(self, shape, dtype=torch.float32):
+        x = original(self, shape, dtype)
+        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
+
+    monkeypatch.setattr(Call, "empty", filled)
+    for x, y in zip(run("triton", dirty, mask, block_per_row=2), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("query_blocks", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
+    """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
+    from mra_attention.triton_impl.problem import Call, Lists, as_bytes
+
+    query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
+    mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
+    mask[:, 32:64] = False  # a block that no list may name
+    generator = torch.Generator().manual_seed(0)
+    blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
+    call = Call(query, key, None, mask)
+    settings = {"directions": 2, "query_blocks": query_blocks}
+    lists = Lists(call, as_bytes(call, blocks), None, **settings)
+    live = mask.view(-1)[::32][:rows].cpu()
+    chosen = blocks[0].cpu() & live[:, None] & live[None, :]
+    for direction in (0, 1):
+        pairs = chosen if direction == 0 else chosen.mT
+        bundle = (query_blocks, 1)[direction]
+        sizes, starts, entries, first_items, items, counts = (
+            x.cpu().tolist() for x in lists.of(direction)
+        )
+        most = lists.max_items[direction]
+        for head in range(2):
+            wanted_items = []
+            for own in range(rows):
+                of_own = pairs[head, own * bundle : (own + 1) * bundle]
+                wanted = of_own.any(0).nonzero().flatten().tolist()
+                if bundle == 2:
+                    weights = torch.tensor([1, 2])[: len(of_own), None]
+                    bits = (of_own * weights).sum(0)
+                    wanted = [4 * block + bits[block].item() for block in wanted]
+                start = starts[head][own]
+                assert entries[head][start : start + sizes[head][own]] == wanted
+                if own * bundle < rows:
+                    assert first_items[head][own] == len(wanted_items)
+                    wanted_items += [own] * max(1, -(-len(wanted) // lists.item_blocks))
+            assert counts[head] == len(wanted_items) <= most
+            assert items[head * most : head * most + counts[head]] == wanted_items
+
+
 # -- selection
 
 SELECTIONS = {
@@ -353,6 +508,28 @@ def test_compiles_as_one_graph_and_checkpoints():
     for function in (compiled, checkpointed):
         for x, y in zip(outputs_and_gradients(function, *inputs), expected, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_exported_module_gives_what_the_kernels_give(mode):
+    """Also at other batch sizes and lengths; the kernels themselves are not in its graph."""
+    module = Attention(block_per_row=2, approx_mode=mode, impl="triton")
+    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    names = ("query", "key", "value")
+    program = torch.export.export(
+        module,
+        (*on_device(make_inputs(2, 1, 70, 16))[:3], mask_on_device("right", 2, 70)),
+        dynamic_shapes={
+            **dict.fromkeys(names, dynamic),
+            "mask": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+        },
+    )
+    assert_exports_no_operator_of_ours(program)
+    for batch, length in ((2, 70), (1, 129)):
+        inputs = on_device(make_inputs(batch, 1, length, 16))[:3]
+        mask = mask_on_device("holes", batch, length)
+        given, expected = program.module()(*inputs, mask), module(*inputs, mask)
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_full_budget_is_dense_attention():

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_cases import make_inputs
+from attention_cases import MODES, Attention, assert_exports_no_operator_of_ours, make_inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mra_attention import implementations, mra2_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
+
+from mra_attention.triton_impl import launching  # noqa: E402
 
 
 def test_kernels_in_the_interpreter():
@@ -32,7 +39,19 @@ def test_kernels_in_the_interpreter():
     )
     assert result.returncode == 0, result.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", result.stdout)[1])
-    assert passed >= 75, result.stdout[-2000:]
+    assert passed >= 120, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "query_blocks"),
+    [("forward", 3), ("query_gradient", 0), ("key_gradient", 2), ("forward", "2")],
+)
+def test_a_table_with_a_number_of_query_blocks_that_does_not_exist_is_refused(kernel, query_blocks):
+    content = json.loads(Path(launching.__file__).with_name("launch_configs.json").read_text())
+    row = next(row for row in content["configs"] if row["kernel"] == kernel)
+    row["query_blocks"] = query_blocks
+    with pytest.raises(ValueError, match=f"query_blocks must be .* for {kernel}, got"):
+        launching.parse_table(content)
 
 
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
@@ -56,14 +75,20 @@ def test_kernels_compile_for_a_card_that_is_not_here(tmp_path):
     rows = [line.split() for line in result.stdout.splitlines() if " swapped " in line]
     assert {row[1] for row in rows} == {"exact", "exact_query", "exact_key"}
     assert all("HGMMA" in row for row in rows)
-    assert len(table.read_text().splitlines()) > 20
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert len(rows) > 20
+    two = {(row["kernel"], row["form"]) for row in rows if row["query_blocks"] == "2"}
+    forms = itertools.product(("exact_kernel", "exact_query_kernel"), ("plain", "swapped"))
+    assert two >= {*forms, ("merge_kernel", ""), ("merge_gradient_kernel", ""), ("fill_kernel", "")}
 
 
 def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "kernels")
     import compile_check as check
 
-    good = check.Result("sm_90", "exact_kernel", "bf16", 64, "swapped", 2, 4, 3, 128, 0, 1, "", "")
+    good = check.Result(
+        "sm_90", "exact_kernel", "bf16", 64, "swapped", 1, 2, 4, 3, 128, 0, 1, "", ""
+    )
     good.tensor_core = "HGMMA"
     assert check._findings(good, 100) == []
     for field, value, word in (
@@ -95,6 +120,76 @@ def test_what_the_kernels_cannot_take_is_refused_with_a_remedy(change, words, mo
         mra2_attention(*inputs[:3], impl="triton", block_size=block_size)
     assert words in str(error.value) and 'impl="auto"' in str(error.value)
     assert implementations.resolve_impl("auto", inputs[0], block_size) == "torch"
+
+
+@pytest.fixture
+def on_a_cuda_device(monkeypatch):
+    """Let the choice see a CUDA device of a compute capability; return a tensor that lies on it."""
+
+    def pretend(*capability, hip=None):
+        def get_device_capability(device):
+            assert not torch.compiler.is_dynamo_compiling(), "the true one cannot be traced"
+            return capability
+
+        cuda = SimpleNamespace(
+            is_available=lambda: True, get_device_capability=get_device_capability
+        )
+        version = SimpleNamespace(hip=hip)
+        monkeypatch.setattr(implementations, "torch", SimpleNamespace(cuda=cuda, version=version))
+        with FakeTensorMode():
+            return torch.empty(1, 1, 40, 32, device="cuda:0")
+
+    return pretend
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+def test_cuda_devices_older_than_the_launch_table_take_the_torch_path(capability, on_a_cuda_device):
+    query = on_a_cuda_device(*capability)
+    assert implementations.resolve_impl("auto", query, 32) == "torch"
+    with pytest.raises(ValueError, match='impl="triton" takes CUDA devices') as error:
+        implementations.resolve_impl("triton", query, 32)
+    assert "got one of {}.{}".format(*capability) in str(error.value)
+    assert 'Pass impl="auto" or "torch"' in str(error.value)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_newer_cuda_devices_take_the_kernels(capability, on_a_cuda_device):
+    query = on_a_cuda_device(*capability)
+    assert implementations.resolve_impl("auto", query, 32) == "triton"
+
+
+def test_rocm_devices_take_the_kernels_whatever_their_number(on_a_cuda_device):
+    query = on_a_cuda_device(7, 5, hip="7.0")
+    assert implementations.resolve_impl("auto", query, 32) == "triton"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_the_compute_capability_does_not_break_a_compiled_graph(capability, on_a_cuda_device):
+    on_a_cuda_device(*capability)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def shifted(x):
+        found = implementations.cuda_capability(x.device)
+        return x + 1 if found < implementations.OLDEST_CAPABILITY else x - 1
+
+    given = shifted(torch.zeros(2)).tolist()
+    assert given == ([1, 1] if capability < (8, 0) else [-1, -1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_for_the_kernels_is_exported_without_a_card(mode, monkeypatch):
+    """Where calling it is refused: the exported graph is the reference, whatever `impl` says."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    settings = {"block_per_row": 2, "approx_mode": mode}
+    module = Attention(**settings, impl="triton")
+    inputs = make_inputs(2, 2, 70, 32)[:3]
+    with pytest.raises(ValueError, match="got tensors on cpu"):
+        module(*inputs)
+    program = torch.export.export(module, tuple(inputs))
+    assert_exports_no_operator_of_ours(program)
+    expected = mra2_attention(*inputs, **settings, impl="reference")
+    torch.testing.assert_close(program.module()(*inputs), expected, rtol=0, atol=1e-5)
 
 
 def test_missing_triton_is_named(monkeypatch):

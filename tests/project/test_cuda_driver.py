@@ -122,7 +122,23 @@ def test_tune_writes_a_table_that_parses_and_can_be_resumed(tmp_path):
     assert all(table.configs[key] == before.configs[key] for key in same)
     assert table.item_blocks in (1, 2, before.item_blocks) and table.topk_up_to_rows >= 0
     assert Path(launching.__file__).with_name("launch_configs.json").read_text() == shipped
+
+    rows = rows_of(tmp_path / "tune.csv")
+    tried = {(row["kernel"], row["query_blocks"]) for row in rows if not row["setting"]}
+    both = {(kernel, n) for kernel in ("forward", "query_gradient") for n in "12"}
+    assert tried == both | {("key_gradient", "1")}
+    for row in rows:  # as if two query blocks were the fastest of all in one of the passes
+        row["ms_median"] = 1e-6 if (row["kernel"], row["query_blocks"]) == ("forward", "2") else 1
+    with (tmp_path / "tune.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     assert_second_run_measures_nothing("tune", tmp_path)
+    content = json.loads((tmp_path / "launch_configs.json").read_text())
+    chosen = {
+        key: config.query_blocks for key, config in launching.parse_table(content).configs.items()
+    }
+    assert [key for key, n in chosen.items() if n == 2] == [("sm_80", "forward", 16, 4)]
 
 
 def test_no_step_is_started_after_the_time_limit(tmp_path):

@@ -12,6 +12,7 @@ IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 BLOCK_SIZE = 32
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OLDEST_CAPABILITY = (8, 0)
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
@@ -50,7 +51,24 @@ def refusal(query: Tensor, block_size: int) -> str | None:
             f"takes CUDA and ROCm tensors, got tensors on {query.device.type} (CPU tensors run in "
             "Triton's interpreter when TRITON_INTERPRET=1 is set before triton is imported)"
         )
+    if query.device.type == "cuda":
+        capability = cuda_capability(query.device)
+        if capability is not None and capability < OLDEST_CAPABILITY:
+            oldest, given = ("{}.{}".format(*x) for x in (OLDEST_CAPABILITY, capability))
+            return f"takes CUDA devices of compute capability {oldest} or newer, got one of {given}"
     return None
+
+
+def cuda_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None for ROCm, and where tensors on it are fake."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+# torch.compile calls it while it traces and keeps the result, as it does with functions that
+# torch.compiler.assume_constant_result has marked; that would import the compiler, two seconds.
+cuda_capability._dynamo_marked_constant = True
 
 
 def interprets() -> bool:

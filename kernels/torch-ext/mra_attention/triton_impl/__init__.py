@@ -190,7 +190,8 @@ def forward(
     with launching.on_device_of(query):
         call = Call(query, key, value, token_mask)
         blocks = as_bytes(call, blocks)
-        lists = Lists(call, blocks, largest_budget, directions=1)
+        query_blocks = call.config_of("forward").query_blocks
+        lists = Lists(call, blocks, largest_budget, directions=1, query_blocks=query_blocks)
         sizes, _, _, first_items, *_ = lists.of(0)
         has_coarse = not sparse
         states = (call.all_heads, call.n_blocks)
@@ -216,10 +217,11 @@ def forward(
             )
         output = call.empty(tuple(query.shape), query.dtype)
         lse = call.empty(tuple(query.shape[:3]))
-        part_sums, part_states = lists.parts(call, call.padded_dim), lists.parts(call, 2)
+        part_sums, part_states = (lists.parts(call, 0, n) for n in (call.padded_dim, 2))
+        items = {"QUERY_BLOCKS": query_blocks, "ITEM_BLOCKS": lists.item_blocks}
         launching.launch(
             forward_kernels.exact_kernel,
-            call.all_heads * lists.max_items,
+            call.all_heads * lists.max_items[0],
             *call.inputs,
             call.mask,
             *lists.of(0),
@@ -236,16 +238,16 @@ def forward(
             call.n_blocks,
             call.heads,
             lists.capacity,
-            lists.max_items,
+            lists.max_items[0],
             HAS_COARSE=has_coarse,
-            ITEM_BLOCKS=lists.item_blocks,
+            **items,
             **call.of_tokens(),
             **call.of_items("forward"),
         )
         if lists.may_split:
             launching.launch(
                 forward_kernels.merge_kernel,
-                call.all_heads * call.n_blocks,
+                call.all_heads * lists.owners[0],
                 call.mask,
                 sizes,
                 first_items,
@@ -256,8 +258,8 @@ def forward(
                 call.length,
                 call.n_blocks,
                 call.heads,
-                lists.max_items,
-                ITEM_BLOCKS=lists.item_blocks,
+                lists.max_items[0],
+                **items,
                 **call.of_tokens(),
             )
         return output, lse
@@ -281,7 +283,8 @@ def backward(
     with launching.on_device_of(query):
         call = Call(query, key, value, token_mask)
         blocks = as_bytes(call, blocks)
-        lists = Lists(call, blocks, largest_budget, directions=2)
+        query_blocks = call.config_of("query_gradient").query_blocks
+        lists = Lists(call, blocks, largest_budget, directions=2, query_blocks=query_blocks)
         grad_output, output, lse = (x.contiguous() for x in (grad_output, output, lse))
         has_coarse = not sparse
         sizes = (call.length, call.n_blocks, call.heads)
@@ -323,17 +326,15 @@ def backward(
         grads = [call.empty(tuple(query.shape), query.dtype) for _ in range(3)]
         grad_query, grad_key, grad_value = grads
         sources = (*call.inputs, call.mask, grad_output, lse, delta)
-        numbers = (*call.strides, scale, scale * _LOG2_E, *sizes, lists.capacity, lists.max_items)
+        numbers = (*call.strides, scale, scale * _LOG2_E, *sizes, lists.capacity)
         items = {"ITEM_BLOCKS": lists.item_blocks, **tokens}
-        programs = call.all_heads * lists.max_items
-        part_sums, part_values = lists.parts(call, call.padded_dim), None
 
         def merge(direction: int, coarse: Tensor, result: Tensor, parts: Tensor) -> None:
             if lists.may_split:
                 list_sizes, _, _, first_items, *_ = lists.of(direction)
                 launching.launch(
                     backward_kernels.merge_gradient_kernel,
-                    call.all_heads * call.n_blocks,
+                    call.all_heads * lists.owners[direction],
                     call.mask,
                     list_sizes,
                     first_items,
@@ -341,39 +342,45 @@ def backward(
                     result,
                     parts,
                     *sizes,
-                    lists.max_items,
+                    lists.max_items[direction],
+                    OWN_BLOCKS=lists.own_blocks[direction],
                     **items,
                 )
 
+        part_queries = lists.parts(call, 0, call.padded_dim)
         launching.launch(
             backward_kernels.exact_query_kernel,
-            programs,
+            call.all_heads * lists.max_items[0],
             *sources,
             *lists.of(0),
             coarse_query,
             grad_query,
-            part_sums,
+            part_queries,
             *numbers,
+            lists.max_items[0],
+            QUERY_BLOCKS=query_blocks,
             **items,
             **call.of_items("query_gradient"),
         )
-        merge(0, coarse_query, grad_query, part_sums)
-        part_values = lists.parts(call, call.padded_dim)
+        merge(0, coarse_query, grad_query, part_queries)
+        del part_queries  # its memory serves the next two
+        part_keys, part_values = (lists.parts(call, 1, call.padded_dim) for _ in range(2))
         launching.launch(
             backward_kernels.exact_key_kernel,
-            programs,
+            call.all_heads * lists.max_items[1],
             *sources,
             *lists.of(1),
             coarse_key,
             coarse_value,
             grad_key,
             grad_value,
-            part_sums,
+            part_keys,
             part_values,
             *numbers,
+            lists.max_items[1],
             **items,
             **call.of_items("key_gradient"),
         )
-        merge(1, coarse_key, grad_key, part_sums)
+        merge(1, coarse_key, grad_key, part_keys)
         merge(1, coarse_value, grad_value, part_values)
         return grad_query, grad_key, grad_value

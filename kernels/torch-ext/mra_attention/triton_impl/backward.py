@@ -14,6 +14,7 @@ bits. Logits are to base 2 inside the kernels.
 import triton
 import triton.language as tl
 
+from .block_lists import listed_blocks, visible_pairs
 from .forward import unselected_pairs
 from .primitives import (
     add_gathered,
@@ -21,6 +22,7 @@ from .primitives import (
     coarse_logits,
     empty_sums,
     is_real,
+    load_own_summaries,
     load_summaries,
     load_tokens,
     of_gathered,
@@ -177,22 +179,22 @@ def _store_gradient(
     RESULT,
     COARSE,
     head,
-    block,
+    own,
     sums,
     real,
     length,
     n_blocks,
     HAS_COARSE: tl.constexpr,
+    OWN_BLOCKS: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):
-    """Add what the coarse part gives every token of the block, and store; 0 at padding."""
+    """Add what the coarse part gives every token of a block, and store; 0 at padding."""
     if HAS_COARSE:
-        coarse = tl.load(COARSE + (head * n_blocks + block) * D_PAD + tl.arange(0, D_PAD))
-        sums += coarse[None, :]
+        sums += load_own_summaries(COARSE, head, own, n_blocks, OWN_BLOCKS, M, D_PAD)
     sums = tl.where(real[:, None], sums, 0.0)
-    tokens = block * M + tl.arange(0, M)
+    tokens = own * OWN_BLOCKS * M + tl.arange(0, OWN_BLOCKS * M)
     store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
 
 
@@ -232,6 +234,7 @@ def exact_query_kernel(
     max_items,
     HAS_MASK: tl.constexpr,
     HAS_COARSE: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -241,20 +244,21 @@ def exact_query_kernel(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per work item of a query block: its query gradients."""
+    """One program per work item of a bundle of query blocks: its query gradients."""
+    OWN: tl.constexpr = QUERY_BLOCKS * M
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
         return
-    row = tl.load(ITEMS + head * max_items + item)
-    line = head * n_blocks + row
+    own = tl.load(ITEMS + head * max_items + item)
+    line = head * n_blocks + own
     size = tl.load(SIZES + line)
     begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
     end = tl.minimum(begin + ITEM_BLOCKS, size)
     columns = LISTS + head * capacity + tl.load(STARTS + line)
 
     sample, of_sample = head // heads, head % heads
-    tokens = row * M + tl.arange(0, M)
+    tokens = own * OWN + tl.arange(0, OWN)
     real = is_real(MASK, sample, tokens, length, tokens >= 0, HAS_MASK)
     start = sample * query_batch + of_sample * query_head
     query = load_tokens(QUERY, start, tokens, query_token, real, D, D_PAD)
@@ -264,18 +268,20 @@ def exact_query_kernel(
     key_start = sample * key_batch + of_sample * key_head
     value_start = sample * value_batch + of_sample * value_head
 
-    sums = empty_sums(M, D_PAD, SWAPPED)
+    sums = empty_sums(OWN, D_PAD, SWAPPED)
     slots = tl.arange(0, GROUP * M) // M
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        gathered = tl.load(columns + first + slots, mask=listed, other=0) * M + within
+        entries = tl.load(columns + first + slots, mask=listed, other=0)
+        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
         weights = tl.exp2(logits - of_own(lse, SWAPPED))
-        weights = tl.where(of_gathered(seen, SWAPPED), weights, 0.0)
+        visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
+        weights = tl.where(visible, weights, 0.0)
         products = tile_product(grad, values, SWAPPED, WIDEN, PRECISION)
         grad_logits = (weights * (products - of_own(delta, SWAPPED))).to(keys.dtype)
         sums = add_gathered(sums, grad_logits, keys, SWAPPED, WIDEN, PRECISION)
@@ -286,18 +292,19 @@ def exact_query_kernel(
             GRAD_QUERY,
             COARSE_QUERY,
             head,
-            row,
+            own,
             rows,
             real,
             length,
             n_blocks,
             HAS_COARSE,
+            QUERY_BLOCKS,
             M,
             D,
             D_PAD,
         )
     else:
-        slot = (head * max_items + item) * M + tl.arange(0, M)
+        slot = (head * max_items + item) * OWN + tl.arange(0, OWN)
         tl.store(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], rows)
 
 
@@ -404,6 +411,7 @@ def exact_key_kernel(
             length,
             n_blocks,
             HAS_COARSE,
+            1,
             M,
             D,
             D_PAD,
@@ -418,6 +426,7 @@ def exact_key_kernel(
             length,
             n_blocks,
             HAS_COARSE,
+            1,
             M,
             D,
             D_PAD,
@@ -443,24 +452,41 @@ def merge_gradient_kernel(
     max_items,
     HAS_MASK: tl.constexpr,
     HAS_COARSE: tl.constexpr,
+    OWN_BLOCKS: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     ITEM_BLOCKS: tl.constexpr,
 ):
-    """One program per block: add its items, in their order, where it has several."""
-    head = (tl.program_id(0) // n_blocks).to(tl.int64)
-    block = tl.program_id(0) % n_blocks
-    size = tl.load(SIZES + head * n_blocks + block)
+    """One program per owner of a list, a bundle of query blocks or a key block: add its items, in
+    their order, where it has several.
+    """
+    OWN: tl.constexpr = OWN_BLOCKS * M
+    owners = tl.cdiv(n_blocks, OWN_BLOCKS)
+    head = (tl.program_id(0) // owners).to(tl.int64)
+    own = tl.program_id(0) % owners
+    size = tl.load(SIZES + head * n_blocks + own)
     if size <= ITEM_BLOCKS:
         return
-    tokens = block * M + tl.arange(0, M)
+    tokens = own * OWN + tl.arange(0, OWN)
     real = is_real(MASK, head // heads, tokens, length, tokens >= 0, HAS_MASK)
-    first = head * max_items + tl.load(FIRST_ITEMS + head * n_blocks + block)
-    sums = tl.zeros([M, D_PAD], tl.float32)
+    first = head * max_items + tl.load(FIRST_ITEMS + head * n_blocks + own)
+    sums = tl.zeros([OWN, D_PAD], tl.float32)
     for part in range(0, tl.cdiv(size, ITEM_BLOCKS)):
-        slot = (first + part) * M + tl.arange(0, M)
+        slot = (first + part) * OWN + tl.arange(0, OWN)
         sums += tl.load(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :])
     _store_gradient(
-        RESULT, COARSE, head, block, sums, real, length, n_blocks, HAS_COARSE, M, D, D_PAD
+        RESULT,
+        COARSE,
+        head,
+        own,
+        sums,
+        real,
+        length,
+        n_blocks,
+        HAS_COARSE,
+        OWN_BLOCKS,
+        M,
+        D,
+        D_PAD,
     )

@@ -1,13 +1,20 @@
 """The selected pairs as lists, cut into work items.
 
-Direction 0 has a list of key blocks for every query block, direction 1 a list of query blocks for
-every key block, both ascending. A list of more than `ITEM_BLOCKS` blocks is cut into several items,
-so that a query block that attends to everything does not hold up the grid. Every block has at least
-one item, and all sizes follow from shapes and budgets: nothing is read back by the host.
+Direction 0 has a list of key blocks for every bundle of `QUERY_BLOCKS` adjacent query blocks, one
+or two, direction 1 a list of query blocks for every key block, all ascending. An entry is a block;
+but the list of a bundle of two is the union of theirs, and an entry also says which of them
+selected the key block: 4 * block + 1 (the first), + 2 (the second) or + 3 (both).
+
+A list of more than `ITEM_BLOCKS` entries is cut into several items, so that a query block that
+attends to everything does not hold up the grid. Every owner of a list has at least one item, and
+all sizes follow from shapes and budgets: nothing is read back by the host. There is room for R
+owners in both directions; those beyond the last bundle have empty lists and no item.
 """
 
 import triton
 import triton.language as tl
+
+from .primitives import of_gathered, of_own
 
 
 @triton.jit
@@ -34,6 +41,56 @@ def _selected(
 
 
 @triton.jit
+def _selectors(
+    BLOCKS,
+    COUNTS,
+    head,
+    sample,
+    own,
+    other,
+    n_blocks,
+    direction,
+    QUERY_BLOCKS: tl.constexpr,
+):
+    """Tile `[own, other]` int32: 0 where no pair is listed; bit i stands for query block i of a
+    bundle.
+    """
+    first = own
+    if direction == 0:
+        first = own * QUERY_BLOCKS
+    bits = _selected(BLOCKS, COUNTS, head, sample, first, other, n_blocks, direction).to(tl.int32)
+    if QUERY_BLOCKS == 2:  # noqa: SIM102 (known when compiling; the other is not)
+        if direction == 0:
+            second = _selected(BLOCKS, COUNTS, head, sample, first + 1, other, n_blocks, direction)
+            bits += 2 * second.to(tl.int32)
+    return bits
+
+
+@triton.jit
+def listed_blocks(entries, QUERY_BLOCKS: tl.constexpr):
+    """The key blocks that entries of direction 0 stand for."""
+    if QUERY_BLOCKS == 2:
+        return entries // 4
+    else:
+        return entries
+
+
+@triton.jit
+def visible_pairs(
+    entries, seen, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr
+):
+    """Which pairs of a tile of direction 0 count, in a shape that broadcasts to it: those of keys
+    that are seen, and, for each query of a bundle, those that its own block selected. Both are
+    given per gathered token.
+    """
+    visible = of_gathered(seen, SWAPPED)
+    if QUERY_BLOCKS == 2:
+        bits = of_own(1 + tl.arange(0, 2 * M) // M, SWAPPED)
+        visible = visible & ((of_gathered(entries, SWAPPED) & bits) != 0)
+    return visible
+
+
+@triton.jit
 def count_kernel(
     BLOCKS,
     COUNTS,
@@ -41,6 +98,7 @@ def count_kernel(
     all_heads,
     n_blocks,
     heads,
+    QUERY_BLOCKS: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
@@ -48,12 +106,15 @@ def count_kernel(
     strips = tl.cdiv(n_blocks, OWN)
     line = (tl.program_id(0) // strips).to(tl.int64)
     direction, head = line // all_heads, line % all_heads
+    sample = head // heads
     own = (tl.program_id(0) % strips) * OWN + tl.arange(0, OWN)
     total = tl.zeros([OWN], tl.int32)
     for start in range(0, n_blocks, OTHER):
         other = start + tl.arange(0, OTHER)
-        chosen = _selected(BLOCKS, COUNTS, head, head // heads, own, other, n_blocks, direction)
-        total += tl.sum(chosen.to(tl.int32), 1)
+        bits = _selectors(
+            BLOCKS, COUNTS, head, sample, own, other, n_blocks, direction, QUERY_BLOCKS
+        )
+        total += tl.sum((bits != 0).to(tl.int32), 1)
     tl.store(SIZES + line * n_blocks + own, total, mask=own < n_blocks)
 
 
@@ -64,24 +125,30 @@ def plan_kernel(
     FIRST_ITEMS,
     ITEMS,
     ITEM_COUNTS,
+    all_heads,
     n_blocks,
-    max_items,
+    query_items,
+    key_items,
+    QUERY_BLOCKS: tl.constexpr,
     R_PAD: tl.constexpr,
     ITEM_BLOCKS: tl.constexpr,
 ):
-    """One program per (direction, head): where lists begin, and the block of every item."""
+    """One program per (direction, head): where lists begin, and the owner of every item."""
     line = tl.program_id(0).to(tl.int64)
     own = tl.arange(0, R_PAD)
     inside = own < n_blocks
     sizes = tl.load(SIZES + line * n_blocks + own, mask=inside, other=0)
     tl.store(STARTS + line * n_blocks + own, tl.cumsum(sizes, 0) - sizes, mask=inside)
     items = tl.maximum(tl.cdiv(sizes, ITEM_BLOCKS), 1)
-    items = tl.where(inside, items, 0)
+    owners = tl.where(line < all_heads, tl.cdiv(n_blocks, QUERY_BLOCKS), n_blocks)
+    items = tl.where(own < owners, items, 0)
     first = tl.cumsum(items, 0) - items
     tl.store(FIRST_ITEMS + line * n_blocks + own, first, mask=inside)
     tl.store(ITEM_COUNTS + line, tl.sum(items, 0))
+    # The items of direction 0 come first, `query_items` of each head.
+    start = tl.minimum(line, all_heads) * query_items + tl.maximum(line - all_heads, 0) * key_items
     for part in range(0, tl.max(items, 0)):
-        tl.store(ITEMS + line * max_items + first + part, own, mask=part < items)
+        tl.store(ITEMS + start + first + part, own, mask=part < items)
 
 
 @triton.jit
@@ -94,6 +161,7 @@ def fill_kernel(
     n_blocks,
     heads,
     capacity,
+    QUERY_BLOCKS: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
@@ -101,14 +169,20 @@ def fill_kernel(
     strips = tl.cdiv(n_blocks, OWN)
     line = (tl.program_id(0) // strips).to(tl.int64)
     direction, head = line // all_heads, line % all_heads
+    sample = head // heads
     own = (tl.program_id(0) % strips) * OWN + tl.arange(0, OWN)
     at = tl.load(STARTS + line * n_blocks + own, mask=own < n_blocks, other=0)
     for start in range(0, n_blocks, OTHER):
         other = start + tl.arange(0, OTHER)
-        chosen = _selected(BLOCKS, COUNTS, head, head // heads, own, other, n_blocks, direction)
-        ones = chosen.to(tl.int32)
+        bits = _selectors(
+            BLOCKS, COUNTS, head, sample, own, other, n_blocks, direction, QUERY_BLOCKS
+        )
+        ones = (bits != 0).to(tl.int32)
         slots = at[:, None] + tl.cumsum(ones, 1) - ones
-        values = tl.broadcast_to(other[None, :], slots.shape)
+        entries = tl.broadcast_to(other[None, :], slots.shape)
+        if QUERY_BLOCKS == 2:  # noqa: SIM102 (known when compiling; the other is not)
+            if direction == 0:
+                entries = 4 * entries + bits
         # More pairs than `capacity` would be a caller's mistake; it must not write elsewhere.
-        tl.store(LISTS + line * capacity + slots, values, mask=chosen & (slots < capacity))
+        tl.store(LISTS + line * capacity + slots, entries, mask=(ones != 0) & (slots < capacity))
         at += tl.sum(ones, 1)

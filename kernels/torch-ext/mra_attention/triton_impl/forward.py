@@ -2,13 +2,14 @@
 
 The coarse part gives every query block the state of an online softmax over the pairs that are not
 selected: maximum R, denominator z, numerator a. A work item goes on from there over its selected
-key blocks; the first item of a block starts from the coarse state, further ones from nothing, and
-blocks with several items are merged. Logits are to base 2 inside the kernels.
+key blocks; the first item of a bundle of query blocks starts from their coarse states, further ones
+from nothing, and bundles with several items are merged. Logits are to base 2 inside the kernels.
 """
 
 import triton
 import triton.language as tl
 
+from .block_lists import listed_blocks, visible_pairs
 from .primitives import (
     LOWEST,
     add_gathered,
@@ -16,9 +17,9 @@ from .primitives import (
     coarse_logits,
     empty_sums,
     is_real,
+    load_own_summaries,
     load_summaries,
     load_tokens,
-    of_gathered,
     of_own,
     store_tokens,
     tile_product,
@@ -144,6 +145,7 @@ def exact_kernel(
     max_items,
     HAS_MASK: tl.constexpr,
     HAS_COARSE: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -153,15 +155,16 @@ def exact_kernel(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per work item: M queries against up to `ITEM_BLOCKS` gathered key blocks, `GROUP`
-    of them at a time.
+    """One program per work item: the queries of a bundle against up to `ITEM_BLOCKS` gathered key
+    blocks, `GROUP` of them at a time.
     """
+    OWN: tl.constexpr = QUERY_BLOCKS * M
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
         return
-    row = tl.load(ITEMS + head * max_items + item)
-    line = head * n_blocks + row
+    own = tl.load(ITEMS + head * max_items + item)
+    line = head * n_blocks + own
     part = item - tl.load(FIRST_ITEMS + line)
     size = tl.load(SIZES + line)
     begin = part * ITEM_BLOCKS
@@ -169,53 +172,55 @@ def exact_kernel(
     columns = LISTS + head * capacity + tl.load(STARTS + line)
 
     sample, of_sample = head // heads, head % heads
-    tokens = row * M + tl.arange(0, M)
+    tokens = own * OWN + tl.arange(0, OWN)
     real = is_real(MASK, sample, tokens, length, tokens >= 0, HAS_MASK)
     start = sample * query_batch + of_sample * query_head
     query = load_tokens(QUERY, start, tokens, query_token, real, D, D_PAD)
     key_start = sample * key_batch + of_sample * key_head
     value_start = sample * value_batch + of_sample * value_head
 
-    channels = tl.arange(0, D_PAD)
-    largest = tl.full([M], LOWEST, tl.float32)
-    denominator = tl.zeros([M], tl.float32)
-    sums = empty_sums(M, D_PAD, SWAPPED)
+    largest = tl.full([OWN], LOWEST, tl.float32)
+    denominator = tl.zeros([OWN], tl.float32)
+    sums = empty_sums(OWN, D_PAD, SWAPPED)
     if HAS_COARSE:  # noqa: SIM102 (known when compiling; the other is not)
         if part == 0:
-            largest = tl.zeros([M], tl.float32) + tl.load(LARGEST + line)
-            denominator += tl.load(DENOMINATOR + line)
-            numerator = tl.load(NUMERATOR + line * D_PAD + channels)
-            sums += of_gathered(numerator, SWAPPED)
+            rows = tokens // M
+            at = head * n_blocks + rows
+            largest = tl.load(LARGEST + at, mask=rows < n_blocks, other=LOWEST)
+            denominator = tl.load(DENOMINATOR + at, mask=rows < n_blocks, other=0.0)
+            numerator = load_own_summaries(NUMERATOR, head, own, n_blocks, QUERY_BLOCKS, M, D_PAD)
+            sums += tl.trans(numerator) if SWAPPED else numerator
 
     slots = tl.arange(0, GROUP * M) // M
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        gathered = tl.load(columns + first + slots, mask=listed, other=0) * M + within
+        entries = tl.load(columns + first + slots, mask=listed, other=0)
+        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
-        hidden = of_gathered(seen, SWAPPED) == 0
-        logits = tl.where(hidden, LOWEST, logits)
+        visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
+        logits = tl.where(visible, logits, LOWEST)
         new_largest = tl.maximum(largest, tl.max(logits, 0 if SWAPPED else 1))
         rescale = tl.exp2(largest - new_largest)
         weights = tl.exp2(logits - of_own(new_largest, SWAPPED))
-        weights = tl.where(hidden, 0.0, weights)
+        weights = tl.where(visible, weights, 0.0)
         denominator = denominator * rescale + tl.sum(weights, 0 if SWAPPED else 1)
         sums = sums * of_own(rescale, SWAPPED)
         weights = weights.to(values.dtype)
         sums = add_gathered(sums, weights, values, SWAPPED, WIDEN, PRECISION)
         largest = new_largest
 
-    rows = as_rows(sums, SWAPPED)
+    sums = as_rows(sums, SWAPPED)
     if size <= ITEM_BLOCKS:
         _store_results(
-            OUTPUT, LSE, head, tokens, rows, denominator, largest, real, length, D, D_PAD
+            OUTPUT, LSE, head, tokens, sums, denominator, largest, real, length, D, D_PAD
         )
     else:
-        slot = (head * max_items + item) * M + tl.arange(0, M)
-        tl.store(PART_SUMS + slot[:, None] * D_PAD + channels[None, :], rows)
+        slot = (head * max_items + item) * OWN + tl.arange(0, OWN)
+        tl.store(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], sums)
         tl.store(PART_STATES + 2 * slot, largest)
         tl.store(PART_STATES + 2 * slot + 1, denominator)
 
@@ -234,26 +239,29 @@ def merge_kernel(
     heads,
     max_items,
     HAS_MASK: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     ITEM_BLOCKS: tl.constexpr,
 ):
-    """One program per query block: merge its items, in their order, where it has several."""
-    head = (tl.program_id(0) // n_blocks).to(tl.int64)
-    row = tl.program_id(0) % n_blocks
-    size = tl.load(SIZES + head * n_blocks + row)
+    """One program per bundle: merge its items, in their order, where it has several."""
+    OWN: tl.constexpr = QUERY_BLOCKS * M
+    bundles = tl.cdiv(n_blocks, QUERY_BLOCKS)
+    head = (tl.program_id(0) // bundles).to(tl.int64)
+    own = tl.program_id(0) % bundles
+    size = tl.load(SIZES + head * n_blocks + own)
     if size <= ITEM_BLOCKS:
         return
-    tokens = row * M + tl.arange(0, M)
+    tokens = own * OWN + tl.arange(0, OWN)
     real = is_real(MASK, head // heads, tokens, length, tokens >= 0, HAS_MASK)
-    first = head * max_items + tl.load(FIRST_ITEMS + head * n_blocks + row)
-    largest = tl.full([M], LOWEST, tl.float32)
-    denominator = tl.zeros([M], tl.float32)
-    sums = tl.zeros([M, D_PAD], tl.float32)
+    first = head * max_items + tl.load(FIRST_ITEMS + head * n_blocks + own)
+    largest = tl.full([OWN], LOWEST, tl.float32)
+    denominator = tl.zeros([OWN], tl.float32)
+    sums = tl.zeros([OWN, D_PAD], tl.float32)
     channels = tl.arange(0, D_PAD)
     for part in range(0, tl.cdiv(size, ITEM_BLOCKS)):
-        slot = (first + part) * M + tl.arange(0, M)
+        slot = (first + part) * OWN + tl.arange(0, OWN)
         part_largest = tl.load(PART_STATES + 2 * slot)
         new_largest = tl.maximum(largest, part_largest)
         rescale = tl.exp2(largest - new_largest)

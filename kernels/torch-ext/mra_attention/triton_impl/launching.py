@@ -6,7 +6,7 @@ on a card by `kernels/benchmarks/run.py --tune`, or estimated where its `source`
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -22,12 +22,15 @@ class LaunchConfig:
     swapped: gathered tokens are the M side of the products, what sm_90's tensor cores need.
     group: blocks gathered at a time.
     num_warps, num_stages: Triton's.
+    query_blocks: adjacent query blocks that own a tile, 1 or 2; 1 for "key_gradient", whose tiles
+        are owned by a key block.
     """
 
     swapped: bool
     group: int
     num_warps: int
     num_stages: int
+    query_blocks: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,13 @@ def parse_table(content: dict) -> Table:
     configs = {}
     for row in content["configs"]:
         key = (row["architecture"], row["kernel"], row["head_dim"], row["operand_bytes"])
-        config = LaunchConfig(row["swapped"], row["group"], row["num_warps"], row["num_stages"])
+        config = LaunchConfig(**{field.name: row[field.name] for field in fields(LaunchConfig)})
+        allowed = (1,) if row["kernel"] == "key_gradient" else (1, 2)
+        if config.query_blocks not in allowed:
+            raise ValueError(
+                f"launch configurations: query_blocks must be one of {allowed} for "
+                f"{row['kernel']}, got {config.query_blocks!r} in the row {key}."
+            )
         configs[key] = config
     return Table(
         content["item_blocks"],

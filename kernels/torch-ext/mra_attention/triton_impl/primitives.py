@@ -1,8 +1,9 @@
 """What the kernels share: tiles, products, and which tokens are real.
 
-A tile holds the logits of one block of M own tokens against T gathered ones. In the plain form it
-is `[M, T]`; in the swapped form it is `[T, M]`, which gives every product 64 rows or more, what the
-tensor cores of sm_90 ask for. Accumulators of own tokens are `[M, D]` and `[D, M]` in turn.
+A tile holds the logits of M own tokens, those of one block or of two adjacent ones, against T
+gathered ones. In the plain form it is `[M, T]`; in the swapped form it is `[T, M]`, which gives
+every product 64 rows or more, what the tensor cores of sm_90 ask for. Accumulators of own tokens
+are `[M, D]` and `[D, M]` in turn.
 
 `WIDEN` turns operands into float32 first: Triton's interpreter multiplies the bit patterns of
 bfloat16. Head dims are padded to `D_PAD`, a power of 2.
@@ -148,6 +149,21 @@ def load_summaries(X, head, blocks, n_blocks, D_PAD: tl.constexpr):
     rows = head.to(tl.int64) * n_blocks + blocks
     at = X + rows[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
     return tl.load(at, mask=(blocks < n_blocks)[:, None], other=0.0)
+
+
+@triton.jit
+def load_own_summaries(
+    X, head, own, n_blocks, OWN_BLOCKS: tl.constexpr, M: tl.constexpr, D_PAD: tl.constexpr
+):
+    """The summary of its block for every token of bundle `own`: `[OWN_BLOCKS * M, D_PAD]`, or
+    `[1, D_PAD]` where a bundle is one block.
+    """
+    if OWN_BLOCKS == 1:
+        at = X + (head.to(tl.int64) * n_blocks + own) * D_PAD + tl.arange(0, D_PAD)
+        return tl.load(at)[None, :]
+    else:
+        blocks = own * OWN_BLOCKS + tl.arange(0, OWN_BLOCKS * M) // M
+        return load_summaries(X, head, blocks, n_blocks, D_PAD)
 
 
 @triton.jit

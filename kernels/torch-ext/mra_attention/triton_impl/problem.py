@@ -52,9 +52,12 @@ class Call:
         sizes = {"M": BLOCK_SIZE, "D": self.dim, "D_PAD": self.padded_dim}
         return {"HAS_MASK": self.has_mask, **sizes}
 
+    def config_of(self, kernel: str) -> launching.LaunchConfig:
+        return launching.config_for(kernel, self.device, self.padded_dim, self.dtype)
+
     def of_items(self, kernel: str) -> dict:
         """Constants and launch configuration of kernels that run over work items."""
-        config = launching.config_for(kernel, self.device, self.padded_dim, self.dtype)
+        config = self.config_of(kernel)
         return {
             "GROUP": config.group,
             "SWAPPED": config.swapped,
@@ -78,21 +81,34 @@ class Call:
 
 
 class Lists:
-    """The selected pairs as lists in one or both directions, cut into work items."""
+    """The selected pairs as lists in one or both directions, cut into work items. Those of
+    direction 0 belong to bundles of `query_blocks` adjacent query blocks.
+    """
 
-    def __init__(self, call: Call, blocks: Tensor, largest_budget: int | None, directions: int):
+    def __init__(
+        self,
+        call: Call,
+        blocks: Tensor,
+        largest_budget: int | None,
+        *,
+        directions: int,
+        query_blocks: int,
+    ):
         rows, lines = call.n_blocks, (directions, call.all_heads)
         self.capacity = rows**2 if largest_budget is None else min(largest_budget, rows**2)
         # Longer items where so much may be selected that partial sums would outgrow the inputs.
         longest = triton.next_power_of_2(triton.cdiv(self.capacity, 4 * rows))
         self.item_blocks = max(launching.table().item_blocks, longest if rows > 64 else 1)
-        self.max_items = rows + self.capacity // self.item_blocks
+        self.own_blocks = (query_blocks, 1)[:directions]
+        self.owners = [triton.cdiv(rows, n) for n in self.own_blocks]
+        # A union of lists is no longer than their sum, so that `capacity` bounds it too.
+        self.max_items = [n + self.capacity // self.item_blocks for n in self.owners]
         self.may_split = rows > self.item_blocks
         self.sizes, self.starts, self.first_items = call.empty((3, *lines, rows), torch.int32)
         self.lists = call.empty((*lines, max(1, self.capacity)), torch.int32)
-        self.items = call.empty((*lines, self.max_items), torch.int32)
+        self.items = call.empty((call.all_heads * sum(self.max_items),), torch.int32)
         self.item_counts = call.empty(lines, torch.int32)
-        tile = {"OWN": 32, "OTHER": 64, "num_warps": 8}
+        tile = {"QUERY_BLOCKS": query_blocks, "OWN": 32, "OTHER": 64, "num_warps": 8}
         strips = directions * call.strips(tile["OWN"])
         shape = (call.all_heads, rows, call.heads)
         launching.launch(
@@ -106,8 +122,11 @@ class Lists:
             self.first_items,
             self.items,
             self.item_counts,
+            call.all_heads,
             rows,
-            self.max_items,
+            self.max_items[0],
+            self.max_items[-1],
+            QUERY_BLOCKS=query_blocks,
             R_PAD=triton.next_power_of_2(rows),
             ITEM_BLOCKS=self.item_blocks,
         )
@@ -125,13 +144,16 @@ class Lists:
 
     def of(self, direction: int) -> list[Tensor]:
         """Sizes, starts, lists, first items, items, item counts."""
-        names = (self.sizes, self.starts, self.lists, self.first_items, self.items)
-        return [x[direction] for x in (*names, self.item_counts)]
+        lines = len(self.item_counts[direction])
+        items = self.items.split([lines * n for n in self.max_items])[direction]
+        first = [x[direction] for x in (self.sizes, self.starts, self.lists, self.first_items)]
+        return [*first, items, self.item_counts[direction]]
 
-    def parts(self, call: Call, channels: int) -> Tensor:
-        """Partial sums of blocks that have several items, `[G, items, M, channels]`."""
-        items = self.max_items if self.may_split else 0
-        return call.empty((call.all_heads, items, BLOCK_SIZE, channels))
+    def parts(self, call: Call, direction: int, channels: int) -> Tensor:
+        """Partial sums of owners that have several items, `[G, items, own tokens, channels]`."""
+        items = self.max_items[direction] if self.may_split else 0
+        tokens = self.own_blocks[direction] * BLOCK_SIZE
+        return call.empty((call.all_heads, items, tokens, channels))
 
 
 def as_bytes(call: Call, blocks: Tensor | None) -> Tensor:
