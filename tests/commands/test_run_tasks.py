@@ -303,3 +303,57 @@ def test_two_runs_are_compared_on_the_same_examples(folder, capsys):
     assert "other examples" in capsys.readouterr().err
     assert main(["compare", "run", "base"]) == 2
     assert "predictions_SET.csv of the same set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["pairs", "questions"])
+def test_predictions_stand_beside_their_examples_when_lengths_are_grouped(folder, task):
+    command = "run-mnli" if task == "pairs" else "run-wikihop"
+    make = pairs if task == "pairs" else questions
+    assert main([command, make(folder, output_dir="trained")]) == 0
+    names = {}
+    for strategy in ("random", "group_by_length"):
+        again = make(
+            folder,
+            model_name_or_path="trained",
+            do_train=False,
+            eval_strategy="no",
+            train_sampling_strategy=strategy,
+            per_device_eval_batch_size=2,
+            output_dir=strategy,
+        )
+        assert main([command, again]) == 0
+        files = sorted((folder / strategy).glob("predictions*"))
+        names[strategy] = [(file.name, file.read_bytes()) for file in files]
+    assert names["random"] and names["random"] == names["group_by_length"]
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "allowed"),
+    [("run-mnli", "eval_right", "accuracy"), ("run-wikihop", "eval_matched_accuracy", "accuracy")],
+)
+def test_a_metric_that_no_evaluation_gives_is_refused_at_once(
+    folder, capsys, command, given, allowed
+):
+    make = pairs if command == "run-mnli" else questions
+    file = make(folder, eval_strategy="epoch", metric_for_best_model=given)
+    assert main([command, file]) == 2
+    error = capsys.readouterr().err
+    assert "metric_for_best_model must be one of ['" in error and allowed in error
+    assert not list(folder.glob("run/checkpoint-*"))
+
+
+def test_an_evaluation_alone_takes_the_rows_of_the_run_it_belongs_to(folder):
+    sample = {"max_train_samples": 6, "max_eval_samples": 3}
+    assert main(["run-mnli", pairs(folder, **sample)]) == 0
+    alone = pairs(
+        folder,
+        **sample,
+        model_name_or_path="run",
+        do_train=False,
+        eval_strategy="no",
+        output_dir="alone",
+    )
+    assert main(["run-mnli", alone]) == 0
+    first, second = (results_of(folder, name)["data"] for name in ("run", "alone"))
+    evaluated = {name for name in first if name.startswith("eval")}
+    assert evaluated and all(first[name] == second[name] for name in evaluated)

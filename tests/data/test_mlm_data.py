@@ -193,6 +193,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "w10"}\n{"text": w11}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: not JSON"):
         load_documents(tmp_path / "bad.jsonl")
+    lines = [b'{"text": "w10"}\n'] * 300
+    lines[150] = b'{"text": "caf\xe9"}\n'
+    (tmp_path / "latin.jsonl").write_bytes(b"".join(lines))
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 151: not UTF-8"):
+        load_documents(tmp_path / "latin.jsonl")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no rows"):
+        load_documents(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

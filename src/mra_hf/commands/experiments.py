@@ -62,6 +62,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         for name, value in settings.items():
             if isinstance(value, list) and name in single:
                 raise ValueError(f"{first.config}: {name} must be one value, got {value}.")
+            if isinstance(value, str) and name not in single:
+                settings[name] = [value]
         parser.set_defaults(**settings)
     return parser.parse_args(argv)
 

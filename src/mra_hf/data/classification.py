@@ -116,7 +116,12 @@ def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
             label = row.get(found.label)
             if label is None or label == "":
                 raise ValueError(f"{file}, line {line}: column {found.label!r} is empty.")
-            if label in NO_LABEL:
+            if isinstance(label, (float, list, dict)):
+                raise ValueError(
+                    f"{file}, line {line}: column {found.label!r} must be a class, a text or an "
+                    f"integer, got {label!r}."
+                )
+            if label == "-":  # MNLI's mark of pairs that its annotators did not agree on
                 without += 1
                 continue
             texts.append(tuple(values))
@@ -163,8 +168,10 @@ def label_names(parts: Iterable[LabelledTexts]) -> tuple[str, ...]:
     found = {label for part in parts for label in part.labels}
     lowered = {str(label).lower() for label in found}
     for known in KNOWN_LABELS:
-        if lowered == set(known) and len(found) == len(known):
-            return tuple(sorted(map(str, found), key=lambda label: known.index(label.lower())))
+        if lowered == set(known):
+            # Each in one spelling: its own if some row has it so, else that of the rows.
+            spelled = {label.lower(): label for label in sorted(map(str, found))}
+            return tuple(spelled[label] for label in known)
     for known in KNOWN_LABELS:
         if lowered > set(known):
             _refuse_label(parts, known, "; mend it, or declare all with --labels")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -37,6 +38,10 @@ SHARD_DOCUMENTS = 1000
 CACHED_DOCUMENTS = 50_000
 
 MANIFEST_NAME = "manifest.json"
+
+#: What datasets raises for a file that it cannot read; it peeks at one outside of what it wraps in
+#: an error of its own.
+_UNREADABLE = (DatasetGenerationError, UnicodeDecodeError, pa.ArrowInvalid, StopIteration)
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,7 @@ def load_documents(
         kind = "text" if kinds == {".txt"} else "json"
         try:
             documents = load_dataset(kind, streaming=streaming, **options)
-        except DatasetGenerationError as error:
+        except _UNREADABLE as error:
             _raise_first_fault(files, text_column)
             raise ValueError(
                 f"cannot read {names}: {error.__cause__ or error}; files must be UTF-8, and every "
@@ -268,10 +273,25 @@ def load_documents(
         check = functools.partial(_require_text, files=files, text_column=text_column)
         return documents.map(check, batched=True)
     for texts in documents.data.column("text").chunks:
+        try:
+            texts.validate(full=True)  # that it is UTF-8: the JSON reader lets anything through
+        except pa.ArrowInvalid:
+            _raise_first_fault(files, text_column)
+            raise
         blank = pc.or_(pc.utf8_is_space(texts), pc.equal(pc.utf8_length(texts), 0))
         if pc.any(pc.fill_null(blank, True)).as_py():
             _raise_first_fault(files, text_column)
     return documents
+
+
+def check_files(source: "str | Sequence[str]", text_column: str = "text") -> None:
+    """Read text files as `load_documents` takes them, line by line, for their first fault.
+
+    Raises:
+        ValueError: what is wrong, with file and line.
+    """
+    names = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    _raise_first_fault([file for name in names for file in _files(name)], text_column)
 
 
 def _require_text(batch: dict, *, files: Sequence[Path], text_column: str) -> dict:

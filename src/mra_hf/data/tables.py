@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     import os
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+#: A document may be one cell; the module's own limit is 131072 characters.
+_LONGEST_CELL = 2**31 - 1
 
 #: Suffixes (before that of the compression) -> the character between columns; None: JSON lines.
 _KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
@@ -52,7 +56,7 @@ def _lines(packed, path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}).") from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: the file is damaged ({error}).") from error
 
 
@@ -62,6 +66,8 @@ def _json_rows(lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(f"{path}, line {number}: JSON nested too deeply.") from error
         except json.JSONDecodeError as error:
             cut = "" if line.endswith("\n") else " (the file is cut off?)"
             raise ValueError(f"{path}, line {number}: not JSON: {error.msg}{cut}.") from error
@@ -71,6 +77,7 @@ def _json_rows(lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _cells(lines, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_LONGEST_CELL)
     quoting = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
     last = 0
 

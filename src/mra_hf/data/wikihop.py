@@ -69,7 +69,7 @@ def read_wikihop(path: "str | os.PathLike[str]") -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path} is no file; pass a JSON file in WikiHop's schema.")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}).") from error
@@ -110,6 +110,12 @@ def _elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(
                 f"{path}, line {_line(text, place)}: the list is not closed (cut off?)."
             )
+    place = _skip(text, place + 1)
+    if place < len(text):
+        raise ValueError(
+            f"{path}, line {_line(text, place)}: text after the list of questions; put all "
+            "questions into one list."
+        )
 
 
 def _skip(text: str, place: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
@@ -119,7 +119,7 @@ def run_wikihop(
             validation = _examples(
                 data_args.validation_file, data_args, tokenizer, data_args.max_eval_samples, None
             )
-    trainer = Trainer(
+    trainer = runs.InOrder(
         model=model,
         args=training_args,
         processing_class=tokenizer,
@@ -165,6 +165,7 @@ def run_wikihop(
 
 def _check(model_args, data_args, training_args) -> None:
     runs.check_run(training_args)
+    runs.check_best_metric(training_args, ("loss", "accuracy"))
     if not model_args.model_name_or_path:
         raise ValueError(
             "there is no model to start from; pass --model_name_or_path, a checkpoint made with "
@@ -215,7 +216,8 @@ def _examples(file, data_args, tokenizer, limit: int | None, seed: int | None) -
         instances = [wikihop.shuffled(instance, seed) for instance in instances]
     if data_args.without_supports:
         instances = [instance | {"supports": []} for instance in instances]
-    rows = Dataset.from_list(instances)
+    used = ("id", "query", "answer", "candidates", "supports")
+    rows = Dataset.from_list([{name: row[name] for name in used} for row in instances])
 
     def assembled(batch: dict[str, list]) -> dict[str, list]:
         some = [

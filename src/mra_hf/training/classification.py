@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -130,12 +129,16 @@ def run_classification(
         label2id={name: number for number, name in enumerate(names)},
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
+    prefixes = [f"{name}_" for name in sets] if len(sets) > 1 else [""]
+    runs.check_best_metric(
+        training_args, [prefix + name for prefix in prefixes for name in ("loss", "accuracy")]
+    )
     accuracy, confusion = load_metric("accuracy"), load_metric("confusion_matrix")
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return accuracy.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
-    trainer = Trainer(
+    trainer = runs.InOrder(
         model=model,
         args=training_args,
         processing_class=tokenizer,
@@ -270,9 +273,9 @@ def _examples(
             f"the files of validation_file must have different names, got "
             f"{data_args.validation_file}."
         )
-    generator = np.random.default_rng(data_args.held_out_seed)
+    seed = data_args.held_out_seed
     if data_args.held_out_rows is not None:
-        order = generator.permutation(len(training.labels))
+        order = np.random.default_rng(seed).permutation(len(training.labels))
         if data_args.held_out_rows >= len(order):
             raise ValueError(
                 f"held_out_rows must leave rows to train on, got {data_args.held_out_rows} of "
@@ -288,7 +291,9 @@ def _examples(
 
     def tokenised(part: data.LabelledTexts, where: str, limit: int | None) -> Dataset:
         if limit is not None and limit < len(part.labels):
-            part = part.part(np.sort(generator.permutation(len(part.labels))[:limit]))
+            # Drawn for each part alone: an evaluation by itself takes the same rows.
+            drawn = np.random.default_rng((seed, len(part.labels))).permutation(len(part.labels))
+            part = part.part(np.sort(drawn[:limit]))
         return data.to_dataset(part, names, where).map(
             _tokenised,
             batched=True,

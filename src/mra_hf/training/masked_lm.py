@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
-from mra_hf.data.mlm import load_documents, pack
+from mra_hf.data.mlm import check_files, load_documents, pack
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
 from mra_hf.neighbour_heads import start_with_neighbours
 from mra_hf.sparse_prediction import (
@@ -154,7 +154,13 @@ def run_masked_lm(
     results["paper_row"] = model_args.paper_row
     results["vocabulary"] = len(tokenizer)
     settings = (model_args, data_args, stopping_args, training_args)
-    return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
+    try:
+        return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
+    except Exception:
+        # A faulty line of streamed text is met while training, maybe in a worker: say which it is.
+        if data_args.streaming and data_args.train_file:
+            check_files(data_args.train_file, data_args.text_column)
+        raise
 
 
 class MaskedLMTrainer(Trainer):
@@ -218,6 +224,9 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _check(model_args, data_args, training_args) -> None:
     runs.check_run(training_args)
+    runs.check_best_metric(training_args, ("loss", "accuracy", "nll", "bits_per_token"))
+    if str(training_args.metric_for_best_model).removeprefix("eval_") in ("nll", "bits_per_token"):
+        training_args.greater_is_better = False  # Trainer goes by the name, and knows "loss" alone
     if not model_args.model_name_or_path and not model_args.tokenizer_name:
         raise ValueError(
             "training from scratch needs a tokenizer; pass --tokenizer_name, or a checkpoint with "

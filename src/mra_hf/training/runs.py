@@ -15,6 +15,7 @@ import datasets
 import pyarrow as pa
 import torch
 import transformers
+from torch.utils.data import SequentialSampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -93,6 +94,31 @@ class StoppingArguments:
         return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
+class InOrder(Trainer):
+    """`Trainer` that evaluates examples in their order, so that predictions stand beside them.
+
+    Under `train_sampling_strategy="group_by_length"` Trainer shuffles evaluations too.
+    """
+
+    def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
+        # None for several processes: accelerate shares out the order of the data set.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+def check_best_metric(training_args: TrainingArguments, names: Sequence[str]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation gives, before an epoch is spent.
+
+    Raises:
+        ValueError: it is none of `names`, with or without "eval_".
+    """
+    given = training_args.metric_for_best_model
+    if given is None or training_args.eval_strategy == "no":
+        return
+    allowed = [name.removeprefix("eval_") for name in names]
+    if given.removeprefix("eval_") not in allowed:
+        raise ValueError(f"metric_for_best_model must be one of {allowed}, got {given!r}.")
+
+
 def check_run(training_args: TrainingArguments) -> None:
     """Refuse settings that leave nothing to do, nowhere to write, or ask for a missing package.
 
@@ -103,6 +129,11 @@ def check_run(training_args: TrainingArguments) -> None:
         raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
     if Path(training_args.output_dir).is_file():
         raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
+    if training_args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor must be 0, got "
+            f"{training_args.label_smoothing_factor}: the losses here have no smoothing."
+        )
     wanted = training_args.report_to or []
     if "tensorboard" in wanted and not any(
         importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
@@ -261,6 +292,8 @@ def fit(
         else {"eval": data_fingerprint(trainer.eval_dataset)}
     )
     if args.do_train:
+        if trainer.is_world_process_zero():  # a run that is stopped says how to repeat it, too
+            save_experiment(output / EXPERIMENT_NAME, *settings)
         trained = trainer.train(resume_from_checkpoint=resume_from)
         results["train"] = trained.metrics | {"steps": trainer.state.global_step}
         if resume_from is not None:  # the runtime is that of the steps since
