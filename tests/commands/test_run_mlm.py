@@ -366,3 +366,34 @@ def test_heads_of_the_first_layer_begin_with_neighbours():
         diagonal = weights[:, head].diagonal(offset, -2, -1).mean()
         assert diagonal > 3 * weights[:, head].diagonal(0, -2, -1).mean()
         assert diagonal > 0.2
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    ("fault", "place"),
+    [
+        (b'{"text": null}\n', "'text' must be a text"),
+        (b'{"text": "caf\xe9 w10"}\n', "not UTF-8"),
+        (b'{"text": "w10 w1', "not JSON"),
+    ],
+)
+def test_a_fault_in_streamed_text_is_named_by_its_line(folder, capsys, fault, place, workers):
+    line = json.dumps({"text": " ".join(f"w{10 + i % 80}" for i in range(120))}).encode() + b"\n"
+    (folder / "streamed.jsonl").write_bytes(line * 40 + fault)
+    arguments = ["--train_file", "streamed.jsonl", "--streaming", "true", "--max_steps", "200"]
+    arguments += ["--dataloader_num_workers", workers]
+    assert main(["run-mlm", "mlm.yaml", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert f"streamed.jsonl, line 41: {place}" in message and "Traceback" not in message
+
+
+def test_the_best_model_is_the_one_with_the_fewest_bits(folder):
+    settings = yaml.safe_load((folder / "mlm.yaml").read_text())
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    settings |= {"save_steps": 2, "max_steps": 6, "load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "bits_per_token", "learning_rate": 1e-3}
+    (folder / "mlm.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["run-mlm", "mlm.yaml"]) == 0
+    state = json.loads((folder / "run" / "trainer_state.json").read_text())
+    bits = [row["eval_bits_per_token"] for row in state["log_history"] if "eval_loss" in row]
+    assert state["best_metric"] == min(bits[:3]) != max(bits[:3])
