@@ -13,7 +13,11 @@ FAMILY = ROOT / "src" / "mra_hf"
 #: What each module of the operator may import from its own package.
 OPERATOR_IMPORTS = {
     "__init__": {"api", "selection"},
-    "api": {"ops", "reference", "blocks", "implementations", "selection"},
+    "api": {
+        *("ops", "reference", "multiresolution", "multiresolution_reference"),
+        *("blocks", "checks", "implementations", "selection"),
+    },
+    "checks": {"blocks", "multiresolution", "selection"},
     "implementations": set(),
     "ops": {"_ops", "selection", "torch_impl", "triton_impl", "blocks"},
     "_ops": set(),
@@ -21,6 +25,9 @@ OPERATOR_IMPORTS = {
     "blocks": set(),
     "selection": {"blocks"},
     "reference": {"blocks"},
+    "multiresolution": {"blocks", "selection"},
+    "multiresolution_reference": {"blocks", "multiresolution", "reference", "selection"},
+    "order": {"checks"},
     "torch_impl": {"batched_attention", "blocks", "dense_attention", "scratch"},
     "batched_attention": {"blocks", "scratch"},
     "dense_attention": {"blocks"},

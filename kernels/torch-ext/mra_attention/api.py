@@ -25,6 +25,7 @@ from .checks import (
     to_token_mask,
 )
 from .implementations import IMPLEMENTATIONS, resolve_impl
+from .multiresolution_reference import multiresolution_matrix
 from .selection import BlockSelection, select
 
 
@@ -211,7 +212,7 @@ def multiresolution_attention(
     token_mask = to_token_mask(attention_mask, query)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference" or query.shape[0] == 0 or query.shape[1] == 0:
-            matrix = reference.multiresolution_matrix(query, key, token_mask, scheme)
+            matrix = multiresolution_matrix(query, key, token_mask, scheme)
             return reference.apply_matrix(matrix, value, token_mask)
         return multiresolution.attention(query, key, value, token_mask, scheme)
 
@@ -346,7 +347,7 @@ def multiresolution_attention_matrix(
     )
     token_mask = to_token_mask(attention_mask, query)
     with torch.autocast(query.device.type, enabled=False):
-        return reference.multiresolution_matrix(query, key, token_mask, scheme)
+        return multiresolution_matrix(query, key, token_mask, scheme)
 
 
 def _select_op(
