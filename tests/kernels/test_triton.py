@@ -212,19 +212,22 @@ def test_offsets_beyond_2_31_elements():
         assert torch.equal(x, y)
 
 
-def test_what_padding_and_scratch_hold_reaches_no_result(table, monkeypatch):
+@pytest.mark.parametrize("query_blocks", [1, 2])
+def test_what_padding_and_scratch_hold_reaches_no_result(
+    query_blocks, table, two_query_blocks, monkeypatch
+):
     from mra_attention.triton_impl.problem import Call
 
-    table(item_blocks=1)
-    inputs = on_device(make_inputs(1, 1, 100, 16))
-    mask = mask_on_device("holes", 1, 100)
+    (table if query_blocks == 1 else two_query_blocks)(item_blocks=1)
+    inputs = on_device(make_inputs(1, 1, 150, 16))
+    mask = mask_on_device("holes", 1, 150)
     expected = run("triton", inputs, mask, block_per_row=2)
     dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
     original = Call.empty
 
     def filled(self, shape, dtype=torch.float32):
         x = original(self, shape, dtype)
-        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(0)
+        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
 
     monkeypatch.setattr(Call, "empty", filled)
     for x, y in zip(run("triton", dirty, mask, block_per_row=2), expected, strict=True):
@@ -324,25 +327,6 @@ def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_qu
     blocks[:, 2, :, 2] = True
     inputs = on_device(make_inputs(1, 3, 140, 16))
     assert_right(inputs, None, selection=BlockSelection(blocks, 32), approx_mode=mode)
-
-
-def test_two_query_blocks_leave_no_trace_of_padding_and_scratch(two_query_blocks, monkeypatch):
-    from mra_attention.triton_impl.problem import Call
-
-    two_query_blocks(item_blocks=1)
-    inputs = on_device(make_inputs(1, 1, 150, 16))
-    mask = mask_on_device("holes", 1, 150)
-    expected = run("triton", inputs, mask, block_per_row=2)
-    dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
-    original = Call.empty
-
-    def filled(self, shape, dtype=torch.float32):
-        x = original(self, shape, dtype)
-        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
-
-    monkeypatch.setattr(Call, "empty", filled)
-    for x, y in zip(run("triton", dirty, mask, block_per_row=2), expected, strict=True):
-        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("query_blocks", [1, 2])

@@ -218,7 +218,10 @@ def steps(session):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="not Linux")
+@pytest.mark.skipif(
+    not Path("/proc/self/cmdline").exists(),
+    reason="whether a process is gone is read from /proc, which Linux alone has",
+)
 def test_a_step_out_of_time_ends_with_all_it_has_started(tmp_path):
     copy = tmp_path / "kernels" / "benchmarks"
     shutil.copytree(RUN.parent, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))

@@ -1,4 +1,4 @@
-"""Orders of tokens that bring like ones into one block (ICML 2022, section 4.4 and its appendix).
+"""Orders of tokens that bring like ones into one block (suggested by the MRA paper).
 
 Block means say much where neighbours are alike. Softmax attention does not care about the order of
 its queries, nor about that of keys and values together, so both may be put in an order of their own

@@ -1,7 +1,7 @@
 """The frame of the paper, for study: exact coefficients, the Haar basis, and the error bounds.
 
 A component `(scale, row, column)` is the n x n matrix that is 1 on block (row, column) of side
-`scale` and 0 elsewhere (ICML 2022, section 3). Components of one scale tile the matrix, those of
+`scale` and 0 elsewhere (MRA paper, ICML 2022). Components of one scale tile the matrix, those of
 different scales are nested or disjoint. Everything here is written for reading and for tests: dense
 n x n matrices, use float64. With P the logits, A = exp(P) is approximated *without* normalising its
 rows; that is what the paper's statements are about.

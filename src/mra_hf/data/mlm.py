@@ -284,6 +284,13 @@ def load_documents(
     return documents
 
 
+def is_unreadable(error: Exception) -> bool:
+    """Whether reading streamed text may have raised `error`, which then names no line: datasets'
+    own, or any that a worker of a data loader passed on with its stack.
+    """
+    return isinstance(error, _UNREADABLE) or "in DataLoader worker process" in str(error)
+
+
 def check_files(source: "str | Sequence[str]", text_column: str = "text") -> None:
     """Read text files as `load_documents` takes them, line by line, for their first fault.
 

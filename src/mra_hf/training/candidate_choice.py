@@ -198,7 +198,7 @@ def _priors(model_args, data_args, do_train: bool) -> dict[str, int]:
         override(config, model_args.config_overrides)
     if data_args.initial_prior_first_n_blocks is not None:
         return {"initial_prior_first_n_blocks": data_args.initial_prior_first_n_blocks}
-    if not do_train:
+    if not do_train or config.resolutions is not None:  # the paper's are for two scales
         return {}
     diagonal = config.initial_prior_diagonal_n_blocks
     band = 2 * (diagonal // 2) + 1 if diagonal else 0

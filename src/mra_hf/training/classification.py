@@ -292,7 +292,7 @@ def _examples(
     def tokenised(part: data.LabelledTexts, where: str, limit: int | None) -> Dataset:
         if limit is not None and limit < len(part.labels):
             # Drawn for each part alone: an evaluation by itself takes the same rows.
-            drawn = np.random.default_rng((seed, len(part.labels))).permutation(len(part.labels))
+            drawn = np.random.default_rng(seed).permutation(len(part.labels))
             part = part.part(np.sort(drawn[:limit]))
         return data.to_dataset(part, names, where).map(
             _tokenised,

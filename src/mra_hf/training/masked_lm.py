@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
-from mra_hf.data.mlm import check_files, load_documents, pack
+from mra_hf.data.mlm import check_files, is_unreadable, load_documents, pack
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
 from mra_hf.neighbour_heads import start_with_neighbours
 from mra_hf.sparse_prediction import (
@@ -156,9 +156,8 @@ def run_masked_lm(
     settings = (model_args, data_args, stopping_args, training_args)
     try:
         return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
-    except Exception:
-        # A faulty line of streamed text is met while training, maybe in a worker: say which it is.
-        if data_args.streaming and data_args.train_file:
+    except (ValueError, RuntimeError) as error:
+        if data_args.streaming and data_args.train_file and is_unreadable(error):
             check_files(data_args.train_file, data_args.text_column)
         raise
 
