@@ -35,7 +35,7 @@ from mra_hf.checkpoint_files import (
     read_weights,
     staged_directory,
 )
-from mra_hf.configuration import ATTENTION_DEFAULTS, BUILTIN_TYPE, MraConfig
+from mra_hf.configuration import ATTENTION_DEFAULTS, BUILTIN_TYPE, MraConfig, one_description
 from mra_hf.conversion_report import ConversionReport, ScoreRow, TensorRecord
 from mra_hf.conversion_source import (
     canonical_names,
@@ -266,7 +266,9 @@ def _result_config(
                 f"The source's budget of {source.block_budget} blocks per head is dropped: the "
                 "budget of the result follows block_per_row."
             )
-    settings |= {name: chosen for name, chosen in requested.items() if chosen is not None}
+    settings |= one_description(
+        {name: chosen for name, chosen in requested.items() if chosen is not None}
+    )
     fields = {
         field.name: getattr(source, field.name)
         for field in dataclasses.fields(MraConfig)
@@ -402,6 +404,8 @@ def _tile(old: Tensor, config: PreTrainedConfig, max_length: int) -> tuple[Tenso
 
 
 def _blocks_per_head(config: MraConfig, length: int) -> int:
+    if config.resolutions is not None:
+        return (config.block_budgets or (0,))[-1]
     rows = count_blocks(length, config.block_size)
     budget = rows * config.block_per_row if config.block_budget is None else config.block_budget
     return min(rows**2, budget)

@@ -90,7 +90,13 @@ class ConversionReport:
 
     @property
     def dense_length(self) -> int:
-        """Up to how many tokens every block pair is exact."""
+        """Up to how many tokens every block pair is exact; 0 where the scales end above 1."""
+        scales = self.settings["resolutions"]
+        if scales is not None:
+            budgets = self.settings["block_budgets"] or ()
+            sides = [math.isqrt(m) * size for m, size in zip(budgets, scales, strict=False)]
+            side = min(sides, default=self.max_length) if scales[-1] == 1 else 0
+            return min(side - side % scales[0], self.max_length)
         budget, size = self.settings["block_budget"], self.settings["block_size"]
         rows = self.settings["block_per_row"] if budget is None else math.isqrt(budget)
         return min(size * rows, self.max_length)
@@ -227,6 +233,16 @@ class ConversionReport:
         return [f"outputs = model(**tokenizer({call}))"]
 
     def _budget(self) -> str:
+        if self.settings["resolutions"] is not None:
+            scales, budgets = (
+                ", ".join(map(str, self.settings[name] or ()))
+                for name in ("resolutions", "block_budgets")
+            )
+            return (
+                f"blocks of {scales} tokens ({self.settings['approx_mode']}), of which "
+                f"{budgets or 0} per head are cut: the finest cover {self.density:.1%} of the "
+                f"matrix at {self.max_length} tokens"
+            )
         size, mode = self.settings["block_size"], self.settings["approx_mode"]
         rows = math.ceil(self.max_length / size)
         if self.settings["block_budget"] is None:

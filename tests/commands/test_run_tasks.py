@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import mra_hf
 from mra_hf.commands import main
 from mra_hf.metrics import load_metric
+from mra_hf.training import runs
 from tiny_models import mra_config, word_tokenizer
 
 COMMON = {
@@ -357,3 +358,30 @@ def test_an_evaluation_alone_takes_the_rows_of_the_run_it_belongs_to(folder):
     first, second = (results_of(folder, name)["data"] for name in ("run", "alone"))
     evaluated = {name for name in first if name.startswith("eval")}
     assert evaluated and all(first[name] == second[name] for name in evaluated)
+
+
+def test_fields_that_no_one_reads_may_hold_anything(folder):
+    questions_of = json.loads((folder / "train.json").read_text())
+    for number, question in enumerate(questions_of):
+        question["year"] = number if number % 2 else "unknown"
+    (folder / "train.json").write_text(json.dumps(questions_of))
+    assert main(["run-wikihop", questions(folder, max_steps=1)]) == 0
+
+
+def test_one_file_need_not_be_a_list_and_smoothing_is_refused(folder, capsys):
+    one = pairs(folder, train_file="train.jsonl", validation_file="dev_matched.jsonl", max_steps=1)
+    assert main(["run-mnli", one]) == 0
+    assert results_of(folder)["rows_without_label"] == 0
+    assert main(["run-mnli", one, "--label_smoothing_factor", "0.1"]) == 2
+    assert "label_smoothing_factor must be 0, got 0.1" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_says_how_to_repeat_it(folder, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.InOrder, "train", interrupted)
+    assert main(["run-mnli", pairs(folder)]) == 130
+    written = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
+    assert written["learning_rate"] == COMMON["learning_rate"]
+    assert written["train_file"] == ["train.jsonl"]

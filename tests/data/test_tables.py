@@ -86,6 +86,11 @@ def test_labels_keep_the_order_of_their_task():
         "NEUTRAL",
         "CONTRADICTION",
     )
+    assert data.label_names([part(["Entailment", "entailment", "neutral", "CONTRADICTION"])]) == (
+        "entailment",
+        "neutral",
+        "CONTRADICTION",
+    ), "no fourth class for another spelling"
     assert data.label_names([part([10, 2, 1])]) == ("1", "2", "10")
     assert data.label_names([part(["b", "a"])]) == ("a", "b")
 
@@ -106,6 +111,8 @@ def test_an_unknown_label_is_named_by_file_and_line(tmp_path):
         ({"text": " ", "label": 1}, data.Columns(), r"line 2: column 'text' is empty"),
         ({"text": "b", "label": None}, data.Columns(), r"line 2: column 'label' is empty"),
         ({"text": 3, "label": 1}, data.Columns(), r"line 2: column 'text' is empty or no text"),
+        ({"text": "b", "label": 0.5}, data.Columns(), r"line 2: column 'label' must be a class"),
+        ({"text": "b", "label": ["a"]}, data.Columns(), r"line 2: column 'label' must be a class"),
         ({"text": "b", "label": 1}, data.Columns(("body",)), "no column for 'body'; it has"),
         ({"text": "b", "label": 1}, data.Columns((), "class"), "no column for 'class'"),
     ],
@@ -120,3 +127,20 @@ def test_sets_are_called_after_their_files():
     assert data.set_name("multinli_1.0_dev_matched.jsonl") == "matched"
     assert data.set_name("mnli/validation_mismatched") == "mismatched"
     assert data.set_name("imdb-test.jsonl.xz") == "imdb_test"
+
+
+def test_a_document_may_be_one_long_cell_and_minus_one_a_class(tmp_path):
+    long = "word " * 50_000
+    file = write(tmp_path / "long.tsv", f"text\tlabel\n{long}\t-1\nshort\t1\nnone\t-\n")
+    part = data.read_files([file], data.Columns())
+    assert part.texts[0] == (long,) and part.labels == ["-1", "1"] and part.without_label == 1
+
+
+def test_damaged_packing_and_deep_nesting_are_named(tmp_path):
+    packed = bytearray(gzip.compress(b'{"text": "a", "label": 1}\n' * 500))
+    packed[20:40] = bytes(20)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    deep = write(tmp_path / "deep.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n")
+    for file, message in ((tmp_path / "a.jsonl.gz", "is damaged"), (deep, "line 2: .*too deeply")):
+        with pytest.raises(ValueError, match=message):
+            list(read_table(file))

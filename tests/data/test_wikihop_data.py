@@ -136,6 +136,12 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
         file.write_text(whole[:length])
         with pytest.raises(ValueError, match=r"train\.json, line \d+"):
             wikihop.read_wikihop(file)
+    file.write_bytes(b"\xef\xbb\xbf" + whole.encode() + b"\n \n")
+    assert len(wikihop.read_wikihop(file)) == 2, "a byte order mark and blank lines mean nothing"
+    file.write_text(f"{whole}\n{whole}")
+    line = whole.count("\n") + 2
+    with pytest.raises(ValueError, match=rf"train\.json, line {line}: text after the list"):
+        wikihop.read_wikihop(file)
     file.write_bytes(whole.encode().replace(b"w20", b"\xff20"))
     with pytest.raises(ValueError, match=r"train\.json, line \d+: not UTF-8"):
         wikihop.read_wikihop(file)

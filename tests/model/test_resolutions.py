@@ -6,7 +6,8 @@ from transformers import RobertaConfig, RobertaModel
 
 from mra_attention import multiresolution_attention
 from mra_hf import MraConfig, MraForMaskedLM, MraModel, set_attention
-from tiny_models import SIZES
+from mra_hf.commands import main
+from tiny_models import SIZES, word_tokenizer
 
 SCALES = {"resolutions": [16, 4, 1], "block_budgets": [9, 40]}
 
@@ -103,3 +104,18 @@ def test_density_is_the_share_of_the_finest_scale():
     assert config.density(100) == pytest.approx(40 * 16 / 112**2)
     same = MraConfig(resolutions=[32, 1], block_budgets=[20])
     assert same.density(320) == MraConfig(block_budget=20).density(320)
+
+
+def test_conversion_keeps_scales_or_replaces_them_by_what_is_asked(tmp_path, capsys):
+    MraForMaskedLM(MraConfig(**SIZES, **SCALES)).save_pretrained(tmp_path / "scales")
+    word_tokenizer().save_pretrained(tmp_path / "scales")
+    convert = ["convert", str(tmp_path / "scales"), str(tmp_path / "kept"), "--max-length", "300"]
+    assert main(convert) == 0
+    printed = capsys.readouterr().out
+    assert "blocks of 16, 4, 1 tokens (full), of which 9, 40 per head are cut" in printed
+    assert "dense up to 16 tokens" in printed  # 3 x 3 blocks of 16, but 6 x 6 of 4 in whole blocks
+    assert MraConfig.from_pretrained(tmp_path / "kept").resolutions == SCALES["resolutions"]
+    convert[2] = str(tmp_path / "replaced")
+    assert main([*convert, "--block-per-row", "4"]) == 0
+    replaced = MraConfig.from_pretrained(tmp_path / "replaced")
+    assert replaced.resolutions is None and replaced.block_per_row == 4

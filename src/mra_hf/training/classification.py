@@ -117,7 +117,7 @@ def run_classification(
         model_args.tokenizer_name or model_args.model_name_or_path
     )
     known = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
-    names, training, sets = _examples(data_args, training_args, tokenizer, known)
+    names, training, sets, without_label = _examples(data_args, training_args, tokenizer, known)
     model = load_model(
         AutoModelForSequenceClassification,
         model_args.model_name_or_path,
@@ -157,6 +157,7 @@ def run_classification(
     results = runs.conditions("classification", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["labels"] = list(names)
+    results["rows_without_label"] = without_label
     results["majority"] = {name: _majority(rows) for name, rows in sets.items()}
 
     def evaluate() -> dict[str, Any]:
@@ -284,6 +285,7 @@ def _examples(
         sets["held_out"] = training.part(order[: data_args.held_out_rows])
         training = training.part(order[data_args.held_out_rows :])
     parts = [part for part in (training, *sets.values()) if part is not None]
+    without_label = sum(part.without_label for part in parts)
     # A label that only the evaluation knows is a fault, not a class.
     names = tuple(data_args.labels or known_labels or data.label_names(parts[:1]))
     if not training_args.do_train:
@@ -310,7 +312,7 @@ def _examples(
             name: tokenised(part, f"the set {name!r}", data_args.max_eval_samples)
             for name, part in sets.items()
         }
-    return names, training, sets
+    return names, training, sets, without_label
 
 
 def _tokenised(batch: dict[str, list], *, tokenizer, max_length: int) -> dict[str, list]:
