@@ -59,6 +59,7 @@ SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
     ("sm_80", "pool_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 128): 8,
     ("sm_90", "exact_kernel", "fp32", 128): 16,
+    ("sm_90", "exact_query_kernel", "fp32", 32): 8,
 }
 
 
@@ -393,6 +394,8 @@ def main() -> int:
             writer.writeheader()
             writer.writerows(asdict(result) for result in results)
     bad = [result for result in results if result.finding]
+    for r in bad:  # once more, where the end of a log is all that is kept
+        print(f"{r.target} {r.kernel} {r.dtype} head dim {r.dim}: {r.finding}")
     print(f"{len(bad)} findings")
     return 1 if bad else 0
 

@@ -344,6 +344,7 @@ def backward(
                     *sizes,
                     lists.max_items[direction],
                     OWN_BLOCKS=lists.own_blocks[direction],
+                    num_warps=8 if call.padded_dim == 128 else 4,  # which spills nothing
                     **items,
                 )
 
