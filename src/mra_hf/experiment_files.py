@@ -29,9 +29,14 @@ _SPEED = ("_runtime", "_per_second")
 
 
 def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
-    """Write the settings of dataclasses to one YAML file that the command reads back.
+    """Write `experiment_settings` to one YAML file that the command reads back."""
+    write_text(path, yaml.safe_dump(experiment_settings(*arguments), sort_keys=False))
 
-    Of `TrainingArguments` only what differs from its defaults is written, and never
+
+def experiment_settings(*arguments: Any) -> dict[str, Any]:
+    """The settings of dataclasses by name.
+
+    Of `TrainingArguments` only what differs from its defaults is there, and never
     `resume_from_checkpoint`: a repetition begins at the beginning.
     """
     settings: dict[str, Any] = {}
@@ -46,7 +51,7 @@ def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its name
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    return settings
 
 
 def write_text(path: "str | os.PathLike[str]", text: str) -> None:

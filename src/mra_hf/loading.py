@@ -1,5 +1,6 @@
 """Models as the commands need them: loaded whole, told which attention to use, long enough."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,9 @@ from mra_hf.configuration import MraConfig
 
 if TYPE_CHECKING:
     import os
+
+#: The commas between settings, and not those in a list.
+_OUTSIDE_OF_LISTS = re.compile(r",(?![^\[]*\])")
 
 logger = logging.get_logger(__name__)
 
@@ -78,18 +82,24 @@ def load_model(
 
 
 def override(config: PreTrainedConfig, overrides: str) -> None:
-    """Apply "name=value,name=value" to `config`.
+    """Apply "name=value,name=value" to `config`; lists are written [16,4,1].
 
-    A setting that is None there (embedding_size, block_budget) takes the value that YAML reads.
+    A setting that is None there (embedding_size, block_budget) or a list takes the value that YAML
+    reads.
 
     Raises:
         ValueError: not of that form, no such setting, or a value of another type.
     """
     try:
-        given = [part.split("=", 1) for part in overrides.split(",")]
-        unset = {name for name, _ in given if getattr(config, name, "") is None}
+        given = [part.split("=", 1) for part in _OUTSIDE_OF_LISTS.split(overrides)]
+        unset = {
+            name
+            for name, value in given
+            if getattr(config, name, "") is None or value.startswith("[")
+        }
         for name, value in given:
             if name in unset:
+                getattr(config, name)  # there is no such setting
                 setattr(config, name, yaml.safe_load(value))
         others = ",".join(f"{name}={value}" for name, value in given if name not in unset)
         if others:

@@ -158,6 +158,13 @@ def test_two_processes_train_like_one(folder, task):
     assert_same_training(one, two)
 
 
+def test_two_processes_share_streamed_text(folder):
+    streamed = {"streaming": True, "per_device_train_batch_size": 2}
+    one = trained("mlm", "one", **streamed | {"per_device_train_batch_size": 4})
+    two = launched("mlm", "two", *accelerate("cpu_2_processes"), **streamed)
+    assert_same_training(one, two)
+
+
 def test_torchrun_does_too_and_evaluates_the_same(folder):
     evaluated = {"do_eval": True, "validation_file": ["pairs.jsonl"]}
     one = trained("mnli", "one", **evaluated)

@@ -397,3 +397,10 @@ def test_the_best_model_is_the_one_with_the_fewest_bits(folder):
     state = json.loads((folder / "run" / "trainer_state.json").read_text())
     bits = [row["eval_bits_per_token"] for row in state["log_history"] if "eval_loss" in row]
     assert state["best_metric"] == min(bits[:3]) != max(bits[:3])
+
+
+def test_streamed_text_shorter_than_an_example_is_refused(folder, capsys):
+    (folder / "short.jsonl").write_text('{"text": "w10 w11"}\n')
+    arguments = ["--train_file", "short.jsonl", "--streaming", "true"]
+    assert main(["run-mlm", "mlm.yaml", *arguments]) == 2
+    assert "shorter than one example of 64 tokens" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_a_text_file_is_one_document_and_a_json_line_is_one(files):
         (["c.jsonl", "texts/a.txt"], {}, "all be .txt or all be .jsonl"),
         ("nothing.txt", {}, "no text files"),
         (["texts/a.txt", "nothing.txt"], {}, "no text files in"),
-        ("c.jsonl", {"text_column": "number"}, "must hold text"),
+        ("c.jsonl", {"text_column": "number"}, "line 1: 'number' must be a text .* got 1"),
         ("no*.txt", {}, "no text files"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 
 from mra_hf.data import classification as data
 from mra_hf.data.tables import read_table
+from mra_hf.data.wikihop import read_wikihop
 
 HEADER = "index\tsentence1\tsentence2\tlabel1\tgold_label\n"
 MNLI = HEADER + (
@@ -127,6 +128,26 @@ def test_sets_are_called_after_their_files():
     assert data.set_name("multinli_1.0_dev_matched.jsonl") == "matched"
     assert data.set_name("mnli/validation_mismatched") == "mismatched"
     assert data.set_name("imdb-test.jsonl.xz") == "imdb_test"
+    assert data.set_name("reviews.csv.gz") == "reviews" and data.set_name("test.txt") == "test"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"text": "cut \ud83d", "label": 1}', "half of a surrogate pair"),
+        ('{"text": "a", "label": ' + "1" * 5000 + "}", "line 2: .*digits"),
+    ],
+)
+def test_what_json_can_spell_and_nothing_can_hold_is_named(tmp_path, line, message):
+    file = write(tmp_path / "a.jsonl", '{"text": "a \\ud83d\\ude00", "label": 0}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_table(file))
+    question = {"id": "a", "query": "q", "answer": "x", "candidates": ["x"], "supports": ["s"]}
+    whole = json.dumps([question, question | {"id": "b"}], indent=0)
+    broken = whole.replace('"supports": [\n"s"', '"supports": [\n"\\ud83d"')
+    write(tmp_path / "q.json", broken)
+    with pytest.raises(ValueError, match=r"line 2: .*surrogate"):
+        read_wikihop(tmp_path / "q.json")
 
 
 def test_a_document_may_be_one_long_cell_and_minus_one_a_class(tmp_path):

@@ -7,6 +7,7 @@ from transformers import RobertaConfig, RobertaModel
 from mra_attention import multiresolution_attention
 from mra_hf import MraConfig, MraForMaskedLM, MraModel, set_attention
 from mra_hf.commands import main
+from mra_hf.loading import override
 from tiny_models import SIZES, word_tokenizer
 
 SCALES = {"resolutions": [16, 4, 1], "block_budgets": [9, 40]}
@@ -96,6 +97,16 @@ def test_two_descriptions_and_impossible_ones_are_refused(settings, message):
         model = RobertaModel(RobertaConfig(**SIZES))
         with pytest.raises(ValueError, match=message):
             set_attention(model, **settings)
+
+
+def test_lists_can_be_given_on_the_command_line():
+    config = MraConfig(**SIZES)
+    override(config, "resolutions=[16, 4,1],block_budgets=[9,40],hidden_dropout_prob=0.2")
+    assert config.resolutions == [16, 4, 1] and config.block_budgets == [9, 40]
+    assert config.hidden_dropout_prob == 0.2
+    for unknown in ("no_such=[1]", "no_such=1", "resolutions=[16"):
+        with pytest.raises(ValueError, match="config_overrides must be name=value"):
+            override(MraConfig(**SIZES), unknown)
 
 
 def test_density_is_the_share_of_the_finest_scale():

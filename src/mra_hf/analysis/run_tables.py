@@ -189,6 +189,7 @@ def _read_run(folder: Path, name: str) -> Run:
                 f"{folder} has {RESULTS_NAME} and no {EXPERIMENT_NAME}; copy the whole directory "
                 "of the run."
             )
+    if results.get("train") or results.get("eval"):
         missing = "" if results.get("eval") else "not evaluated"
     else:
         steps = [

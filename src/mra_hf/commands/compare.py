@@ -38,19 +38,22 @@ def run(args: argparse.Namespace) -> int:
             f"{args.first} and {args.second} have no predictions_SET.csv of the same set; both "
             "must be runs with do_eval on the same data."
         )
-    print(f"{'set':<16}{'examples':>9}{'first':>9}{'second':>9}{'difference':>12}  95 % interval")
+    lines = [
+        f"{'set':<16}{'examples':>9}{'first':>9}{'second':>9}{'difference':>12}  95 % interval"
+    ]
     for name in shared:
         keys, first = _read(args.first / name)
         others, second = _read(args.second / name)
         if keys != others:
             raise ValueError(f"{name} of {args.first} and {args.second} are of other examples.")
         result = paired_bootstrap(first, second, draws=args.draws, seed=args.seed)
-        print(
+        lines.append(
             f"{name.removeprefix('predictions_').removesuffix('.csv'):<16}{result.n_examples:>9}"
             f"{first.mean():>9.1%}{second.mean():>9.1%}{result.difference:>+12.1%}  "
             f"{result.low:+.1%} to {result.high:+.1%}"
             f"{'' if result.is_certain else ' (not told apart)'}"
         )
+    print("\n".join(lines))
     return 0
 
 

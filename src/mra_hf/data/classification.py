@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset
 
-from mra_hf.data.tables import read_table
+from mra_hf.data.tables import KINDS, read_table
 
 #: Columns that are recognised, most specific first.
 TEXT_COLUMNS = (
@@ -106,7 +106,7 @@ def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
         found = None
         for line, row in read_table(file):
             if found is None:
-                found = columns.among(row, str(file))
+                found = columns.among(row, f"{file}, line {line}")
             values = []
             for name in found.texts:
                 value = row.get(name)
@@ -212,7 +212,9 @@ def to_dataset(part: LabelledTexts, names: Sequence[str], where: str) -> Dataset
 
 def set_name(source: str) -> str:
     """What an evaluation on `source`, a file or split, is called: "matched", "mismatched", ..."""
-    stem = Path(source).name.split(".jsonl")[0].split(".tsv")[0].lower()
+    stem = Path(source).name.lower().removesuffix(".gz").removesuffix(".xz")
+    for suffix in KINDS:
+        stem = stem.removesuffix(suffix)
     for name in ("mismatched", "matched"):
         if name in stem:
             return name

@@ -263,6 +263,7 @@ def load_documents(
         )
     kind = None if documents.features is None else documents.features[text_column]
     if kind is not None and getattr(kind, "dtype", None) not in ("string", "large_string"):
+        _raise_first_fault(files, text_column)
         raise ValueError(f"column {text_column!r} of {names} must hold text, and holds {kind}.")
     documents = documents.select_columns(text_column)
     if text_column != "text":

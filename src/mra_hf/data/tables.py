@@ -18,7 +18,7 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _LONGEST_CELL = 2**31 - 1
 
 #: Suffixes (before that of the compression) -> the character between columns; None: JSON lines.
-_KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
+KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
 
 
 def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,14 +35,14 @@ def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, 
     path = Path(path).expanduser()
     compression = path.suffix if path.suffix in _OPENERS else ""
     kind = Path(path.name.removesuffix(compression)).suffix
-    if kind not in _KINDS:
-        raise ValueError(f"{path} must end in {', '.join(_KINDS)} (then .gz or .xz, if packed).")
+    if kind not in KINDS:
+        raise ValueError(f"{path} must end in {', '.join(KINDS)} (then .gz or .xz, if packed).")
     if not path.is_file():
         raise ValueError(f"{path} is no file.")
     number = 0
     with _OPENERS.get(compression, open)(path, "rb") as packed:
         lines = _lines(packed, path)
-        rows = _json_rows(lines, path) if _KINDS[kind] is None else _cells(lines, path, kind)
+        rows = _json_rows(lines, path) if KINDS[kind] is None else _cells(lines, path, kind)
         for number, row in rows:
             yield number, row
     if number == 0:
@@ -71,9 +71,27 @@ def _json_rows(lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             cut = "" if line.endswith("\n") else " (the file is cut off?)"
             raise ValueError(f"{path}, line {number}: not JSON: {error.msg}{cut}.") from error
+        except ValueError as error:  # of a number with thousands of digits
+            raise ValueError(f"{path}, line {number}: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: must be a JSON object, got {row!r:.60}.")
+        if "\\u" in line:
+            check_characters(row, f"{path}, line {number}")
         yield number, row
+
+
+def check_characters(content: Any, where: str) -> None:
+    r"""Refuse halves of surrogate pairs ("\ud83d" alone), which JSON can spell and UTF-8 cannot.
+
+    Raises:
+        ValueError: there is one; `where` says in what.
+    """
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: {error.object[error.start]!r} is half of a surrogate pair and no character."
+        ) from error
 
 
 def _cells(lines, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -86,7 +104,7 @@ def _cells(lines, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]
         for last, text in lines:  # noqa: B007 - the number is read where a row ends
             yield text
 
-    reader = csv.reader(texts(), delimiter=_KINDS[kind], quoting=quoting, strict=True)
+    reader = csv.reader(texts(), delimiter=KINDS[kind], quoting=quoting, strict=True)
     try:
         header = next(reader, None)
         for cells in reader:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mra_attention.checks import check_int
 from mra_hf.data.mlm import boundary_tokens
+from mra_hf.data.tables import check_characters
 
 if TYPE_CHECKING:
     import os
@@ -102,6 +103,11 @@ def _elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
                 f"{path}, line {error.lineno}: not JSON: {error.msg}{cut}; the question begins in "
                 f"line {_line(text, place)}."
             ) from error
+        except (RecursionError, ValueError) as error:
+            where = f"{path}, line {_line(text, place)}"
+            raise ValueError(f"{where}: the question cannot be read: {error}.") from error
+        if "\\u" in text[place:end]:
+            check_characters(element, f"{path}, line {_line(text, place)}")
         yield place, element
         place = _skip(text, end)
         if text[place : place + 1] == ",":

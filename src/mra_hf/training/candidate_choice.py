@@ -17,7 +17,7 @@ from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.data import wikihop
 from mra_hf.experiment_files import write_predictions, write_text
 from mra_hf.loading import check_length, load_model, override
-from mra_hf.training import runs
+from mra_hf.training import resuming, runs
 
 PREDICTIONS_NAME = "predictions.json"
 
@@ -88,7 +88,7 @@ def run_wikihop(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = runs.checkpoint_to_resume(training_args)
+    resume_from = resuming.checkpoint_to_resume(training_args)
     training_args.remove_unused_columns = False  # pieces and spans are for the collator
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(

@@ -24,7 +24,7 @@ from mra_hf.experiment_files import write_predictions
 from mra_hf.loading import check_length, load_model
 from mra_hf.metrics import load_metric
 from mra_hf.sparse_prediction import cross_entropy
-from mra_hf.training import runs
+from mra_hf.training import resuming, runs
 
 #: Weights of the heads of sequence classifiers, which may start at random.
 HEAD_WEIGHTS = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
@@ -110,7 +110,7 @@ def run_classification(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = runs.checkpoint_to_resume(training_args)
+    resume_from = resuming.checkpoint_to_resume(training_args)
     training_args.remove_unused_columns = False  # the sampler reads the lengths
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -236,6 +236,14 @@ def _check(model_args, data_args, training_args) -> None:
             "there are no rows to evaluate on; pass --validation_file, --held_out_rows or "
             "--dataset_name."
         )
+    name = "validation_split" if data_args.dataset_name else "validation_file"
+    sources = getattr(data_args, name) or ()
+    called = [data.set_name(source) for source in sources]
+    if evaluates and len(set(called)) < len(called):
+        raise ValueError(
+            f"{name} must name sets that are called differently, got {list(sources)}, called "
+            f"{called}."
+        )
     if data_args.text_columns is not None and len(data_args.text_columns) not in (1, 2):
         raise ValueError(
             f"text_columns must be one column or two, got {len(data_args.text_columns)}."
@@ -269,11 +277,6 @@ def _examples(
         if evaluates:
             for file in data_args.validation_file or ():
                 sets[data.set_name(file)] = data.read_files([file], columns)
-    if len(sets) < len(data_args.validation_file or ()) * evaluates:
-        raise ValueError(
-            f"the files of validation_file must have different names, got "
-            f"{data_args.validation_file}."
-        )
     seed = data_args.held_out_seed
     if data_args.held_out_rows is not None:
         order = np.random.default_rng(seed).permutation(len(training.labels))

@@ -1,6 +1,8 @@
 """Masked language modelling with `Trainer`: settings, examples, loss and metrics."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +29,7 @@ from mra_hf.sparse_prediction import (
     labelled_logits,
     predict_masked_places,
 )
-from mra_hf.training import runs
+from mra_hf.training import resuming, runs
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0
@@ -114,7 +116,7 @@ def run_masked_lm(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = runs.checkpoint_to_resume(training_args)
+    resume_from = resuming.checkpoint_to_resume(training_args)
     training_args.remove_unused_columns = False  # the collator reads special_tokens_mask
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(
@@ -130,7 +132,8 @@ def run_masked_lm(
         else "give the new model more with --config_overrides max_position_embeddings=N (RoBERTa: "
         "tokens + 2)",
     )
-    training, validation = _examples(data_args, training_args, tokenizer)
+    with _naming_faults(data_args):
+        training, validation = _examples(data_args, training_args, tokenizer)
     masking = SeededMasking(
         tokenizer,
         masking_seed=training_args.seed,
@@ -154,12 +157,8 @@ def run_masked_lm(
     results["paper_row"] = model_args.paper_row
     results["vocabulary"] = len(tokenizer)
     settings = (model_args, data_args, stopping_args, training_args)
-    try:
+    with _naming_faults(data_args):
         return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
-    except (ValueError, RuntimeError) as error:
-        if data_args.streaming and data_args.train_file and is_unreadable(error):
-            check_files(data_args.train_file, data_args.text_column)
-        raise
 
 
 class MaskedLMTrainer(Trainer):
@@ -260,6 +259,17 @@ def _check(model_args, data_args, training_args) -> None:
         raise ValueError("streaming text has no known length; say how long with --max_steps.")
 
 
+@contextlib.contextmanager
+def _naming_faults(data_args: MaskedLMDataArguments) -> Iterator[None]:
+    """Name file and line of what was wrong with text that was streamed."""
+    try:
+        yield
+    except (ValueError, RuntimeError, StopIteration) as error:
+        if data_args.streaming and data_args.train_file and is_unreadable(error):
+            check_files(data_args.train_file, data_args.text_column)
+        raise
+
+
 def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.model_name_or_path:
         return load_masked_lm(
@@ -306,7 +316,8 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
                 if streaming
                 else examples.select(range(min(limit, len(examples))))
             )
-        if not streaming and len(examples) == 0:
+        is_empty = next(iter(examples), None) is None if streaming else len(examples) == 0
+        if is_empty:
             raise ValueError(
                 f"the text ({files or split}) is shorter than one example of "
                 f"{data_args.max_seq_length} tokens; pass more text or a smaller max_seq_length."

@@ -1,9 +1,7 @@
-"""What every run shares: which model, going on after a stop, and the files that a run leaves."""
+"""What every run shares: which model, its conditions, and the files that a run leaves."""
 
 import hashlib
-import importlib.util
 import json
-import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +21,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 import mra_hf
 from mra_attention.checks import check_int
@@ -33,10 +35,12 @@ from mra_hf.experiment_files import (
     HISTORY_NAME,
     PICTURE_NAME,
     RESULTS_NAME,
+    experiment_settings,
     save_experiment,
     write_history,
     write_text,
 )
+from mra_hf.training.resuming import check_same_run
 
 #: Rows that `data_fingerprint` reads at a time.
 _FINGERPRINT_ROWS = 1000
@@ -134,57 +138,15 @@ def check_run(training_args: TrainingArguments) -> None:
             "label_smoothing_factor must be 0, got "
             f"{training_args.label_smoothing_factor}: the losses here have no smoothing."
         )
-    wanted = training_args.report_to or []
-    if "tensorboard" in wanted and not any(
-        importlib.util.find_spec(name) for name in ("tensorboard", "tensorboardX")
-    ):
-        raise ValueError(
-            "report_to asks for tensorboard, which is not installed; pip install tensorboardX, or "
-            "drop it."
-        )
-
-
-def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten.
-
-    Raises:
-        ValueError: results are in the way, there is no such checkpoint, or the run is finished.
-    """
-    wanted = str(training_args.resume_from_checkpoint or "false")
-    output = Path(training_args.output_dir)
-    if not training_args.do_train or wanted.lower() == "false":
-        if output.is_dir() and any(output.iterdir()):
-            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
-            raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
-        return None
-    if wanted.lower() == "true":
-        # The state is written last: a folder without it was cut off.
-        steps = {
-            int(match[1]): path.parent
-            for path in output.glob("checkpoint-*/trainer_state.json")
-            if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
-        }
-        if not steps and (output / RESULTS_NAME).exists():
+    usable = get_available_reporting_integrations()
+    for name in training_args.report_to or []:
+        # Of the two that are never listed the callbacks say themselves what they lack.
+        if name in INTEGRATION_TO_CALLBACK and name not in (*usable, "flyte", "kubeflow"):
+            package = "tensorboardX" if name == "tensorboard" else "its package"
             raise ValueError(
-                f"output_dir {output} holds a finished run and no checkpoint to resume."
+                f"report_to asks for {name}, which is not installed; pip install {package}, or "
+                "drop it."
             )
-        if not steps:
-            return None  # the run was stopped before its first checkpoint
-        checkpoint = steps[max(steps)]
-    else:
-        checkpoint = Path(wanted)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise ValueError(
-                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
-            )
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
-    if state["global_step"] >= wanted_steps:
-        raise ValueError(
-            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
-            "another output_dir, or raise max_steps to train further."
-        )
-    return str(checkpoint)
 
 
 def conditions(
@@ -209,6 +171,9 @@ def conditions(
         "device": name,
         "threads": torch.get_num_threads(),
         "processes": training_args.world_size,
+        "train_batch_size": training_args.train_batch_size
+        * training_args.gradient_accumulation_steps
+        * training_args.world_size,
         "eval_batch_size": training_args.eval_batch_size,
         "dtype": "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "fp32",
         "mra_hf": mra_hf.__version__,
@@ -273,12 +238,15 @@ def fit(
         trainer: with its data.
         settings: dataclasses of the experiment.
         results: the conditions; "train" and "eval" are added.
-        resume_from: as `checkpoint_to_resume` returns it.
+        resume_from: as `resuming.checkpoint_to_resume` returns it.
         evaluate: the last evaluation, metrics by name.
         unit: what the loss is a mean over, for the picture.
 
     Returns:
         What `results.json` holds.
+
+    Raises:
+        ValueError: `resume_from` belongs to another run.
     """
     args = trainer.args
     output = Path(args.output_dir)
@@ -292,8 +260,11 @@ def fit(
         else {"eval": data_fingerprint(trainer.eval_dataset)}
     )
     if args.do_train:
-        if trainer.is_world_process_zero():  # a run that is stopped says how to repeat it, too
+        if resume_from is not None:
+            check_same_run(resume_from, experiment_settings(*settings), results)
+        if trainer.is_world_process_zero():  # a run that is stopped says what it was, too
             save_experiment(output / EXPERIMENT_NAME, *settings)
+            write_text(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
         trained = trainer.train(resume_from_checkpoint=resume_from)
         results["train"] = trained.metrics | {"steps": trainer.state.global_step}
         if resume_from is not None:  # the runtime is that of the steps since

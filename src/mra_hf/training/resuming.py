@@ -1,0 +1,194 @@
+"""Going on after a stop: which checkpoint, whether it is whole, and whether it is the same run."""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers import TrainingArguments
+
+from mra_hf.experiment_files import EXPERIMENT_NAME, RESULTS_NAME
+
+STATE_NAME = "trainer_state.json"
+
+#: Settings that shape the course of a training. Trainer restores the optimizer and its schedule
+#: from a checkpoint, so that most of them would be ignored without a word.
+_COURSE = (
+    "seed",
+    "data_seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "warmup_ratio",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "train_sampling_strategy",
+    "config_overrides",
+    "mlm_probability",
+    "streaming",
+)
+
+#: The same of what `results.json` says about a run.
+_CONDITIONS = (
+    "model_type",
+    "attention",
+    "approx_mode",
+    "block_per_row",
+    "resolutions",
+    "block_budgets",
+    "parameters",
+    "max_seq_length",
+    "dtype",
+    "train_batch_size",
+)
+
+
+def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
+    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten.
+
+    Raises:
+        ValueError: results are in the way, there is no such checkpoint, it is damaged, or the run
+            is finished.
+    """
+    wanted = str(training_args.resume_from_checkpoint or "false")
+    output = Path(training_args.output_dir)
+    if not training_args.do_train or wanted.lower() == "false":
+        if output.is_dir() and any(output.iterdir()):
+            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
+            raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
+        return None
+    if wanted.lower() == "true":
+        found = _checkpoints(output)
+        if not found and "train" in _read(output / RESULTS_NAME, json.loads):
+            raise ValueError(
+                f"output_dir {output} holds a finished run and no checkpoint to resume."
+            )
+        if not found:
+            return None  # the run was stopped before its first checkpoint
+        checkpoint = found[-1]
+    else:
+        checkpoint = Path(wanted)
+        if not (checkpoint / STATE_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
+            )
+    damage = _damage(checkpoint)
+    if damage:
+        others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
+        usable = next((path for path in reversed(others) if not _damage(path)), None)
+        remedy = "start anew in another output_dir"
+        if usable is not None:
+            remedy = f"go on from the one before with --resume_from_checkpoint {usable}"
+        raise ValueError(f"{checkpoint} is damaged ({damage}); {remedy}.")
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
+    if state["global_step"] >= wanted_steps:
+        raise ValueError(
+            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
+            "another output_dir, or raise max_steps to train further."
+        )
+    return str(checkpoint)
+
+
+def check_same_run(
+    checkpoint: str, settings: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Refuse to go on from a checkpoint of a run with other data, model or settings.
+
+    What may differ is how long a run lasts, when it logs, saves and evaluates, and on what. A
+    checkpoint without `experiment.yaml` and `results.json` beside it is not compared.
+
+    Args:
+        checkpoint: as `checkpoint_to_resume` returns it.
+        settings: of this run, as `experiment.yaml` has them.
+        results: the conditions and data of this run, as `results.json` has them.
+
+    Raises:
+        ValueError: what differs, and in what.
+    """
+    folder = Path(checkpoint).parent
+    settings_before = _read(folder / EXPERIMENT_NAME, yaml.safe_load)
+    results_before = _read(folder / RESULTS_NAME, json.loads)
+    compared = []
+    if settings_before:
+        compared += [(name, settings_before.get(name), settings.get(name)) for name in _COURSE]
+    if results_before:
+        compared += [
+            (name, results_before[name], results.get(name))
+            for name in _CONDITIONS
+            if name in results_before
+        ]
+        before, now = results_before.get("data", {}), results["data"]
+        for name in ("train", "train_rows"):
+            compared.append((f"training data ({name})", before.get(name), now.get(name)))
+    if settings_before and settings.get("streaming"):  # nothing else is known of its text
+        names = [_names(held.get("train_file")) for held in (settings_before, settings)]
+        compared.append(("train_file", *names))
+    differing = [
+        f"{name} {_shown(before)}, not {_shown(now)}"
+        for name, before, now in compared
+        if before != now
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} belongs to a run with {'; '.join(differing)}. Go on with the settings "
+            f"and data of {folder / EXPERIMENT_NAME}, or start anew in another output_dir."
+        )
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Checkpoints by their steps; one without a state, which is written last, was cut off."""
+    steps = {
+        int(match[1]): path.parent
+        for path in output.glob(f"checkpoint-*/{STATE_NAME}")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def _damage(checkpoint: Path) -> str:
+    """What is wrong with the files of a checkpoint; empty if nothing shows."""
+    for file in sorted(checkpoint.iterdir()):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
+                with zipfile.ZipFile(file) as held:
+                    held.namelist()
+            elif file.name == STATE_NAME:
+                state = json.loads(file.read_text(encoding="utf-8"))
+                state["global_step"], state["max_steps"]
+        except (SafetensorError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+            return f"{file.name}: {error}"
+    return ""
+
+
+def _read(file: Path, parse) -> dict[str, Any]:
+    """The mapping in a file; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        held = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); name another output_dir.") from error
+    return held if isinstance(held, dict) else {}
+
+
+def _names(files: Any) -> list[str] | None:
+    return None if not files else [Path(file).name for file in files]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)

@@ -1,0 +1,145 @@
+"""Going on after a stop: a killed process, a damaged checkpoint, another run's checkpoint."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+import mra_hf
+from mra_hf.commands import main
+from tiny_models import mra_config, word_tokenizer
+
+ROOT = Path(__file__).parents[2]
+RESUME = ("--resume_from_checkpoint", "true")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny encoder with dropout, texts, and a YAML file of a run of 24 steps."""
+    monkeypatch.chdir(tmp_path)
+    mra_hf.MraForMaskedLM(mra_config(block_per_row=3, hidden_dropout_prob=0.1)).save_pretrained(
+        "base"
+    )
+    word_tokenizer().save_pretrained("base")
+    write_texts("train.jsonl")
+    settings = {
+        "model_name_or_path": "base",
+        "train_file": ["train.jsonl"],
+        "max_seq_length": 100,
+        "do_train": True,
+        "output_dir": "run",
+        "max_steps": 24,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def write_texts(name: str, step: int = 1) -> None:
+    documents = [" ".join(f"w{10 + (i * j * step) % 80}" for i in range(500)) for j in range(1, 5)]
+    Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+
+
+def curve(name: str) -> list[dict[str, str]]:
+    with Path(name, "training_curve.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(step: int) -> Path:
+    return Path("run", f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, streaming):
+    arguments = ["run.yaml", "--streaming", streaming]
+    assert main(["run-mlm", *arguments, "--output_dir", "unbroken"]) == 0
+    script = [sys.executable, str(ROOT / "scripts" / "run_mlm.py")]
+    running = subprocess.Popen([*script, *arguments], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not (checkpoint(4) / "trainer_state.json").is_file() and time.monotonic() < end:
+        time.sleep(0.005)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL, "it was killed in its middle"
+    assert "train" not in json.loads(Path("run/results.json").read_text())
+    assert not Path("run/training_curve.csv").exists()
+    assert main(["run-mlm", *arguments, *RESUME]) == 0
+    assert curve("run") == curve("unbroken") and len(curve("run")) == 24
+    assert json.loads(Path("run/results.json").read_text())["train"]["resumed_from"]
+
+
+@pytest.fixture
+def stopped(folder):
+    """As if the run had been killed after step 4."""
+    assert main(["run-mlm", "run.yaml", "--max_steps", "4"]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    Path("run/results.json").write_text(json.dumps(results | {"train": {}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "5e-4"], "learning_rate 0.001, not 0.0005"),
+        (["--seed", "3"], "seed not set, not 3"),
+        (["--bf16", "true"], "dtype 'fp32', not 'bf16'"),
+        (["--per_device_train_batch_size", "2"], "train_batch_size 4, not 2"),
+        (["--mlm_probability", "0.3"], "mlm_probability 0.15, not 0.3"),
+        (["--config_overrides", "block_per_row=4"], "block_per_row 3, not 4"),
+        (["--train_file", "other.jsonl"], "training data (train)"),
+        (["--streaming", "true"], "streaming False, not True"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(stopped, capsys, arguments, message):
+    write_texts("other.jsonl", 3)
+    before = {path: path.read_bytes() for path in sorted(Path("run").rglob("*")) if path.is_file()}
+    assert main(["run-mlm", "run.yaml", *RESUME, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Go on with the settings and data of run/experiment.yaml" in error
+    after = {path: path.read_bytes() for path in sorted(Path("run").rglob("*")) if path.is_file()}
+    assert after == before
+
+
+def test_what_does_not_change_the_course_may_differ(stopped):
+    shutil.move("train.jsonl", "moved.jsonl")
+    shutil.move("base", "moved")
+    arguments = ["--train_file", "moved.jsonl", "--model_name_or_path", "moved"]
+    arguments += ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "2"]
+    arguments += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    assert main(["run-mlm", "run.yaml", *RESUME, *arguments]) == 0
+    assert json.loads(Path("run/results.json").read_text())["train"]["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(stopped, capsys, name):
+    file = checkpoint(4) / name
+    os.truncate(file, file.stat().st_size // 2)
+    assert main(["run-mlm", "run.yaml", *RESUME]) == 2
+    error = capsys.readouterr().err
+    assert f"run/checkpoint-4 is damaged ({name}: " in error and "Traceback" not in error
+    assert "--resume_from_checkpoint run/checkpoint-2" in error
+    explicit = ["--resume_from_checkpoint", "run/checkpoint-2", "--max_steps", "5"]
+    assert main(["run-mlm", "run.yaml", *explicit]) == 0
+    shutil.rmtree(checkpoint(2))
+    os.truncate(file, 7)
+    shutil.rmtree("run/checkpoint-5", ignore_errors=True)
+    assert main(["run-mlm", "run.yaml", *RESUME]) == 2
+    assert "start anew in another output_dir" in capsys.readouterr().err
+
+
+def test_a_logger_that_is_not_installed_is_refused(folder, capsys):
+    assert main(["run-mlm", "run.yaml", "--report_to", "wandb"]) == 2
+    assert "report_to asks for wandb, which is not installed" in capsys.readouterr().err
+    assert not Path("run").exists()
