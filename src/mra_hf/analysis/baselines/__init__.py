@@ -1,0 +1,145 @@
+"""Other ways to approximate softmax attention, behind one interface, to compare MRA-2 with.
+
+A method is a function `attend(query, key, value, *, scale, size, seed)` of tensors `[B, H, N, D]`
+without padding, where `size` is the one number that trades work for accuracy. `METHODS` lists them
+by name. Where Transformers has a method that runs on given queries, keys and values, that is what
+runs.
+
+Not among them, and why: **Reformer** has one projection for queries and keys and cannot attend by
+given ones; **SOFT** ignores the keys; **YOSO** normalises queries, keys and outputs to unit length
+and approximates another function than softmax. These can be compared as trained models alone.
+**Scatterbrain** has no kept package (its own needs one that does not build on current torch), and
+its sum of a sparse and a feature-map part is left out until somebody wants it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mra_attention import mra2_attention
+from mra_hf.analysis.baselines.features import linformer, performer
+from mra_hf.analysis.baselines.hierarchical import h_transformer
+from mra_hf.analysis.baselines.matrices import optimal_sparse, truncated_svd
+from mra_hf.analysis.baselines.stock import bigbird, longformer, nystromformer
+from mra_hf.analysis.measures import dense_attention
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to attend.
+
+    Attributes:
+        label: what it is called in figures.
+        attend: `(query, key, value, *, scale, size, seed) -> output`, tensors `[B, H, N, D]`.
+        size_name: what `size` counts.
+        sizes: those that the paper's Table 7 has.
+        largest: the largest size that makes sense at a length.
+        computed: share of the N x N scores that is computed, of (length, size); for methods that
+            compute others instead, the work of as many.
+        is_practical: whether it needs no N x N matrix, so that its time means something.
+    """
+
+    label: str
+    attend: Callable[..., Tensor]
+    size_name: str
+    sizes: tuple[int, ...]
+    largest: Callable[[int], int]
+    computed: Callable[[int, int], float]
+    is_practical: bool = True
+
+    def sizes_at(self, length: int) -> tuple[int, ...]:
+        """The sizes that make sense at a length."""
+        return tuple(size for size in self.sizes if size <= self.largest(length))
+
+
+def _dense(query, key, value, *, scale, size=0, seed=0):
+    return dense_attention(query, key, value, scale)
+
+
+def _mra2(query, key, value, *, scale, size, seed=0):
+    return mra2_attention(query, key, value, block_per_row=size, scale=scale)
+
+
+def _mra2_s(query, key, value, *, scale, size, seed=0):
+    return mra2_attention(query, key, value, block_per_row=size, scale=scale, approx_mode="sparse")
+
+
+_POWERS = tuple(2**power for power in range(4, 11))
+_BLOCKS = tuple(2**power for power in range(7))
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense", _dense, "", (1,), lambda n: 1, lambda n, size: 1.0),
+    "mra2": Method(
+        "MRA-2", _mra2, "blocks per row", _BLOCKS, lambda n: n // 64, lambda n, size: 32 * size / n
+    ),
+    "mra2_s": Method(
+        "MRA-2-s",
+        _mra2_s,
+        "blocks per row",
+        _BLOCKS,
+        lambda n: n // 64,
+        lambda n, size: 32 * size / n,
+    ),
+    "longformer": Method(
+        "Longformer",
+        longformer,
+        "window",
+        _POWERS,
+        lambda n: n // 4,
+        lambda n, size: (size + 1) / n,
+    ),
+    "bigbird": Method(
+        "BigBird",
+        bigbird,
+        "block",
+        (8, 16, 32, 64, 128),
+        lambda n: n // 16,
+        lambda n, size: 8 * size / n,
+    ),
+    "nystromformer": Method(
+        "Nystromformer",
+        nystromformer,
+        "landmarks",
+        _POWERS,
+        lambda n: n // 4,
+        lambda n, size: size / n,
+    ),
+    "performer": Method(
+        "Performer", performer, "features", _POWERS, lambda n: n // 4, lambda n, size: size / n
+    ),
+    "linformer": Method(
+        "Linformer",
+        linformer,
+        "projected length",
+        _POWERS,
+        lambda n: n // 4,
+        lambda n, size: size / n,
+    ),
+    "h_transformer": Method(
+        "H-Transformer-1D",
+        h_transformer,
+        "block",
+        (8, 16, 32, 64, 128),
+        lambda n: n // 4,
+        lambda n, size: 3 * size / n,  # the diagonal, and a geometric sum
+    ),
+    "sparse": Method(
+        "best sparse",
+        optimal_sparse,
+        "entries per row",
+        _POWERS,
+        lambda n: n // 4,
+        lambda n, size: size / n,
+        is_practical=False,
+    ),
+    "low_rank": Method(
+        "best low rank",
+        truncated_svd,
+        "rank",
+        _POWERS,
+        lambda n: n // 4,
+        lambda n, size: size / n,
+        is_practical=False,
+    ),
+}
