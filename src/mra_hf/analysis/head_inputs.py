@@ -1,12 +1,22 @@
 """Queries, keys and values of attention heads, to try approximations on: drawn or recorded."""
 
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mra_attention.checks import check_int
+
+if TYPE_CHECKING:
+    import os
+
+_TENSORS = ("query", "key", "value")
 
 #: Heads of an instance of `synthetic_heads` by kind: how many, and the gain of their logits.
 KINDS = {"local": (6, 9.0), "topic": (3, 6.0), "sink": (2, 7.0), "mix": (1, 8.0)}
@@ -20,7 +30,8 @@ class HeadInputs:
         query, key, value: `[instances, H, N, D]` float32.
         scale: factor of the logits.
         source: where they come from, for captions.
-        names: a name for each of the H heads.
+        instance_names: a name for each instance, a draw or the layer of a model.
+        head_names: a name for each of the H heads.
     """
 
     query: Tensor
@@ -28,7 +39,8 @@ class HeadInputs:
     value: Tensor
     scale: float
     source: str
-    names: tuple[str, ...]
+    instance_names: tuple[str, ...]
+    head_names: tuple[str, ...]
 
     @property
     def length(self) -> int:
@@ -42,8 +54,48 @@ class HeadInputs:
     def head(self, instance: int, head: int) -> "HeadInputs":
         """One head alone, `[1, 1, N, D]`."""
         at = (slice(instance, instance + 1), slice(head, head + 1))
-        parts = {name: getattr(self, name)[at] for name in ("query", "key", "value")}
-        return replace(self, **parts, names=(self.names[head],))
+        parts = {name: getattr(self, name)[at] for name in _TENSORS}
+        return replace(
+            self,
+            **parts,
+            instance_names=(self.instance_names[instance],),
+            head_names=(self.head_names[head],),
+        )
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write them as safetensors, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        described = {
+            "scale": repr(self.scale),
+            "source": self.source,
+            "instance_names": json.dumps(self.instance_names),
+            "head_names": json.dumps(self.head_names),
+        }
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        save_file(tensors, partial, described)
+        partial.replace(path)
+
+
+def load_heads(path: "str | os.PathLike[str]") -> HeadInputs:
+    """Read what `HeadInputs.save` wrote.
+
+    Raises:
+        ValueError: another file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            described = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        return HeadInputs(
+            **tensors,
+            scale=float(described["scale"]),
+            source=described["source"],
+            instance_names=tuple(json.loads(described["instance_names"])),
+            head_names=tuple(json.loads(described["head_names"])),
+        )
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no file of mra-hf record ({error}).") from error
 
 
 def synthetic_heads(
@@ -73,11 +125,17 @@ def synthetic_heads(
     generator = torch.Generator().manual_seed(seed)
     draws = [_instance(length, head_dim, common_value, generator) for _ in range(instances)]
     query, key, value = (torch.stack(parts) for parts in zip(*draws, strict=True))
-    names = tuple(
-        f"{kind} {number}" for kind, (count, _) in KINDS.items() for number in range(count)
+    return HeadInputs(
+        query,
+        key,
+        value,
+        scale=1.0,
+        source=f"synthetic heads, seed {seed}",
+        instance_names=tuple(f"draw {number}" for number in range(instances)),
+        head_names=tuple(
+            f"{kind} {number}" for kind, (count, _) in KINDS.items() for number in range(count)
+        ),
     )
-    source = f"synthetic heads, seed {seed}"
-    return HeadInputs(query, key, value, 1.0, source, names)
 
 
 def _instance(

@@ -1,0 +1,132 @@
+"""What the attention of a model multiplies when it reads text."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from mra_attention.checks import check_int
+from mra_hf.analysis.head_inputs import HeadInputs
+from mra_hf.analysis.measures import dense_attention
+from mra_hf.attention import refuse_unsuitable
+from mra_hf.data.mlm import load_documents, pack
+from mra_hf.loading import check_length
+
+if TYPE_CHECKING:
+    import os
+
+_NAME = "mra_hf_recording"
+#: Attention module -> (query, key, value, scale) of its calls, while `_recording` is entered.
+_RECORDS: dict[nn.Module, list[tuple[Tensor, Tensor, Tensor, float]]] = {}
+
+
+@torch.no_grad()
+def record_heads(model: PreTrainedModel, texts: Sequence[Tensor], source: str) -> HeadInputs:
+    """Queries, keys and values of all heads of a model that attends densely.
+
+    Args:
+        model: any bidirectional encoder of Transformers that uses its attention interface.
+        texts: ids of texts of one length without padding, `[N]` each, special tokens included.
+        source: where model and text come from, for captions.
+
+    Returns:
+        An instance for each text and layer, in this order.
+
+    Raises:
+        ValueError: a model whose attention cannot be recorded, or texts of several lengths.
+    """
+    if len({len(ids) for ids in texts}) != 1:
+        raise ValueError("texts must have one length; cut them with mra_hf.data.mlm.pack.")
+    model.eval()
+    with _recording(model) as modules:
+        for ids in texts:
+            model(input_ids=ids[None])
+        records = [_RECORDS[module][number] for number in range(len(texts)) for module in modules]
+    query, key, value = (torch.cat([record[part] for record in records]) for part in range(3))
+    names = tuple(
+        f"text {number} layer {layer}"
+        for number in range(len(texts))
+        for layer in range(len(modules))
+    )
+    return HeadInputs(
+        query,
+        key,
+        value,
+        scale=records[0][3],
+        source=source,
+        instance_names=names,
+        head_names=tuple(f"head {head}" for head in range(query.shape[1])),
+    )
+
+
+def record_checkpoint(
+    checkpoint: "str | os.PathLike[str]",
+    text: "str | os.PathLike[str]",
+    *,
+    length: int,
+    texts: int = 2,
+) -> HeadInputs:
+    """Record a checkpoint on pieces of a text file, evenly spread over it.
+
+    Args:
+        checkpoint: directory or hub id of an encoder with its tokenizer.
+        text: a `.txt` or `.jsonl` file, or a folder of them.
+        length: tokens of a piece, special tokens included.
+        texts: how many pieces.
+
+    Raises:
+        ValueError: a text that is too short, a length beyond the positions of the checkpoint, or a
+            model that cannot be recorded.
+    """
+    check_int("texts", texts, 1)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    check_length("length", length, model)
+    pieces = pack(load_documents(str(text)), tokenizer, length)
+    if len(pieces) < texts:
+        raise ValueError(
+            f"text must have {texts} pieces of {length} tokens, and {text} has {len(pieces)}; pass "
+            "more text or fewer --texts."
+        )
+    places = [number * len(pieces) // texts for number in range(texts)]
+    ids = [torch.tensor(pieces[place]["input_ids"]) for place in places]
+    name = Path(checkpoint).name
+    return record_heads(model, ids, f"{name} on {Path(text).name}")
+
+
+@contextlib.contextmanager
+def _recording(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
+    """Record every call of the attention function; yields its modules in the order of layers."""
+    modules = refuse_unsuitable(model)
+    AttentionInterface.register(_NAME, _record)
+    AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    _RECORDS.update((module, []) for module in modules)
+    try:
+        model.set_attn_implementation(_NAME)
+        yield modules
+    finally:
+        model.set_attn_implementation(before)
+        for module in modules:
+            del _RECORDS[module]
+
+
+def _record(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    _RECORDS[module].append((query.float(), key.float(), value.float(), scale))
+    output = dense_attention(query, key, value, scale)
+    return output.transpose(1, 2).contiguous(), None

@@ -1,0 +1,40 @@
+r"""Record the queries, keys and values of all heads of a checkpoint that reads text.
+
+What it writes is an input of `mra-hf figures` and of `mra_hf.analysis`. The checkpoint attends
+densely while it reads.
+
+example:
+  mra-hf record roberta-base book.txt heads.safetensors --length 512
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("checkpoint", help="directory or hub id of an encoder")
+    parser.add_argument("text", help=".txt or .jsonl file, or a folder of them")
+    parser.add_argument("out", type=Path, help="file to write; it must not exist")
+    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=int, default=2, help="so many pieces of the text (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record and say how much."""
+    if args.out.exists():
+        raise ValueError(f"out {args.out} exists; name another file.")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"out {args.out} is in no folder that exists.")
+    from mra_hf.analysis.recording import record_checkpoint  # slow to import; --help stays quick
+
+    heads = record_checkpoint(args.checkpoint, args.text, length=args.length, texts=args.texts)
+    heads.save(args.out)
+    instances, count, length, dim = heads.query.shape
+    print(
+        f"{instances} layers (of {args.texts} texts), {count} heads, {length} tokens, head dim "
+        f"{dim}: written to {args.out} ({args.out.stat().st_size / 2**20:.0f} MiB)"
+    )
+    return 0
