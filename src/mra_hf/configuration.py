@@ -11,7 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from mra_attention.blocks import count_blocks
-from mra_attention.checks import APPROX_MODES, SELECTION_RULES, check_int, check_scales
+from mra_attention.checks import (
+    APPROX_MODES,
+    SCHEME_RULES,
+    SELECTION_RULES,
+    check_int,
+    check_scales,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +63,7 @@ class MraConfig(RobertaConfig):
         initial_prior_diagonal_n_blocks: width in blocks of the diagonal band that is always exact
             (default 0).
         block_size: tokens per block (default 32).
-        selection: "row_normalized" (default) or "global", the rule that ranks blocks.
+        selection: "row_normalized" (default), "global" or "refined", the rule that ranks blocks.
         resolutions: scales from coarse to fine in place of (block_size, 1), see
             `mra_attention.multiresolution_attention` (default None). Priors then are on blocks of
             the coarsest scale.
@@ -290,7 +296,12 @@ def _check_scales(settings: dict[str, Any]) -> None:
             f"block_budgets={settings['block_budgets']} needs resolutions, the scales it is for; "
             "with two scales set block_per_row or block_budget instead."
         )
-    check_scales(settings["resolutions"], settings["block_budgets"] or ())
+    scales, _ = check_scales(settings["resolutions"], settings["block_budgets"] or ())
+    if settings["selection"] == "refined" and (len(scales) != 2 or scales[1] != 1):
+        raise ValueError(
+            f'selection="refined" is for two scales that end in 1, got resolutions={list(scales)}; '
+            f"use one of {SCHEME_RULES}."
+        )
     both = [name for name in _TWO_SCALES if settings[name] != ATTENTION_DEFAULTS[name]]
     if both:
         raise ValueError(

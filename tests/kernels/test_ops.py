@@ -65,7 +65,7 @@ def make_hidden(batch, length, dtype=torch.float32):
 # -- schemas, fakes, autograd registration
 
 
-@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+@pytest.mark.parametrize("rule", ["row_normalized", "global", "refined"])
 @pytest.mark.parametrize("block_budget", [None, 5])
 @pytest.mark.parametrize("mask_kind", ["none", "holes"])
 def test_opcheck_accepts_the_select_operator(mask_kind, block_budget, rule):
@@ -315,7 +315,7 @@ def test_autocast_leaves_float64_and_cast_inputs_alone(impl):
             assert_all_equal(outputs_and_gradients(attention, *inputs), expected)
 
 
-@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+@pytest.mark.parametrize("rule", ["row_normalized", "global", "refined"])
 def test_the_select_operator_ignores_autocast(rule):
     query, key, *_ = make_inputs(2, 2, 500, 16)
     arguments = (query, key, make_mask("holes", 2, 500), 3, None, 32, 0, 0, rule, 0.25)

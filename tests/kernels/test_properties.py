@@ -450,7 +450,7 @@ def test_scale_multiplies_the_logits_and_defaults_to_the_root_of_the_head_dim(bu
 
 
 @for_modes
-@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+@pytest.mark.parametrize("rule", ["row_normalized", "global", "refined"])
 @pytest.mark.parametrize("mask_kind", MASK_KINDS)
 def test_matrix_rows_sum_to_one_and_the_matrix_times_value_is_the_output(mask_kind, rule, mode):
     query, key, value, _ = make_inputs(2, 2, 200, 16)

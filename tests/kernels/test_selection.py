@@ -230,6 +230,60 @@ def test_global_rule_ranks_the_whole_matrix_and_may_leave_a_row_empty():
     assert by_row == {(0, 0), (1, 0), (2, 0)}
 
 
+@pytest.mark.parametrize("block_size", [4, 2, 7, 1])
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+def test_refined_mass_of_parts_of_one_token_is_that_of_softmax(mask_kind, block_size):
+    query, key, *_ = make_inputs(2, 2, 61, 8)
+    mask = make_mask(mask_kind, 2, 61)
+    n_blocks = -(-61 // block_size)
+    mass, live = selection.coarse_scores(
+        query, key, mask, block_size=block_size, n_blocks=n_blocks, scale=0.3, rule="refined"
+    )
+    real = torch.ones(2, 61, dtype=torch.bool) if mask is None else mask.bool()
+    if block_size == 7:  # not cut: a part is a block, its mean stands for its tokens
+        counts = torch.nn.functional.pad(real, (0, 2)).unflatten(1, (9, 7)).sum(-1)
+        parts, weights = (
+            torch.nn.functional.pad(x * real[:, None, :, None], (0, 0, 0, 2))
+            .unflatten(2, (9, 7))
+            .sum(3)
+            / counts.clamp_min(1)[:, None, :, None]
+            for x in (query, key)
+        )
+        logits = (0.3 * parts @ weights.mT).exp() * counts[:, None, None]
+        share = logits / logits.sum(-1, keepdim=True).clamp_min(1e-30)
+        expected = share * counts[:, None, :, None]
+    else:
+        logits = (0.3 * query @ key.mT).masked_fill(~real[:, None, None], -torch.inf)
+        weights = logits.softmax(-1).nan_to_num() * real[:, None, :, None]
+        rows = n_blocks * block_size - 61
+        weights = torch.nn.functional.pad(weights, (0, rows, 0, rows))
+        cut = weights.unflatten(3, (n_blocks, block_size)).unflatten(2, (n_blocks, block_size))
+        expected = cut.sum((3, 5))
+    torch.testing.assert_close(mass, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(live, mass.sum((1, 3)) > 0)
+
+
+def test_refined_strips_do_not_matter(monkeypatch):
+    query, key, *_ = make_inputs(2, 3, 700, 8)
+    mask = make_mask("holes", 2, 700)
+    whole = select_blocks(query, key, mask, block_per_row=3, selection="refined").blocks
+    monkeypatch.setattr(selection, "_REFINED_SCORES", 1)
+    again = select_blocks(query, key, mask, block_per_row=3, selection="refined").blocks
+    assert torch.equal(whole, again)
+
+
+def test_refined_finds_the_pair_whose_few_large_logits_the_mean_hides():
+    query, key = torch.zeros(1, 1, 96, 4), torch.zeros(1, 1, 96, 4)
+    query[..., 0] = 1
+    key[:, :, 32:40, 0] = 6  # a quarter of the second block, mean 1.5
+    key[:, :, 64:96, 0] = 2  # the whole third one
+    settings = {"block_budget": 3, "scale": 1.0}
+    coarse = select_blocks(query, key, **settings).blocks[0, 0]
+    refined = select_blocks(query, key, selection="refined", **settings).blocks[0, 0]
+    assert chosen_pairs(coarse) == {(row, 2) for row in range(3)}
+    assert chosen_pairs(refined) == {(row, 1) for row in range(3)}
+
+
 @pytest.mark.parametrize("rule", ["row_normalized", "global"])
 def test_coarse_logits_that_are_equal_in_float32_tie_in_every_input_type(rule):
     query, key = from_scores(torch.zeros(2, 2, dtype=torch.float64))

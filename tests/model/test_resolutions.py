@@ -88,6 +88,7 @@ def test_it_trains(inputs):
         ({"block_budgets": [4]}, "needs resolutions"),
         ({"resolutions": [16, 4, 1]}, "block_budgets must hold one number for every scale"),
         ({"resolutions": [16, 5], "block_budgets": [3]}, "each dividing the one before"),
+        (SCALES | {"selection": "refined"}, "refined.* is for two scales that end in 1"),
     ],
 )
 def test_two_descriptions_and_impossible_ones_are_refused(settings, message):

@@ -72,7 +72,9 @@ def mra2_attention(
             off.
         selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
             row, so that every row gets its best pair when the budget allows one each (and no row's
-            maximum is tied); `"global"` by the coarse logit. Or a ready `BlockSelection` from
+            maximum is tied); `"global"` by the coarse logit; `"refined"` by the softmax mass of the
+            pair as estimated from quarters of blocks, which finds better pairs for 16 times the
+            scores. Or a ready `BlockSelection` from
             `select_blocks`, which stands for its own budget and priors: those given here are then
             not used.
         scale: factor of the logits, default `D ** -0.5`.

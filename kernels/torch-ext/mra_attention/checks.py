@@ -15,7 +15,9 @@ from .multiresolution import Scheme
 from .selection import MAX_BLOCK_ROWS, BlockSelection
 
 APPROX_MODES = ("full", "sparse")
-SELECTION_RULES = ("row_normalized", "global")
+#: Rules of the general scheme; two scales have one more.
+SCHEME_RULES = ("row_normalized", "global")
+SELECTION_RULES = (*SCHEME_RULES, "refined")
 #: Larger blocks are refused: inputs are padded to whole blocks.
 MAX_BLOCK_SIZE = 1024
 #: More pairs than any matrix that can be ranked has; keeps products of budgets inside int64.
@@ -202,7 +204,12 @@ def check_scheme(
     check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
     check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
-    check_choice("selection", selection, SELECTION_RULES)
+    if selection == "refined":
+        raise ValueError(
+            f'selection="refined" is for two scales that end in 1, got resolutions={resolutions}; '
+            f"use one of {SCHEME_RULES}."
+        )
+    check_choice("selection", selection, SCHEME_RULES)
     padded = count_blocks(query.shape[2], resolutions[0]) * resolutions[0]
     ranked = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]
     if ranked:

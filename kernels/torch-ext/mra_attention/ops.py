@@ -38,7 +38,7 @@ def mra2_select(
         "rule": rule,
         "scale": scale,
     }
-    if impl == "triton":
+    if impl == "triton" and rule != "refined":  # which torch ranks on every device
         from . import triton_impl
 
         return triton_impl.select(query, key, token_mask, **settings)

@@ -19,12 +19,17 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     Progress bars show in a terminal alone: in a log file they are a line per step.
     """
     parser.add_argument("config", nargs="?", help="YAML file of settings; the command line wins")
+    parser.set_defaults(disable_tqdm=quiet_outside_terminals(), report_to="none")
+
+
+def quiet_outside_terminals() -> bool:
+    """Switch the bars of datasets off where there is no terminal to draw them on."""
     from datasets import disable_progress_bars  # slow to import; commands without it stay quick
 
     quiet = not sys.stderr.isatty()
     if quiet:
         disable_progress_bars()
-    parser.set_defaults(disable_tqdm=quiet, report_to="none")
+    return quiet
 
 
 def print_results(results: dict[str, Any], training_args: TrainingArguments) -> None:

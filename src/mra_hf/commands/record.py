@@ -10,6 +10,8 @@ example:
 import argparse
 from pathlib import Path
 
+from mra_hf.commands.experiments import quiet_outside_terminals
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"out {args.out} is in no folder that exists.")
     from mra_hf.analysis.recording import record_checkpoint  # slow to import; --help stays quick
 
+    quiet_outside_terminals()
     heads = record_checkpoint(args.checkpoint, args.text, length=args.length, texts=args.texts)
     heads.save(args.out)
     instances, count, length, dim = heads.query.shape
