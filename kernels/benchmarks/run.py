@@ -104,6 +104,8 @@ def main() -> int:
     cuda_driver.make_importable()
     if args.command is not None or args.tune:
         return cuda_driver.main(parser, args)
+    if args.dry_run:
+        parser.error("--dry-run is for the commands of a card; name one: check, bench or tune")
     if args.out is None:
         args.out = Path(f"benchmark_{args.device}_{args.preset}.csv")
     return _measure(parser, args)

@@ -316,9 +316,8 @@ def backward(
             tile = call.of_summaries()
             kernel = backward_kernels.coarse_query_kernel
             programs = call.strips(tile["ROWS"])
-            stages = 2 if tile["ROWS"] == 32 else 1  # which spills nothing
-            constants = {**tile, "num_stages": stages}
-            launching.launch(kernel, programs, *sources, coarse_query, *numbers, **constants)
+            launching.launch(kernel, programs, *sources, coarse_query, *numbers, **tile)
+            tile = call.of_summary_columns()
             kernel = backward_kernels.coarse_key_kernel
             programs = call.strips(tile["COLUMNS"])
             launching.launch(kernel, programs, *sources, coarse_key, coarse_value, *numbers, **tile)

@@ -17,6 +17,7 @@ import triton.language as tl
 from .block_lists import listed_blocks, visible_pairs
 from .forward import unselected_pairs
 from .primitives import (
+    SIZES,
     add_gathered,
     as_rows,
     coarse_logits,
@@ -34,7 +35,7 @@ from .primitives import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def reduce_rows_kernel(
     GRAD,
     OUTPUT,
@@ -65,7 +66,7 @@ def reduce_rows_kernel(
     tl.store(DELTA + head * length + tokens, delta, mask=tokens < length)
     if HAS_COARSE:
         lse = tl.load(LSE + head * length + tokens, mask=real, other=float("inf")) * LOG2_E
-        attends = lse < float("inf")
+        attends = lse != float("inf")  # true for a NaN, which has to reach the gradients
         smallest = tl.min(lse, 0)
         smallest = tl.where(smallest < float("inf"), smallest, 0.0)
         weights = tl.where(attends, tl.exp2(smallest - lse), 0.0)
@@ -76,7 +77,7 @@ def reduce_rows_kernel(
         tl.store(GRAD_SUMS + line * D_PAD + tl.arange(0, D_PAD), sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coarse_query_kernel(
     QUERY_MEANS,
     KEY_MEANS,
@@ -123,7 +124,7 @@ def coarse_query_kernel(
     tl.store(COARSE_QUERY + to, sums, mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coarse_key_kernel(
     QUERY_MEANS,
     KEY_MEANS,
@@ -198,7 +199,7 @@ def _store_gradient(
     store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def exact_query_kernel(
     QUERY,
     KEY,
@@ -308,7 +309,7 @@ def exact_query_kernel(
         tl.store(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
     QUERY,
     KEY,
@@ -438,7 +439,7 @@ def exact_key_kernel(
         tl.store(PART_VALUES + to, value_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_gradient_kernel(
     MASK,
     SIZES,

@@ -14,7 +14,7 @@ owners in both directions; those beyond the last bundle have empty lists and no 
 import triton
 import triton.language as tl
 
-from .primitives import of_gathered, of_own
+from .primitives import SIZES, of_gathered, of_own
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def visible_pairs(
     return visible
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def count_kernel(
     BLOCKS,
     COUNTS,
@@ -118,7 +118,7 @@ def count_kernel(
     tl.store(SIZES + line * n_blocks + own, total, mask=own < n_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def plan_kernel(
     SIZES,
     STARTS,
@@ -151,7 +151,7 @@ def plan_kernel(
         tl.store(ITEMS + start + first + part, own, mask=part < items)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def fill_kernel(
     BLOCKS,
     COUNTS,

@@ -12,6 +12,7 @@ import triton.language as tl
 from .block_lists import listed_blocks, visible_pairs
 from .primitives import (
     LOWEST,
+    SIZES,
     add_gathered,
     as_rows,
     coarse_logits,
@@ -37,7 +38,7 @@ def unselected_pairs(BLOCKS, head, rows, columns, row_counts, column_counts, n_b
     return inside & (row_counts > 0)[:, None] & (column_counts > 0)[None, :] & (chosen == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def coarse_kernel(
     QUERY_MEANS,
     KEY_MEANS,
@@ -109,7 +110,7 @@ def _store_results(
     tl.store(LSE + head * length + tokens, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def exact_kernel(
     QUERY,
     KEY,
@@ -225,7 +226,7 @@ def exact_kernel(
         tl.store(PART_STATES + 2 * slot + 1, denominator)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     MASK,
     SIZES,

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .primitives import is_real, load_tokens
+from .primitives import SIZES, is_real, load_tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     QUERY,
     KEY,

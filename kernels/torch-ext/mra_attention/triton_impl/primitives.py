@@ -12,6 +12,26 @@ bfloat16. Head dims are padded to `D_PAD`, a power of 2.
 import triton
 import triton.language as tl
 
+#: Numbers that follow from the inputs' shapes and the budget. Without this, Triton would compile
+#: other machine code for multiples of 16, which nearly no length in blocks is.
+SIZES = (
+    "length",
+    "n_blocks",
+    "heads",
+    "all_heads",
+    "capacity",
+    "max_items",
+    "query_items",
+    "key_items",
+    "first_blocks",
+    "block_per_row",
+    "block_budget",
+    "half_diagonal",
+    "level",
+    "levels",
+    "shift",
+)
+
 #: Below every logit that can occur; finite, so that differences of two of them are 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
 

@@ -68,9 +68,16 @@ class Call:
         }
 
     def of_summaries(self) -> dict:
-        """Constants and launch configuration of kernels that multiply summaries: the largest tiles
-        whose IEEE products keep everything in registers.
+        """Constants and launch configuration of kernels that multiply summaries, each program those
+        of a strip of rows with all columns: the largest tiles whose IEEE products keep everything
+        in registers.
         """
+        rows, stages = (32, 2) if self.padded_dim == 64 else (16, 1)
+        sizes = {"ROWS": rows, "COLUMNS": 16, "D_PAD": self.padded_dim}
+        return {"num_warps": 8, "num_stages": stages, **sizes}
+
+    def of_summary_columns(self) -> dict:
+        """The same where each program has a strip of columns and visits all rows."""
         side = 32 if self.padded_dim == 64 else 16
         sizes = {"ROWS": side, "COLUMNS": side, "D_PAD": self.padded_dim}
         return {"num_warps": 8, "num_stages": 1, **sizes}

@@ -9,14 +9,14 @@ stored, or computed again by every pass where the matrix would be large.
 import triton
 import triton.language as tl
 
-from .primitives import LOWEST, coarse_logits, load_summaries
+from .primitives import LOWEST, SIZES, coarse_logits, load_summaries
 
 DIGIT_BITS = 11
 _BITS = tl.constexpr(DIGIT_BITS)
 _DIGITS = tl.constexpr(2**DIGIT_BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def flag_kernel(
     COUNTS,
     FLAGS,
@@ -42,7 +42,7 @@ def flag_kernel(
     tl.store(BUDGETS + sample, tl.minimum(budget, rows * rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def score_kernel(
     QUERY_MEANS,
     KEY_MEANS,
@@ -139,7 +139,7 @@ def _narrow(prefix, wanted, HISTOGRAM):
     return (prefix << _BITS) + digit, wanted - tl.sum(tl.where(hit, larger, 0), 0)
 
 
-@triton.jit(do_not_specialize=["level", "shift"])
+@triton.jit(do_not_specialize=SIZES)
 def digit_kernel(
     QUERY_MEANS,
     KEY_MEANS,
@@ -196,7 +196,7 @@ def digit_kernel(
     tl.atomic_add(to, sizes, mask=sizes > 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def mark_kernel(
     QUERY_MEANS,
     KEY_MEANS,

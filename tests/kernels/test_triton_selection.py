@@ -1,0 +1,223 @@
+"""Triton: two query blocks a tile, the lists of selected pairs, and the selection."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import (
+    MASK_KINDS,
+    MODES,
+    make_inputs,
+)
+from triton_cases import (
+    BEYOND_A_TILE,
+    DEVICE,
+    TOLERANCES,
+    assert_right,
+    mask_on_device,
+    needs_a_place,
+    on_device,
+)
+
+from mra_attention import BlockSelection, selection
+
+pytestmark = needs_a_place
+
+
+# -- two query blocks a tile
+
+
+@pytest.mark.parametrize("form_name", ["plain", "swapped"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_two_query_blocks_in_every_dtype_mode_and_form(
+    dtype, mode, form_name, form, two_query_blocks
+):
+    form(form_name)
+    two_query_blocks()
+    inputs = on_device(make_inputs(1, 2, 150, 64, dtype=dtype))
+    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=2, approx_mode=mode)
+
+
+@pytest.mark.parametrize("length", [1, 31, 33, 64, 65, 100, 256])
+def test_two_query_blocks_at_ragged_lengths(length, two_query_blocks):
+    """Also where the last bundle has one block, and where that is the only one."""
+    two_query_blocks()
+    assert_right(on_device(make_inputs(2, 1, length, 40)), None, block_per_row=2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+def test_two_query_blocks_with_masks(mask_kind, mode, two_query_blocks):
+    two_query_blocks()
+    inputs = on_device(make_inputs(2, 1, 100, 16))
+    mask = mask_on_device(mask_kind, 2, 100)
+    results = assert_right(inputs, mask, block_per_row=1, approx_mode=mode)
+    if mask is not None:
+        for result in results:
+            assert not result.transpose(1, 2)[~mask].any()
+
+
+@pytest.mark.parametrize("form_name", ["plain", "swapped"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("item_blocks", [1, 3])
+def test_two_query_blocks_with_several_work_items(
+    item_blocks, mode, form_name, form, two_query_blocks
+):
+    """The first row is selected whole, so that the list of the first bundle is cut; 7 blocks."""
+    form(form_name)
+    two_query_blocks(item_blocks=item_blocks)
+    inputs = on_device(make_inputs(1, 1, 200, 16))
+    mask = mask_on_device("right", 1, 200)
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
+    assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient"])
+def test_two_query_blocks_in_one_pass_alone(kernel, two_query_blocks):
+    two_query_blocks(kernel, item_blocks=2)
+    inputs = on_device(make_inputs(1, 2, 150, 16))
+    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=3)
+
+
+def test_two_query_blocks_among_more_blocks_than_a_tile(two_query_blocks):
+    two_query_blocks(item_blocks=4)
+    inputs = on_device(make_inputs(1, 1, BEYOND_A_TILE[0], 16))
+    mask = mask_on_device("holes", 1, BEYOND_A_TILE[0])
+    assert_right(inputs, mask, block_per_row=3, initial_prior_first_n_blocks=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_query_blocks):
+    two_query_blocks(item_blocks=2)
+    blocks = torch.zeros(1, 3, 5, 5, dtype=torch.bool, device=DEVICE)
+    blocks[:, 0, 1] = True  # all of it for the second of a bundle, nothing for the first
+    blocks[:, 1, 2] = True
+    blocks[:, 2, :, 2] = True
+    inputs = on_device(make_inputs(1, 3, 140, 16))
+    assert_right(inputs, None, selection=BlockSelection(blocks, 32), approx_mode=mode)
+
+
+@pytest.mark.parametrize("query_blocks", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 70])
+def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
+    """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
+    from mra_attention.triton_impl.problem import Call, Lists, as_bytes
+
+    query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
+    mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
+    mask[:, 32:64] = False  # a block that no list may name
+    generator = torch.Generator().manual_seed(0)
+    blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
+    call = Call(query, key, None, mask)
+    settings = {"directions": 2, "query_blocks": query_blocks}
+    lists = Lists(call, as_bytes(call, blocks), None, **settings)
+    live = mask.view(-1)[::32][:rows].cpu()
+    chosen = blocks[0].cpu() & live[:, None] & live[None, :]
+    for direction in (0, 1):
+        pairs = chosen if direction == 0 else chosen.mT
+        bundle = (query_blocks, 1)[direction]
+        sizes, starts, entries, first_items, items, counts = (
+            x.cpu().tolist() for x in lists.of(direction)
+        )
+        most = lists.max_items[direction]
+        for head in range(2):
+            wanted_items = []
+            for own in range(rows):
+                of_own = pairs[head, own * bundle : (own + 1) * bundle]
+                wanted = of_own.any(0).nonzero().flatten().tolist()
+                if bundle == 2:
+                    weights = torch.tensor([1, 2])[: len(of_own), None]
+                    bits = (of_own * weights).sum(0)
+                    wanted = [4 * block + bits[block].item() for block in wanted]
+                start = starts[head][own]
+                assert entries[head][start : start + sizes[head][own]] == wanted
+                if own * bundle < rows:
+                    assert first_items[head][own] == len(wanted_items)
+                    wanted_items += [own] * max(1, -(-len(wanted) // lists.item_blocks))
+            assert counts[head] == len(wanted_items) <= most
+            assert items[head * most : head * most + counts[head]] == wanted_items
+
+
+# -- selection
+
+SELECTIONS = {
+    "plain": {},
+    "priors": {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3},
+    "wide prior": {"initial_prior_diagonal_n_blocks": 5},
+    "global": {"rule": "global"},
+    "budget": {"block_budget": 7},
+    "everything": {"block_budget": 1000},
+}
+
+
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
+    """Given the same scores all routes choose the same pairs, and those of the torch path, whose
+    scores come from float64 means, here too.
+    """
+    from mra_attention import triton_impl
+
+    inputs = on_device(make_inputs(2, 1, 200, 32, seed=3))[:2]
+    mask = mask_on_device(mask_kind, 2, 200)
+    settings = {
+        "block_per_row": 2,
+        "block_budget": None,
+        "initial_prior_first_n_blocks": 0,
+        "initial_prior_diagonal_n_blocks": 0,
+        "rule": "row_normalized",
+        "scale": 0.2,
+        **SELECTIONS[name],
+    }
+    wanted = selection.select(*inputs, mask, block_size=32, **settings)
+    for entries in (
+        {"topk_up_to_rows": 1000},
+        {"topk_up_to_rows": 0},
+        {"topk_up_to_rows": 0, "recompute_from_length": 0},
+    ):
+        table(**entries)
+        assert torch.equal(triton_impl.select(*inputs, mask, **settings), wanted), entries
+
+
+@pytest.mark.parametrize("length", BEYOND_A_TILE)
+def test_selection_among_more_blocks_than_a_tile(length, table):
+    """By radix, with stored and with recomputed scores, as by top-k; and nearly as in torch."""
+    from mra_attention import triton_impl
+
+    inputs = on_device(make_inputs(2, 1, length, 16, seed=5))[:2]
+    mask = mask_on_device("right", 2, length)
+    settings = {
+        "block_per_row": 4,
+        "block_budget": None,
+        "initial_prior_first_n_blocks": 1,
+        "initial_prior_diagonal_n_blocks": 1,
+        "rule": "row_normalized",
+        "scale": 0.25,
+    }
+    table(topk_up_to_rows=1000)
+    by_topk = triton_impl.select(*inputs, mask, **settings)
+    for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
+        table(**entries)
+        assert torch.equal(triton_impl.select(*inputs, mask, **settings), by_topk), entries
+    wanted = selection.select(*inputs, mask, block_size=32, **settings)
+    assert torch.equal(by_topk.sum((1, 2, 3)), wanted.sum((1, 2, 3)))
+    assert (by_topk & wanted).sum() >= 0.999 * wanted.sum()
+
+
+def test_radix_ranks_equal_scores_like_choose_blocks(table):
+    from mra_attention import triton_impl
+    from mra_attention.triton_impl.problem import Call
+
+    inputs = on_device(make_inputs(2, 2, 150, 16))[:2]
+    mask = mask_on_device("right", 2, 150)
+    numbers = {"block_per_row": 2, "block_budget": None}
+    priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
+    ranking = triton_impl.Ranking(Call(*inputs, None, mask), **numbers, **priors)
+    ranking.score(normalized=True, scale=0.2)
+    values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=DEVICE)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(0, len(values), ranking.scores.shape, generator=generator)
+        ranking.scores.copy_(values[picks.to(DEVICE)])
+        assert torch.equal(ranking.choose_by_radix(), ranking.choose_by_topk())
