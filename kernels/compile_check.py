@@ -4,7 +4,8 @@
     python kernels/compile_check.py --targets sm_90 --dims 64 --csv report.csv
 
 Launches are recorded from the public code path on tensors without data (device "meta"), which also
-shows that nothing on that path reads a value back. Each is compiled ahead of time by the installed
+shows that nothing on that path reads a value back. Lengths are not specialised on, so that one
+compiled kernel serves them all. Each is compiled ahead of time by the installed
 Triton for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture;
 those of two query blocks a tile (column "queries"), which no shipped configuration uses, at head
 dim 64 in 16 bits. Findings: stack spills beyond the allowance, shared memory over the card's limit
