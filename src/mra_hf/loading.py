@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
-from mra_hf.configuration import MraConfig
+from mra_hf.configuration import MraConfig, one_description
 
 if TYPE_CHECKING:
     import os
@@ -101,6 +101,10 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
             if name in unset:
                 getattr(config, name)  # there is no such setting
                 setattr(config, name, yaml.safe_load(value))
+        if isinstance(config, MraConfig):  # what is asked for replaces the other description
+            described = one_description(dict(given))
+            for name in set(described) - {name for name, _ in given}:
+                setattr(config, name, described[name])
         others = ",".join(f"{name}={value}" for name, value in given if name not in unset)
         if others:
             config.update_from_string(others)

@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import mra_hf
 from mra_hf.commands import main
@@ -92,14 +94,31 @@ def stopped(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--learning_rate", "5e-4"], "learning_rate 0.001, not 0.0005"),
-        (["--seed", "3"], "seed not set, not 3"),
-        (["--bf16", "true"], "dtype 'fp32', not 'bf16'"),
-        (["--per_device_train_batch_size", "2"], "train_batch_size 4, not 2"),
-        (["--mlm_probability", "0.3"], "mlm_probability 0.15, not 0.3"),
-        (["--config_overrides", "block_per_row=4"], "block_per_row 3, not 4"),
+        (["--learning_rate", "5e-4"], "learning_rate 0.001 (here 0.0005)"),
+        (["--seed", "3"], "seed at its default (here 3)"),
+        (["--bf16", "true"], "dtype 'fp32' (here 'bf16')"),
+        (["--per_device_train_batch_size", "2"], "train_batch_size 4 (here 2)"),
+        (["--mlm_probability", "0.3"], "mlm_probability 0.15 (here 0.3)"),
+        (["--config_overrides", "block_per_row=4"], "block_per_row 3 (here 4)"),
         (["--train_file", "other.jsonl"], "training data (train)"),
-        (["--streaming", "true"], "streaming False, not True"),
+        (["--config_overrides", "initial_prior_first_n_blocks=1"], "first_n_blocks 0 (here 1)"),
+        (["--dataloader_drop_last", "true"], "dataloader_drop_last at its default (here True)"),
+        (
+            [
+                "--early_stopping_patience",
+                "3",
+                "--load_best_model_at_end",
+                "true",
+                "--eval_strategy",
+                "steps",
+                "--validation_file",
+                "train.jsonl",
+                "--do_eval",
+                "true",
+            ],
+            "early_stopping_patience at its default (here 3)",
+        ),
+        (["--streaming", "true"], "streaming False (here True)"),
     ],
 )
 def test_another_run_is_not_gone_on_with(stopped, capsys, arguments, message):
@@ -122,7 +141,7 @@ def test_what_does_not_change_the_course_may_differ(stopped):
     assert json.loads(Path("run/results.json").read_text())["train"]["steps"] == 6
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(stopped, capsys, name):
     file = checkpoint(4) / name
     os.truncate(file, file.stat().st_size // 2)
@@ -139,7 +158,62 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_named(stopped, capsy
     assert "start anew in another output_dir" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(stopped, capsys):
+    file = checkpoint(4) / "trainer_state.json"
+    os.truncate(file, file.stat().st_size // 2)
+    explicit = ["--resume_from_checkpoint", "run/checkpoint-4"]
+    assert main(["run-mlm", "run.yaml", *explicit]) == 2
+    assert "run/checkpoint-4 is damaged (trainer_state.json: " in capsys.readouterr().err
+    assert main(["run-mlm", "run.yaml", *RESUME, "--max_steps", "5"]) == 0
+    train = json.loads(Path("run/results.json").read_text())["train"]
+    assert train["resumed_from"] == "checkpoint-2"
+
+
 def test_a_logger_that_is_not_installed_is_refused(folder, capsys):
     assert main(["run-mlm", "run.yaml", "--report_to", "wandb"]) == 2
     assert "report_to asks for wandb, which is not installed" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_a_run_stopped_after_its_last_step_is_finished(stopped):
+    Path("run/model.safetensors").unlink()
+    Path("run/training_curve.csv").unlink()
+    evaluated = ["--do_eval", "true", "--validation_file", "train.jsonl"]
+    assert main(["run-mlm", "run.yaml", *RESUME, "--max_steps", "4", *evaluated]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["train"]["steps"] == 4 and results["eval"]["eval_loss"] > 0
+    assert len(curve("run")) == 4
+    first, second = (load_file(f"{name}/model.safetensors") for name in ("run", checkpoint(4)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_results_of_another_run_are_not_overwritten(stopped, capsys):
+    arguments = ["run-mlm", "run.yaml", "--resume_from_checkpoint", "run/checkpoint-4"]
+    Path("other").mkdir()
+    Path("other/results.json").write_text("{}")
+    assert main([*arguments, "--output_dir", "other"]) == 2
+    assert "other is not empty, and run/checkpoint-4 is of another run" in capsys.readouterr().err
+    assert main([*arguments, "--output_dir", "new", "--max_steps", "5"]) == 0
+    assert len(curve("new")) == 5
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(stopped, capsys):
+    (checkpoint(4) / "optimizer.pt").unlink()
+    assert main(["run-mlm", "run.yaml", *RESUME]) == 2
+    assert "holds no state of the optimizer" in capsys.readouterr().err
+
+
+def test_early_stopping_counts_on(folder, capsys):
+    arguments = ["run-mlm", "run.yaml", "--do_eval", "true", "--validation_file", "train.jsonl"]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    arguments += ["--load_best_model_at_end", "true", "--early_stopping_patience", "3"]
+    arguments += ["--learning_rate", "1e-12", "--metric_for_best_model", "accuracy"]
+    assert main(arguments) == 0
+    stopped_at = json.loads(Path("run/results.json").read_text())["train"]["steps"]
+    assert stopped_at == 4
+    assert main([*arguments, *RESUME]) == 2
+    assert "holds a finished run (4 steps)" in capsys.readouterr().err
+    shutil.rmtree(checkpoint(4))
+    Path("run/results.json").unlink()
+    assert main([*arguments, *RESUME]) == 0
+    assert json.loads(Path("run/results.json").read_text())["train"]["steps"] == stopped_at

@@ -391,3 +391,47 @@ def test_a_run_that_fails_says_how_to_repeat_it(folder, monkeypatch):
     written = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
     assert written["learning_rate"] == COMMON["learning_rate"]
     assert written["train_file"] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": 2.5}, "run.yaml: max_steps must be of type int, got 2.5"),
+        ({"seed": None}, "run.yaml: seed must be set, got None"),
+        ({"max_seq_length": "64x"}, "run.yaml: max_seq_length must be of type int, got '64x'"),
+        ({"learning_rate": "fast"}, "run.yaml: learning_rate must be of type float, got 'fast'"),
+        ({"eval_strategy": "daily"}, "run.yaml: eval_strategy must be one of"),
+        ({"do_train": "perhaps"}, "run.yaml: do_train must be of type"),
+    ],
+)
+def test_values_of_a_wrong_type_are_one_sentence(folder, capsys, changes, message):
+    assert main(["run-mnli", pairs(folder, **changes)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments", "message"),
+    [
+        (["Pos", "pos", "neg"], [], "differ in more than their case"),
+        (["pos", "pos", "pos"], [], "two labels or more"),
+        (["a", "b", "a"], ["--labels", "a", "b", "a"], "differ in more than their case"),
+    ],
+)
+def test_labels_that_cannot_be_told_apart_are_refused(folder, capsys, labels, arguments, message):
+    rows = [{"text": f"w{10 + row}", "label": label} for row, label in enumerate(labels * 3)]
+    (folder / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = pairs(folder, train_file="some.jsonl", validation_file="some.jsonl")
+    assert main(["run-mnli", run, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_labels_of_a_checkpoint_are_not_renamed(folder, capsys):
+    assert main(["run-mnli", pairs(folder, max_steps=1)]) == 0
+    alone = pairs(folder, do_train=False, model_name_or_path="run", output_dir="alone")
+    other = ["--labels", "contradiction", "neutral", "entailment"]
+    assert main(["run-mnli", alone, *other]) == 2
+    assert "labels must be those of the checkpoint" in capsys.readouterr().err
+    (folder / "one.jsonl").write_text('{"text": "w10", "label": "neutral"}\n')
+    assert main(["run-mnli", pairs(folder, validation_file="one.jsonl", output_dir="new")]) == 2
+    assert "pairs of texts" in capsys.readouterr().err

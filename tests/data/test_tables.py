@@ -165,3 +165,11 @@ def test_damaged_packing_and_deep_nesting_are_named(tmp_path):
     for file, message in ((tmp_path / "a.jsonl.gz", "is damaged"), (deep, "line 2: .*too deeply")):
         with pytest.raises(ValueError, match=message):
             list(read_table(file))
+
+
+def test_labels_lose_blanks_and_headers_name_a_column_once(tmp_path):
+    file = write(tmp_path / "a.csv", "text,label\na, pos\nb,pos \nc,neg\n")
+    assert data.read_files([file], data.Columns()).labels == ["pos", "pos", "neg"]
+    file = write(tmp_path / "b.tsv", "text\ttext\tlabel\na\tb\tc\n")
+    with pytest.raises(ValueError, match="line 1: two columns have one name"):
+        list(read_table(file))

@@ -47,7 +47,8 @@ def plot_training_curve(
     loss_axes.set(xlabel="step", ylabel=f"loss per {unit}, nats", title=title)
     accuracy_axes.set(ylabel="accuracy", ylim=(0, None))
     loss_axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    if loss_axes.lines or accuracy_axes.lines:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(Path(path), dpi=120)
 
 

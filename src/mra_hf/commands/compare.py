@@ -59,8 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(file: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Row and label of every example, and whether the prediction is right."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}.") from error
     if not rows or not {"row", "label", "prediction"} <= set(rows[0]):
         raise ValueError(f"{file} must have the columns row, label, prediction.")
     right = np.array([row["label"] == row["prediction"] for row in rows])

@@ -63,14 +63,37 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
                 f"{first.config} holds settings that do not exist: {', '.join(unknown)}; see "
                 f"{parser.prog} --help."
             )
+        actions = {action.dest: action for action in parser._actions}
         single = {action.dest for action in parser._actions if action.nargs not in ("+", "*")}
         for name, value in settings.items():
             if isinstance(value, list) and name in single:
                 raise ValueError(f"{first.config}: {name} must be one value, got {value}.")
             if isinstance(value, str) and name not in single:
                 settings[name] = [value]
+            if name in single:
+                _check_value(first.config, actions[name], value)
         parser.set_defaults(**settings)
     return parser.parse_args(argv)
+
+
+def _check_value(config: str, action: argparse.Action, value: Any) -> None:
+    """Refuse a value that the command line would refuse, in words that name the file."""
+    if value is None or isinstance(value, dict) or action.type is None:
+        is_fault = value is None and action.default is not None
+        wanted = "set"
+    else:
+        wanted = f"of type {getattr(action.type, '__name__', action.type)}"
+        if action.choices is not None:
+            wanted = f"one of {list(action.choices)}"
+        try:
+            if action.type is int and isinstance(value, (bool, float)):
+                raise ValueError("no integer")
+            found = action.type(str(value))
+            is_fault = action.choices is not None and found not in action.choices
+        except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):
+            is_fault = True
+    if is_fault:
+        raise ValueError(f"{config}: {action.dest} must be {wanted}, got {value!r}.")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
                     raise ValueError(f"{file}, line {line}: column {name!r} is empty or no text.")
                 values.append(value)
             label = row.get(found.label)
+            label = label.strip() if isinstance(label, str) else label
             if label is None or label == "":
                 raise ValueError(f"{file}, line {line}: column {found.label!r} is empty.")
             if isinstance(label, (float, list, dict)):

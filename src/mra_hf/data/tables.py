@@ -107,6 +107,8 @@ def _cells(lines, path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]
     reader = csv.reader(texts(), delimiter=KINDS[kind], quoting=quoting, strict=True)
     try:
         header = next(reader, None)
+        if header is not None and len(set(header)) < len(header):
+            raise ValueError(f"{path}, line 1: two columns have one name, got {header}.")
         for cells in reader:
             if not cells:
                 continue

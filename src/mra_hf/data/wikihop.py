@@ -150,7 +150,7 @@ def _fault(instance: Any) -> str | None:
                 return f"{name}: {field} must be texts that are not empty, got {text!r}"
     if not instance["query"].strip():
         return f"{name}: query is empty"
-    if len(set(instance["candidates"])) != len(instance["candidates"]):
+    if len({text.strip() for text in instance["candidates"]}) != len(instance["candidates"]):
         return f"{name}: a candidate occurs twice"
     if instance["answer"] not in instance["candidates"]:
         return f"{name}: the answer {instance['answer']!r} is not among the candidates"

@@ -291,6 +291,23 @@ def _examples(
     without_label = sum(part.without_label for part in parts)
     # A label that only the evaluation knows is a fault, not a class.
     names = tuple(data_args.labels or known_labels or data.label_names(parts[:1]))
+    if len({name.lower() for name in names}) < len(names):
+        raise ValueError(f"labels must differ in more than their case, got {list(names)}.")
+    if known_labels and names != known_labels:
+        raise ValueError(
+            f"labels must be those of the checkpoint, {list(known_labels)}, got {list(names)}; "
+            "drop --labels."
+        )
+    if len(names) < 2:
+        raise ValueError(
+            f"there must be two labels or more to learn, got {list(names)}; if the data has others "
+            "elsewhere, declare all with --labels."
+        )
+    if len({len(part.texts[0]) for part in parts if part.texts}) > 1:
+        raise ValueError(
+            "the sets differ in whether they hold texts or pairs of texts; name the columns with "
+            "--text_columns."
+        )
     if not training_args.do_train:
         training = None
 

@@ -255,6 +255,11 @@ def _check(model_args, data_args, training_args) -> None:
             raise ValueError(f"{name} and dataset_name are both given; keep one of them.")
         if needed and not given and not data_args.dataset_name:
             raise ValueError(f"there is no text to read; pass --{name} or --dataset_name.")
+    if data_args.streaming and data_args.dataset_name and "[" in data_args.train_split:
+        raise ValueError(
+            f"a slice of a split cannot be streamed, got train_split={data_args.train_split!r}; "
+            "name a whole split, or leave streaming off."
+        )
     if data_args.streaming and training_args.do_train and training_args.max_steps <= 0:
         raise ValueError("streaming text has no known length; say how long with --max_steps.")
 

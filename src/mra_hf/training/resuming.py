@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from mra_hf.experiment_files import EXPERIMENT_NAME, RESULTS_NAME
+
+logger = logging.get_logger(__name__)
 
 STATE_NAME = "trainer_state.json"
 
@@ -34,10 +37,18 @@ _COURSE = (
     "max_grad_norm",
     "neftune_noise_alpha",
     "train_sampling_strategy",
+    "dataloader_drop_last",
+    "ignore_data_skip",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "metric_for_best_model",
     "config_overrides",
     "mlm_probability",
     "streaming",
 )
+
+#: How the files and folders begin that hold the optimizer: Trainer's own, FSDP's and DeepSpeed's.
+_OPTIMIZER_FILES = ("optimizer", "pytorch_model_fsdp", "global_step")
 
 #: The same of what `results.json` says about a run.
 _CONDITIONS = (
@@ -47,6 +58,9 @@ _CONDITIONS = (
     "block_per_row",
     "resolutions",
     "block_budgets",
+    "initial_prior_first_n_blocks",
+    "initial_prior_diagonal_n_blocks",
+    "selection",
     "parameters",
     "max_seq_length",
     "dtype",
@@ -57,20 +71,25 @@ _CONDITIONS = (
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten.
 
+    A run that was stopped after its last step is gone on with: what is left is to save and to
+    evaluate.
+
     Raises:
-        ValueError: results are in the way, there is no such checkpoint, it is damaged, or the run
-            is finished.
+        ValueError: results are in the way, there is no such checkpoint, it is damaged or has no
+            optimizer state, or the run is finished.
     """
     wanted = str(training_args.resume_from_checkpoint or "false")
     output = Path(training_args.output_dir)
+    is_empty = not output.is_dir() or not any(output.iterdir())
     if not training_args.do_train or wanted.lower() == "false":
-        if output.is_dir() and any(output.iterdir()):
+        if not is_empty:
             resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
             raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
         return None
+    results = _read(output / RESULTS_NAME, json.loads)
     if wanted.lower() == "true":
         found = _checkpoints(output)
-        if not found and "train" in _read(output / RESULTS_NAME, json.loads):
+        if not found and "train" in results:
             raise ValueError(
                 f"output_dir {output} holds a finished run and no checkpoint to resume."
             )
@@ -83,6 +102,11 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             raise ValueError(
                 f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
             )
+        if not is_empty and checkpoint.resolve().parent != output.resolve():
+            raise ValueError(
+                f"output_dir {output} is not empty, and {checkpoint} is of another run; name an "
+                "empty folder, or the one that the checkpoint is in."
+            )
     damage = _damage(checkpoint)
     if damage:
         others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
@@ -91,14 +115,32 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         if usable is not None:
             remedy = f"go on from the one before with --resume_from_checkpoint {usable}"
         raise ValueError(f"{checkpoint} is damaged ({damage}); {remedy}.")
-    state = json.loads((checkpoint / STATE_NAME).read_text())
-    wanted_steps = training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
-    if state["global_step"] >= wanted_steps:
+    if not any(path.name.startswith(_OPTIMIZER_FILES) for path in checkpoint.iterdir()):
         raise ValueError(
-            f"{checkpoint} is the end of a finished run ({state['global_step']} steps); name "
+            f"{checkpoint} holds no state of the optimizer (save_only_model?), and without it this "
+            "would be another run; start anew in another output_dir, from this checkpoint with "
+            "--model_name_or_path."
+        )
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    is_finished = bool(results.get("train")) and (
+        bool(results.get("eval")) or not training_args.do_eval
+    )
+    if is_finished and _wanted_steps(state, training_args) <= state["max_steps"]:
+        raise ValueError(
+            f"{output} holds a finished run ({results['train'].get('steps')} steps); name "
             "another output_dir, or raise max_steps to train further."
         )
     return str(checkpoint)
+
+
+def is_at_its_end(checkpoint: str, training_args: TrainingArguments) -> bool:
+    """Whether no step is left after a checkpoint."""
+    state = json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
+    return state["global_step"] >= _wanted_steps(state, training_args)
+
+
+def _wanted_steps(state: dict[str, Any], training_args: TrainingArguments) -> int:
+    return training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
 
 
 def check_same_run(
@@ -136,7 +178,7 @@ def check_same_run(
         names = [_names(held.get("train_file")) for held in (settings_before, settings)]
         compared.append(("train_file", *names))
     differing = [
-        f"{name} {_shown(before)}, not {_shown(now)}"
+        f"{name} {_shown(before)} (here {_shown(now)})"
         for name, before, now in compared
         if before != now
     ]
@@ -148,12 +190,18 @@ def check_same_run(
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """Checkpoints by their steps; one without a state, which is written last, was cut off."""
-    steps = {
-        int(match[1]): path.parent
-        for path in output.glob(f"checkpoint-*/{STATE_NAME}")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.parent.name))
-    }
+    """Checkpoints by their steps, but for those that were cut off: the state is written last."""
+    steps = {}
+    for path in output.glob(f"checkpoint-*/{STATE_NAME}"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.parent.name)
+        if match is None:
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            logger.warning(f"{path.parent} was not written to its end and is passed over.")
+            continue
+        steps[int(match[1])] = path.parent
     return [steps[step] for step in sorted(steps)]
 
 
@@ -191,4 +239,4 @@ def _names(files: Any) -> list[str] | None:
 
 
 def _shown(value: Any) -> str:
-    return "not set" if value is None else repr(value)
+    return "at its default" if value is None else repr(value)

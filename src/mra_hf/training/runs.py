@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.integrations.integration_utils import (
@@ -40,7 +41,7 @@ from mra_hf.experiment_files import (
     write_history,
     write_text,
 )
-from mra_hf.training.resuming import check_same_run
+from mra_hf.training.resuming import STATE_NAME, check_same_run, is_at_its_end
 
 #: Rows that `data_fingerprint` reads at a time.
 _FINGERPRINT_ROWS = 1000
@@ -95,6 +96,8 @@ class StoppingArguments:
                 "early_stopping_patience needs --load_best_model_at_end true with an eval_strategy "
                 "and the same save_strategy, and a metric_for_best_model (default: the loss)."
             )
+        # A resumed run counts on from where it was.
+        training_args.restore_callback_states_from_checkpoint = True
         return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
@@ -165,6 +168,9 @@ def conditions(
         "block_per_row": settings.get("block_per_row"),
         "resolutions": settings.get("resolutions"),
         "block_budgets": settings.get("block_budgets"),
+        "initial_prior_first_n_blocks": settings.get("initial_prior_first_n_blocks"),
+        "initial_prior_diagonal_n_blocks": settings.get("initial_prior_diagonal_n_blocks"),
+        "selection": settings.get("selection"),
         "parameters": model.num_parameters(),
         "max_seq_length": max_seq_length,
         "seed": training_args.seed,
@@ -265,8 +271,12 @@ def fit(
         if trainer.is_world_process_zero():  # a run that is stopped says what it was, too
             save_experiment(output / EXPERIMENT_NAME, *settings)
             write_text(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
-        trained = trainer.train(resume_from_checkpoint=resume_from)
-        results["train"] = trained.metrics | {"steps": trainer.state.global_step}
+        if resume_from is not None and is_at_its_end(resume_from, args):
+            _restore(trainer, resume_from)
+            results["train"] = {}
+        else:
+            results["train"] = trainer.train(resume_from_checkpoint=resume_from).metrics
+        results["train"]["steps"] = trainer.state.global_step
         if resume_from is not None:  # the runtime is that of the steps since
             results["train"]["resumed_from"] = Path(resume_from).name
         trainer.save_model()
@@ -276,6 +286,15 @@ def fit(
         results["eval"] = evaluate()
     _write(trainer, output, settings, results, unit)
     return results
+
+
+def _restore(trainer: Trainer, checkpoint: str) -> None:
+    """Leave `trainer` as training left it, where nothing but the end of a run was missing: asked to
+    go on, `Trainer` would take one step more.
+    """
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_NAME))
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best or checkpoint)
 
 
 def _rows(data) -> int | None:
