@@ -59,6 +59,9 @@ PADDED = {64: (40, "fp32"), 128: (80, "bf16")}
 SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
     ("sm_80", "pool_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 128): 8,
+    ("sm_80", "exact_key_kernel", "fp32", 16): 8,
+    ("sm_80", "exact_kernel", "fp32", 64): 24,
+    ("sm_80", "exact_query_kernel", "fp32", 32): 8,
     ("sm_80", "exact_query_kernel", "fp32", 64): 24,
     ("sm_80", "exact_query_kernel", "fp32", 128): 8,
     ("sm_90", "exact_kernel", "fp32", 128): 16,
