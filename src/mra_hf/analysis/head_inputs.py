@@ -51,6 +51,10 @@ class HeadInputs:
         """The same heads with all logits times `factor`."""
         return replace(self, scale=self.scale * factor)
 
+    def first_tokens(self, length: int) -> "HeadInputs":
+        """The same heads on the first `length` tokens alone."""
+        return replace(self, **{name: getattr(self, name)[:, :, :length] for name in _TENSORS})
+
     def head(self, instance: int, head: int) -> "HeadInputs":
         """One head alone, `[1, 1, N, D]`."""
         at = (slice(instance, instance + 1), slice(head, head + 1))

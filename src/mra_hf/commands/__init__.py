@@ -29,6 +29,7 @@ COMMANDS = {
     "results": "one table and one picture of many runs, beside the figures of the paper",
     "compare": "two runs on the same examples: difference in accuracy and its interval",
     "record": "queries, keys and values of a checkpoint that reads text, for figures",
+    "figures": "the figures and Table 7 of the MRA paper, on a checkpoint or on synthetic heads",
     "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
     "build-wordnet-hop": "two-hop questions over many short documents, in WikiHop's schema",
     "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",

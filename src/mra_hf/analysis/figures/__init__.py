@@ -1,0 +1,59 @@
+"""The figures and Table 7 of the ICML 2022 paper, drawn again on given heads, and two more."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+from mra_hf.analysis.figures.choices import locality, selection_rules
+from mra_hf.analysis.figures.drawing import Drawn
+from mra_hf.analysis.figures.errors import (
+    error_and_entropy,
+    error_and_time,
+    table_7,
+    work_and_length,
+)
+from mra_hf.analysis.figures.matrices import (
+    frame_and_haar,
+    haar_coefficients,
+    stages,
+    stages_in_logarithms,
+    supports,
+)
+from mra_hf.analysis.head_inputs import HeadInputs
+
+FIGURES: dict[str, Callable[[HeadInputs], Drawn]] = {
+    "figure-1": haar_coefficients,
+    "figure-2": frame_and_haar,
+    "figure-3": stages_in_logarithms,
+    "figure-4": error_and_time,
+    "figure-5": error_and_entropy,
+    "figure-6": stages,
+    "figure-7": work_and_length,
+    "figure-8": supports,
+    "table-7": table_7,
+    "locality": locality,
+    "selection": selection_rules,
+}
+
+
+def draw(name: str, heads: HeadInputs, out: Path) -> str:
+    """Write NAME.png, NAME.csv and NAME.txt, the caption, to the folder `out`.
+
+    Args:
+        name: one of `FIGURES`.
+        heads: what it is drawn from.
+        out: an existing folder.
+
+    Returns:
+        The caption.
+    """
+    drawn = FIGURES[name](heads)
+    caption = f"{name}. Source: {heads.source}. {drawn.caption}"
+    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        columns = list(dict.fromkeys(key for row in drawn.rows for key in row))
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(drawn.rows)
+    drawn.figure.savefig(out / f"{name}.png", dpi=100)
+    (out / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
+    return caption

@@ -1,0 +1,68 @@
+r"""Draw the figures and Table 7 of the MRA paper on heads of a checkpoint, or on synthetic ones.
+
+Each figure becomes a picture, a table of its numbers and a caption that says what the paper found
+and what was found.
+
+examples:
+  mra-hf figures --out figures
+  mra-hf figures --source roberta-base --text book.txt --length 512 --out figures
+  mra-hf figures --source heads.safetensors --only figure-5 figure-7 --out figures
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from mra_hf.commands.experiments import quiet_outside_terminals
+
+#: The names of `mra_hf.analysis.figures.FIGURES`, without importing what draws them.
+NAMES = (*(f"figure-{number}" for number in range(1, 9)), "table-7", "locality", "selection")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "--source",
+        default="synthetic",
+        help='"synthetic" (default), a file of mra-hf record, or a checkpoint (with --text)',
+    )
+    parser.add_argument("--text", help="what the checkpoint reads: .txt or .jsonl, or a folder")
+    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, and print each caption when its figure is written."""
+    if args.out.is_file():
+        raise ValueError(f"out must be a folder, and {args.out} is a file.")
+    is_recorded = Path(args.source).is_file()
+    if args.text is not None and (is_recorded or args.source == "synthetic"):
+        raise ValueError("text is for a checkpoint as --source; drop it.")
+    if args.text is None and not is_recorded and args.source != "synthetic":
+        raise ValueError(f"--source {args.source} is a checkpoint and needs --text to read.")
+    from mra_hf.analysis.figures import draw  # slow to import; --help stays quick
+    from mra_hf.analysis.head_inputs import load_heads, synthetic_heads
+    from mra_hf.analysis.recording import record_checkpoint
+
+    quiet_outside_terminals()
+    if args.source == "synthetic":
+        heads = synthetic_heads(args.length)
+    elif is_recorded:
+        heads = load_heads(args.source)
+    else:
+        heads = record_checkpoint(args.source, args.text, length=args.length)
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = args.only or NAMES
+    for number, name in enumerate(names, 1):
+        begin = time.perf_counter()
+        caption = draw(name, heads, args.out)
+        print(
+            f"[{number}/{len(names)}, {time.perf_counter() - begin:.0f} s] {caption}\n", flush=True
+        )
+    print(f"written to {args.out}")
+    return 0
