@@ -55,6 +55,7 @@ PRESETS = {
         Sweep("self_attention", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("model", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("scales", (64,), ("fp32",), (1,), 1, memory=False),
     ),
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), memory=False),),
     "pairs": (
@@ -74,6 +75,10 @@ PRESETS = {
         Sweep("model", _SHORT, ("fp32",), (8,), 3, memory=False),
         Sweep("model", (4096, 8192), ("fp32",), (8,), 1, memory=False),
     ),
+    "scales": (
+        Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3, memory=False),
+        Sweep("scales", (65536, 131072), ("fp32",), (4,), 1, memory=False),
+    ),
     "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3, memory=False),),
 }
 
@@ -90,7 +95,8 @@ def main() -> int:
         default="quick",
         help="quick: a minute; pairs: dense attention and one budget in many rounds, ten minutes; "
         "full: half an hour; models: whole RoBERTa-base models, ten minutes; lengths: training on "
-        "texts of 50 to 4096 tokens, two minutes",
+        "texts of 50 to 4096 tokens, two minutes; scales: two and three scales up to 131072 "
+        "tokens, ten minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(

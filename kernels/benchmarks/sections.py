@@ -1,4 +1,4 @@
-"""What the benchmark measures: attention alone, self-attention modules, models, mixed lengths.
+"""What the benchmark measures: attention, self-attention modules, models, mixed lengths, scales.
 
 Every section times its providers in turn on the same inputs and returns rows of the CSV; dense SDPA
 is always among them, and `ratio` is its median time over that of the row.
@@ -14,11 +14,13 @@ from mixed_lengths import BATCH, training_passes
 from peers import self_attention_modules, whole_models
 from torch import Tensor
 
-from mra_attention import mra2_attention
+from mra_attention import mra2_attention, multiresolution_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS, HEAD_DIM = 12, 64
+#: Heads of the longest inputs: dense attention takes minutes there.
+SCALES_HEADS = 2
 
 #: Tokens that the mask of "mra2_padded" hides at the end: one block and a half.
 PADDING = 48
@@ -117,6 +119,46 @@ def mixed_lengths(
     return rows
 
 
+def scales(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """Forward with the scales {32, 1}, whose pooled matrix grows quadratically, and with a coarser
+    one before them, {1024, 32, 1}: `block_per_row` says how many blocks are cut per row of the
+    first scale, and how many per row of 32 are exact.
+    """
+    assert not memory and dtype == "fp32"
+    with torch.no_grad():
+        inputs = topical_inputs(length, heads=SCALES_HEADS, device=device)
+        providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
+        for block_per_row in budgets:
+            providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
+                q, k, v, block_per_row=n
+            )
+            budget = {
+                "resolutions": (1024, 32, 1),
+                "block_budgets": (
+                    max(1, length // 1024) * block_per_row,
+                    length // 32 * block_per_row,
+                ),
+            }
+            providers["mra_1024_32_1", block_per_row] = lambda q, k, v, budget=budget: (
+                multiresolution_attention(q, k, v, **budget)
+            )
+        samples = interleaved_milliseconds(
+            providers, inputs, backward=False, repeats=repeats, warm_up=length < 65536
+        )
+    rows = _rows("scales", length, dtype, False, samples)
+    for row in rows:
+        row["heads"] = SCALES_HEADS
+        row["mode"] = "" if row["provider"] == "sdpa" else "full"
+    return rows
+
+
 @torch.no_grad()
 def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...], length: int) -> dict:
     """Norm of the difference from dense attention in float32, with padding if the provider has it,
@@ -178,4 +220,5 @@ SECTIONS = {
     "self_attention": self_attention,
     "model": model,
     "mixed_lengths": mixed_lengths,
+    "scales": scales,
 }

@@ -59,13 +59,14 @@ def test_the_smoke_preset_writes_every_kind_of_row_and_can_be_resumed(tmp_path):
     done = script("run.py", "--preset", "smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = rows_of(out)
-    ops = ("attention", "self_attention", "model", "mixed_lengths")
+    ops = ("attention", "self_attention", "model", "mixed_lengths", "scales")
     assert {row["op"] for row in rows} == set(ops)
     for op in ops:
         providers = {row["provider"] for row in rows if row["op"] == op}
         assert {"sdpa", "mra2"} <= providers, "dense attention is always beside"
     assert all(float(row["ms_median"]) > 0 and row["device"] and row["torch"] for row in rows)
     assert "longformer_64" in {row["provider"] for row in rows}
+    assert "mra_1024_32_1" in {row["provider"] for row in rows}
     mixed = {row["provider"]: row["mode"] for row in rows if row["op"] == "mixed_lengths"}
     assert set(mixed) == {"sdpa", "mra2", "mra2_unsorted", "mra2_longest"}
     assert all(mode.endswith(" tokens") for mode in mixed.values())
