@@ -6,6 +6,7 @@ the model's config and refuses what it cannot serve.
 """
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -199,6 +200,8 @@ def set_attention(
             else ATTENTION_DEFAULTS | (getattr(config, "mra", None) or {})
         )
         check_attention_settings(present | settings)
+    if not isinstance(settings.get("block_per_row") or 0, int):
+        _check_layers(attention_modules, settings["block_per_row"])
     model.set_attn_implementation(name)
     for config in configs.values():
         if isinstance(config, MraConfig):
@@ -264,6 +267,19 @@ def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
     return attention_modules
 
 
+def _check_layers(attention_modules: list[nn.Module], block_per_row: Sequence[int]) -> None:
+    """Refuse a list of budgets that does not fit the layers of a model."""
+    layers = len({getattr(module, "layer_idx", None) for module in attention_modules})
+    if layers == len(block_per_row):
+        for module in attention_modules:
+            _of_its_layer(module, block_per_row)
+    else:
+        raise ValueError(
+            f"block_per_row must hold one number for each of {layers} layers, got "
+            f"{len(block_per_row)}: {list(block_per_row)}."
+        )
+
+
 def _attend(
     name,
     module,
@@ -278,6 +294,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     _refuse(module, dropout, kwargs)
     settings = attention_settings(module.config, name)
+    if not isinstance(settings.get("block_per_row", 0), int):
+        settings["block_per_row"] = _of_its_layer(module, settings["block_per_row"])
     impl = getattr(module, "mra_impl", "auto")
     matrices = None
     if attention_mask is not None and attention_mask.ndim != 2:
@@ -312,6 +330,17 @@ def _attend(
         matrices = mra2_attention_matrix(query, key, attention_mask, scale=scaling, **settings)
     output = mra2_attention(query, key, value, attention_mask, scale=scaling, impl=impl, **settings)
     return output.transpose(1, 2).contiguous(), matrices
+
+
+def _of_its_layer(module: nn.Module, block_per_row: Sequence[int]) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or layer >= len(block_per_row):
+        known = "does not know its place" if layer is None else f"is layer {layer}"
+        raise ValueError(
+            f"block_per_row={list(block_per_row)} has one number for each layer, and "
+            f"{type(module).__name__} {known}; give one number for all layers."
+        )
+    return block_per_row[layer]
 
 
 def _refuse(module: nn.Module, dropout: float, keywords: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ Field names are those that Transformers' own MRA made known and those of
 `mra_attention.mra2_attention`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import RobertaConfig
@@ -54,7 +55,8 @@ class MraConfig(RobertaConfig):
     they were trained with. Other fields are those of `RobertaConfig`.
 
     Args:
-        block_per_row: budget, in exact blocks per block row that holds a real token (default 8).
+        block_per_row: budget, in exact blocks per block row that holds a real token (default 8); a
+            list has one number for each layer, see `mra-hf calibrate`.
         block_budget: budget in exact blocks per head, in place of `block_per_row` (default None:
             not used).
         approx_mode: "full" (MRA-2, default) or "sparse" (MRA-2-s: blocks in high resolution only).
@@ -90,7 +92,7 @@ class MraConfig(RobertaConfig):
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
     attention_probs_dropout_prob: float | int = 0.0
-    block_per_row: int = 8
+    block_per_row: int | list[int] | tuple[int, ...] = 8
     block_budget: int | None = None
     approx_mode: str = "full"
     initial_prior_first_n_blocks: int = 0
@@ -117,6 +119,13 @@ class MraConfig(RobertaConfig):
         check_attention_settings({name: getattr(self, name) for name in ATTENTION_DEFAULTS})
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             check_int(name, getattr(self, name), 1)
+        if not isinstance(self.block_per_row, int) and (
+            len(self.block_per_row) != self.num_hidden_layers
+        ):
+            raise ValueError(
+                f"block_per_row must hold one number for each of {self.num_hidden_layers} layers, "
+                f"got {len(self.block_per_row)}: {list(self.block_per_row)}."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} "
@@ -172,7 +181,7 @@ class MraConfig(RobertaConfig):
 
     def density(self, length: int | None = None) -> float:
         """Return the share of the matrix that the finest scale covers, for `length` real tokens
-        (default: the longest sequence).
+        (default: the longest sequence); the mean over layers where they differ.
         """
         length = length or self.max_tokens
         if self.resolutions is not None:
@@ -183,8 +192,10 @@ class MraConfig(RobertaConfig):
                 share = min(share, budget / of_scale)
             return share
         rows = count_blocks(length, self.block_size)
-        budget = rows * self.block_per_row if self.block_budget is None else self.block_budget
-        return min(1.0, budget / rows**2)
+        if self.block_budget is not None:
+            return min(1.0, self.block_budget / rows**2)
+        layers = of_layers(self.block_per_row)
+        return sum(min(1.0, blocks / rows) for blocks in layers) / len(layers)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -259,12 +270,28 @@ def one_description(asked: dict[str, Any]) -> dict[str, Any]:
     return {name: ATTENTION_DEFAULTS[name] for name in other} | asked
 
 
+def of_layers(block_per_row: int | Sequence[int]) -> tuple[int, ...]:
+    """The budgets of the layers; one number where it is that of all."""
+    return (block_per_row,) if isinstance(block_per_row, int) else tuple(block_per_row)
+
+
 def check_attention_settings(settings: dict[str, Any]) -> None:
     """Raise a `ValueError` unless `settings`, a full set of `ATTENTION_DEFAULTS`, can be run."""
     unknown = sorted(set(settings) - set(ATTENTION_DEFAULTS))
     if unknown:
         raise ValueError(f"unknown MRA settings {unknown}; known are {sorted(ATTENTION_DEFAULTS)}.")
-    check_int("block_per_row", settings["block_per_row"], 1)
+    if isinstance(settings["block_per_row"], (list, tuple)):
+        if not settings["block_per_row"]:
+            raise ValueError("block_per_row must hold one number for each layer, got none.")
+        for layer, blocks in enumerate(settings["block_per_row"]):
+            check_int(f"block_per_row[{layer}]", blocks, 1)
+        if settings["block_budget"] is not None:
+            raise ValueError(
+                f"block_budget={settings['block_budget']} would replace block_per_row="
+                f"{list(settings['block_per_row'])}; give one of them."
+            )
+    else:
+        check_int("block_per_row", settings["block_per_row"], 1)
     check_int("block_size", settings["block_size"], 1)
     if settings["block_budget"] is not None:
         check_int("block_budget", settings["block_budget"], 1)
@@ -279,7 +306,7 @@ def check_attention_settings(settings: dict[str, Any]) -> None:
         _check_scales(settings)
         return
     needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
-    if settings["block_per_row"] < needed:
+    if min(of_layers(settings["block_per_row"])) < needed:
         raise ValueError(
             f"block_per_row must be at least {needed} with initial_prior_first_n_blocks={first} "
             "and "

@@ -35,7 +35,13 @@ from mra_hf.checkpoint_files import (
     read_weights,
     staged_directory,
 )
-from mra_hf.configuration import ATTENTION_DEFAULTS, BUILTIN_TYPE, MraConfig, one_description
+from mra_hf.configuration import (
+    ATTENTION_DEFAULTS,
+    BUILTIN_TYPE,
+    MraConfig,
+    of_layers,
+    one_description,
+)
 from mra_hf.conversion_report import ConversionReport, ScoreRow, TensorRecord
 from mra_hf.conversion_source import (
     canonical_names,
@@ -407,8 +413,10 @@ def _blocks_per_head(config: MraConfig, length: int) -> int:
     if config.resolutions is not None:
         return (config.block_budgets or (0,))[-1]
     rows = count_blocks(length, config.block_size)
-    budget = rows * config.block_per_row if config.block_budget is None else config.block_budget
-    return min(rows**2, budget)
+    if config.block_budget is not None:
+        return min(rows**2, config.block_budget)
+    layers = of_layers(config.block_per_row)
+    return round(sum(min(rows**2, rows * blocks) for blocks in layers) / len(layers))
 
 
 # Scores and report

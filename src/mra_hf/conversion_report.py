@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mra_hf.configuration import of_layers
+
 ACTIONS = ("copied", "renamed", "tiled", "new", "dropped")
 #: Ending of a model class -> task name of the hub; multiple choice has none.
 PIPELINE_TAGS = {
@@ -98,7 +100,7 @@ class ConversionReport:
             side = min(sides, default=self.max_length) if scales[-1] == 1 else 0
             return min(side - side % scales[0], self.max_length)
         budget, size = self.settings["block_budget"], self.settings["block_size"]
-        rows = self.settings["block_per_row"] if budget is None else math.isqrt(budget)
+        rows = math.isqrt(budget or 0) or min(of_layers(self.settings["block_per_row"]))
         return min(size * rows, self.max_length)
 
     @property
@@ -246,7 +248,8 @@ class ConversionReport:
         size, mode = self.settings["block_size"], self.settings["approx_mode"]
         rows = math.ceil(self.max_length / size)
         if self.settings["block_budget"] is None:
-            asked = f"{self.settings['block_per_row']} exact blocks of {size} tokens per block row"
+            layers = ", ".join(map(str, of_layers(self.settings["block_per_row"])))
+            asked = f"{layers} exact blocks of {size} tokens per block row"
         else:
             asked = f"{self.settings['block_budget']} exact blocks of {size} tokens per head"
         return (

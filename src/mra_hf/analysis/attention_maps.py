@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from mra_attention import mra2_attention_matrix, select_blocks
 from mra_hf.attention import attention_settings
+from mra_hf.configuration import of_layers
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             for name in ("query", "key")
         )
         exact = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)[0]
-        selection = select_blocks(query, key, **rule)
+        layers = of_layers(rule["block_per_row"])
+        own = {"block_per_row": layers[layer % len(layers)]}
+        selection = select_blocks(query, key, **rule | own)
         approximate = mra2_attention_matrix(
             query,
             key,

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "two runs on the same examples: difference in accuracy and its interval",
     "record": "queries, keys and values of a checkpoint that reads text, for figures",
     "figures": "the figures and Table 7 of the MRA paper, on a checkpoint or on synthetic heads",
+    "calibrate": "propose block_per_row for each layer of a checkpoint from a target error",
     "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
     "build-wordnet-hop": "two-hop questions over many short documents, in WikiHop's schema",
     "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",

@@ -1,0 +1,167 @@
+"""Heads are not all alike: what each of them needs, and a budget for each layer."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mra_attention import mra2_attention, select_blocks
+from mra_attention.blocks import count_blocks
+from mra_hf.analysis.head_inputs import HeadInputs
+from mra_hf.analysis.measures import (
+    attention_weights,
+    dense_attention,
+    relative_errors,
+    row_entropies,
+)
+
+#: Budgets that `head_report` measures, in blocks per row.
+REPORTED = (2, 4, 8, 16)
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A budget for each layer.
+
+    Attributes:
+        block_per_row: the smallest that keeps the mean error of a layer below the target; all block
+            rows where nothing less does.
+        errors: the mean error of each layer with it.
+        uniform: the same number for all layers, with at least the same blocks in all.
+        uniform_errors: the mean error of each layer with that.
+    """
+
+    block_per_row: list[int]
+    errors: list[float]
+    uniform: int
+    uniform_errors: list[float]
+
+
+def layers_of(heads: HeadInputs) -> list[int]:
+    """The layer of each instance of recorded heads.
+
+    Raises:
+        ValueError: the heads are not of a model.
+    """
+    found = [re.search(r"layer (\d+)$", name) for name in heads.instance_names]
+    if not all(found):
+        raise ValueError(f"heads must be recorded from a model, got {heads.source}.")
+    return [int(match[1]) for match in found]
+
+
+@torch.no_grad()
+def head_report(
+    heads: HeadInputs, budgets: Sequence[int] = REPORTED, **settings: Any
+) -> list[dict[str, Any]]:
+    """What every head needs, a row for each.
+
+    Args:
+        heads: recorded from a model, or drawn.
+        budgets: blocks per row to measure.
+        settings: of `mra2_attention`, such as `approx_mode` or `selection`.
+
+    Returns:
+        Rows with instance, head, the mean entropy of a row of the softmax matrix in nats, the error
+        of attending to everything alike (`mean_value_error`), and for each budget n that the length
+        has room for the softmax mass in the chosen blocks (`mass_n`) and the relative error of the
+        output (`error_n`).
+    """
+    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    entropies = row_entropies(heads.query, heads.key, heads.scale)
+    means = heads.value.mean(2, keepdim=True).expand_as(exact)
+    columns: dict[str, Tensor] = {
+        "entropy": entropies,
+        "mean_value_error": relative_errors(means, exact),
+    }
+    for budget in budgets:
+        if budget <= count_blocks(heads.length, _BLOCK):
+            columns[f"mass_{budget}"] = _mass(heads, budget, settings)
+            columns[f"error_{budget}"] = _errors(heads, exact, budget, settings)
+    return [
+        {"instance": instance, "head": head}
+        | {name: float(values[i, j]) for name, values in columns.items()}
+        for i, instance in enumerate(heads.instance_names)
+        for j, head in enumerate(heads.head_names)
+    ]
+
+
+@torch.no_grad()
+def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal:
+    """The smallest budget of each layer whose mean error over heads and texts is below a target.
+
+    Args:
+        heads: recorded from a model, by a text like those it will read and as long.
+        target_error: relative error of the output of a head.
+        settings: of `mra2_attention`, such as `approx_mode` or `selection`.
+
+    Raises:
+        ValueError: a target that is not positive, or heads that are not of a model.
+    """
+    if not target_error > 0:
+        raise ValueError(f"target_error must be positive, got {target_error}.")
+    layers = torch.tensor(layers_of(heads))
+    n_layers = int(layers.max()) + 1
+    rows = count_blocks(heads.length, _BLOCK)
+    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    measured: dict[int, list[float]] = {}
+
+    def errors(budget: int) -> list[float]:
+        if budget not in measured:
+            of_heads = _errors(heads, exact, budget, settings).mean(1)
+            measured[budget] = [float(of_heads[layers == n].mean()) for n in range(n_layers)]
+        return measured[budget]
+
+    chosen = []
+    for layer in range(n_layers):  # errors fall with the budget: halve what is open
+        low, high = 1, rows
+        while low < high:
+            middle = (low + high) // 2
+            if errors(middle)[layer] < target_error:
+                high = middle
+            else:
+                low = middle + 1
+        chosen.append(low)
+    uniform = -(-sum(chosen) // n_layers)
+    return Proposal(
+        chosen,
+        [errors(budget)[layer] for layer, budget in enumerate(chosen)],
+        uniform,
+        errors(uniform),
+    )
+
+
+def _errors(heads: HeadInputs, exact: Tensor, budget: int, settings: dict[str, Any]) -> Tensor:
+    output = mra2_attention(
+        heads.query,
+        heads.key,
+        heads.value,
+        block_per_row=budget,
+        block_size=_BLOCK,
+        scale=heads.scale,
+        **settings,
+    )
+    return relative_errors(output, exact)
+
+
+def _mass(heads: HeadInputs, budget: int, settings: dict[str, Any]) -> Tensor:
+    """Share of the softmax mass in the chosen blocks, `[instances, H]`."""
+    chooser = {name: chosen for name, chosen in settings.items() if name != "approx_mode"}
+    blocks = select_blocks(
+        heads.query,
+        heads.key,
+        block_per_row=budget,
+        block_size=_BLOCK,
+        scale=heads.scale,
+        **chooser,
+    ).blocks
+    mass = torch.empty(blocks.shape[:2])
+    for instance, chosen in enumerate(blocks):  # an instance at a time: N x N
+        weights = attention_weights(heads.query[instance], heads.key[instance], heads.scale)
+        covered = chosen.repeat_interleave(_BLOCK, 1).repeat_interleave(_BLOCK, 2)
+        covered = covered[:, : heads.length, : heads.length]
+        mass[instance] = (weights * covered).sum((1, 2)) / heads.length
+    return mass

@@ -1,0 +1,81 @@
+r"""Propose block_per_row for each layer of a checkpoint, from the errors of its heads on a text.
+
+Writes a CSV with a row for each head: entropy, softmax mass in the chosen blocks and error with 2,
+4, 8 and 16 blocks per row, and the error of attending to everything alike. The checkpoint attends
+densely while it reads; errors are of each layer alone, on the inputs that a dense model gives it.
+
+example:
+  mra-hf calibrate roberta-4096 book.txt --target-error 0.2 --length 4096
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from mra_hf.commands.experiments import quiet_outside_terminals
+from mra_hf.experiment_files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("checkpoint", help="directory or hub id of an encoder")
+    parser.add_argument(
+        "text", help=".txt or .jsonl file, or a folder: text like what it will read"
+    )
+    parser.add_argument(
+        "--target-error", type=float, required=True, help="relative error of the output of a head"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=int, default=2, help="so many pieces of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--approx-mode", choices=("full", "sparse"), default="full", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("calibration.csv"),
+        help="CSV with a row for each head (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the heads and print the proposal."""
+    if args.out.exists():
+        raise ValueError(f"out {args.out} exists; name another file.")
+    from mra_hf.analysis.calibration import head_report, layers_of, propose
+    from mra_hf.analysis.recording import record_checkpoint
+
+    quiet_outside_terminals()
+    heads = record_checkpoint(args.checkpoint, args.text, length=args.length, texts=args.texts)
+    proposal = propose(heads, args.target_error, approx_mode=args.approx_mode)
+    rows = head_report(heads, approx_mode=args.approx_mode)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(args.out, text.getvalue())
+
+    of_instance = dict(zip(heads.instance_names, layers_of(heads), strict=True))
+    print(
+        f"{'layer':>5}{'entropy':>9}{'blocks':>8}{'error':>8}{f'error at {proposal.uniform}':>14}"
+    )
+    for layer, blocks in enumerate(proposal.block_per_row):
+        own = [row["entropy"] for row in rows if of_instance[row["instance"]] == layer]
+        print(
+            f"{layer:>5}{sum(own) / len(own):>9.2f}{blocks:>8}{proposal.errors[layer]:>8.3f}"
+            f"{proposal.uniform_errors[layer]:>14.3f}"
+        )
+    listed = ",".join(map(str, proposal.block_per_row))
+    mean = sum(proposal.block_per_row) / len(proposal.block_per_row)
+    print(
+        f"\nblock_per_row=[{listed}]: {mean:.1f} blocks per row on average, every layer below "
+        f"{args.target_error:g}. With {proposal.uniform} in every layer the worst layer has "
+        f"{max(proposal.uniform_errors):.3f}.\n"
+        f"use it as MraConfig(block_per_row=[{listed}]), mra_hf.set_attention(model, "
+        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'\n"
+        f"heads written to {args.out}"
+    )
+    return 0
