@@ -3,7 +3,7 @@ r"""Propose block_per_row for each layer of a checkpoint, from the errors of its
 Writes a CSV with a row for each head: entropy, softmax mass in the chosen blocks and error with 2,
 4, 8 and 16 blocks per row, and the error of attending to everything alike. The checkpoint attends
 densely while it reads; errors are of each layer alone, on the inputs that a dense model gives it.
-What an early layer gets wrong passes through all others: check a list on the task before keeping it.
+What an early layer gets wrong passes through all others: check a list on the task before use.
 
 example:
   mra-hf calibrate roberta-4096 book.txt --target-error 0.2 --length 4096
