@@ -269,8 +269,9 @@ def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
 
 def _check_layers(attention_modules: list[nn.Module], block_per_row: Sequence[int]) -> None:
     """Refuse a list of budgets that does not fit the layers of a model."""
-    layers = len({getattr(module, "layer_idx", None) for module in attention_modules})
-    if layers == len(block_per_row):
+    places = {getattr(module, "layer_idx", None) for module in attention_modules}
+    layers = len(places)
+    if layers == len(block_per_row) or None in places:
         for module in attention_modules:
             _of_its_layer(module, block_per_row)
     else:

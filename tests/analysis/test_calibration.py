@@ -121,10 +121,26 @@ def test_lists_that_do_not_fit_are_refused(settings, message):
 def test_layers_that_do_not_know_their_place_are_refused():
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = BertModel(BertConfig(**sizes, intermediate_size=32, vocab_size=99))
-    model.encoder.layer[1].attention.self.layer_idx = None
+    for layer in model.encoder.layer:
+        layer.attention.self.layer_idx = None
     with pytest.raises(ValueError, match="BertSelfAttention does not know its place"):
         mra_hf.set_attention(model, block_per_row=[1, 2])
     assert getattr(model.config, "mra", None) is None, "nothing is changed"
+
+
+def test_budgets_that_were_set_one_by_one_are_checked_when_a_model_is_made(tmp_path):
+    model = mra_hf.MraModel(mra_hf.MraConfig(**SIZES | {"num_hidden_layers": 2}))
+    model.save_pretrained(tmp_path)
+    for settings, message in (
+        ({"block_per_row": [1, 2, 3]}, "one number for each of 2 layers"),
+        ({"block_per_row": [1, 2], "block_budget": 5}, "give one of them"),
+        (
+            {"resolutions": [16, 4, 1], "block_budgets": [5, 5], "block_per_row": 4},
+            "describe the same thing",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mra_hf.MraModel.from_pretrained(tmp_path, **settings)
 
 
 def test_density_and_overrides_know_lists():

@@ -100,6 +100,15 @@ def test_two_descriptions_and_impossible_ones_are_refused(settings, message):
             set_attention(model, **settings)
 
 
+def test_two_scales_by_refined_mass_return_their_matrices(inputs):
+    config = MraConfig(**SIZES, resolutions=[32, 1], block_budgets=[4], selection="refined")
+    model = MraModel(config).eval()
+    with torch.no_grad():
+        matrices = model(**inputs, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(matrices[0].sum(-1)[:, 0][real], torch.ones(int(real.sum())))
+
+
 def test_lists_can_be_given_on_the_command_line():
     config = MraConfig(**SIZES)
     override(config, "resolutions=[16, 4,1],block_budgets=[9,40],hidden_dropout_prob=0.2")

@@ -336,6 +336,20 @@ def multiresolution_attention_matrix(
         ValueError: as `multiresolution_attention`.
     """
     resolutions, block_budgets = check_scales(resolutions, block_budgets)
+    if len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE:
+        check_choice("selection", selection, SELECTION_RULES)
+        return mra2_attention_matrix(
+            query,
+            key,
+            attention_mask,
+            block_budget=block_budgets[0],
+            approx_mode=approx_mode,
+            block_size=resolutions[0],
+            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+            selection=selection,
+            scale=scale,
+        )
     query, key, _ = check_tensors(query, key, key)
     scheme = check_scheme(
         query,

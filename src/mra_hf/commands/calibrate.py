@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the heads and print the proposal."""
     if args.out.exists():
         raise ValueError(f"out {args.out} exists; name another file.")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"out {args.out} is in no folder that exists.")
     from mra_hf.analysis.calibration import head_report, layers_of, propose
     from mra_hf.analysis.recording import record_checkpoint
 
