@@ -108,14 +108,15 @@ class MraConfig(RobertaConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
     def validate(self):
         """Check all fields; also called by `save_pretrained`."""
         super().validate()
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise a `ValueError` unless the fields of this class fit together."""
         check_attention_settings({name: getattr(self, name) for name in ATTENTION_DEFAULTS})
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             check_int(name, getattr(self, name), 1)

@@ -188,7 +188,7 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
     """
 
     def __init__(self, config: MraConfig, add_pooling_layer: bool = True):
-        config.validate()  # fields that were set one by one may not fit together
+        config.check()  # fields that were set one by one may not fit together
         # Skips RobertaModel.__init__, which would build the embeddings twice.
         super(RobertaModel, self).__init__(config)
         self.gradient_checkpointing = False
