@@ -67,7 +67,9 @@ def test_check_compares_with_the_reference_and_can_be_resumed(tmp_path):
     assert all(row["commit"] == "" and row["torch"] for row in rows.values())
     compared = [row for name, row in rows.items() if name.startswith("agrees")]
     assert len(compared) >= 6 and all(row["status"] == "pass" for row in compared)
-    assert all(0 < float(row["max_error"]) <= float(row["allowed"]) for row in compared)
+    errors = [float(row["max_error"]) for row in compared]  # 0 for a single token in float32
+    assert all(e <= float(row["allowed"]) for e, row in zip(errors, compared, strict=True))
+    assert sum(error > 0 for error in errors) >= 6
     skipped = {name for name, row in rows.items() if row["status"] == "skipped"}
     assert any("graph" in name for name in skipped) and any("sanitizer" in x for x in skipped)
 
