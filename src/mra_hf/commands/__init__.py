@@ -80,6 +80,16 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
     finally:
+        _leave_process_group()
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _leave_process_group() -> None:
+    """End the threads of a run in several processes: one that exits while they work may abort, and
+    its launcher then stops the others before they have saved.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

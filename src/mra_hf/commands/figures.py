@@ -3,7 +3,7 @@ r"""Draw the figures and Table 7 of the MRA paper on heads of a checkpoint, or o
 Each figure becomes a picture, a table of its numbers and a caption that says what the paper found
 and what was found.
 
-examples:
+example:
   mra-hf figures --out figures
   mra-hf figures --source roberta-base --text book.txt --length 512 --out figures
   mra-hf figures --source heads.safetensors --only figure-5 figure-7 --out figures
