@@ -177,6 +177,19 @@ def test_torchrun_does_too_and_evaluates_the_same(folder):
     assert first["eval"]["eval_loss"] == pytest.approx(second["eval"]["eval_loss"], rel=1e-3)
 
 
+def test_a_command_leaves_its_process_group(folder):
+    # A process that ends with the group's threads at work may abort, before others have saved.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+    )
+    try:
+        assert main(["compare", "nowhere", "nowhere"]) == 2
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 SHARDED = """
 import sys
 

@@ -184,7 +184,7 @@ def multiresolution_attention(
     """
     resolutions, block_budgets = check_scales(resolutions, block_budgets)
     check_choice("impl", impl, ("auto", "reference", "torch"))
-    if len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE:
+    if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
         return mra2_attention(
             query,
@@ -336,7 +336,7 @@ def multiresolution_attention_matrix(
         ValueError: as `multiresolution_attention`.
     """
     resolutions, block_budgets = check_scales(resolutions, block_budgets)
-    if len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE:
+    if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
         return mra2_attention_matrix(
             query,
@@ -364,6 +364,11 @@ def multiresolution_attention_matrix(
     token_mask = to_token_mask(attention_mask, query)
     with torch.autocast(query.device.type, enabled=False):
         return multiresolution_matrix(query, key, token_mask, scheme)
+
+
+def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
+    """Whether these scales are what `mra2_attention` computes."""
+    return len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE
 
 
 def _select_op(

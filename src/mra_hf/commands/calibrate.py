@@ -15,21 +15,15 @@ import io
 from pathlib import Path
 
 from mra_hf.commands.experiments import quiet_outside_terminals
+from mra_hf.commands.record import add_reading_arguments, check_new_file
 from mra_hf.experiment_files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("checkpoint", help="directory or hub id of an encoder")
-    parser.add_argument(
-        "text", help=".txt or .jsonl file, or a folder: text like what it will read"
-    )
+    add_reading_arguments(parser)
     parser.add_argument(
         "--target-error", type=float, required=True, help="relative error of the output of a head"
-    )
-    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
-    parser.add_argument(
-        "--texts", type=int, default=2, help="so many pieces of the text (default: %(default)s)"
     )
     parser.add_argument(
         "--approx-mode", choices=("full", "sparse"), default="full", help="default: %(default)s"
@@ -44,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the heads and print the proposal."""
-    if args.out.exists():
-        raise ValueError(f"out {args.out} exists; name another file.")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"out {args.out} is in no folder that exists.")
+    check_new_file(args.out)
     from mra_hf.analysis.calibration import head_report, layers_of, propose
     from mra_hf.analysis.recording import record_checkpoint
 

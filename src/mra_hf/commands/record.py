@@ -15,9 +15,14 @@ from mra_hf.commands.experiments import quiet_outside_terminals
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
+    add_reading_arguments(parser)
+    parser.add_argument("out", type=Path, help="file to write; it must not exist")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which checkpoint reads what."""
     parser.add_argument("checkpoint", help="directory or hub id of an encoder")
     parser.add_argument("text", help=".txt or .jsonl file, or a folder of them")
-    parser.add_argument("out", type=Path, help="file to write; it must not exist")
     parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument(
         "--texts", type=int, default=2, help="so many pieces of the text (default: %(default)s)"
@@ -26,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record and say how much."""
-    if args.out.exists():
-        raise ValueError(f"out {args.out} exists; name another file.")
-    if not args.out.parent.is_dir():
-        raise ValueError(f"out {args.out} is in no folder that exists.")
+    check_new_file(args.out)
     from mra_hf.analysis.recording import record_checkpoint  # slow to import; --help stays quick
 
     quiet_outside_terminals()
@@ -41,3 +43,15 @@ def run(args: argparse.Namespace) -> int:
         f"{dim}: written to {args.out} ({args.out.stat().st_size / 2**20:.0f} MiB)"
     )
     return 0
+
+
+def check_new_file(out: Path) -> None:
+    """Refuse a file that could not be written, before there is anything to write.
+
+    Raises:
+        ValueError: it exists, or its folder does not.
+    """
+    if out.exists():
+        raise ValueError(f"out {out} exists; name another file.")
+    if not out.parent.is_dir():
+        raise ValueError(f"out {out} is in no folder that exists.")

@@ -32,25 +32,29 @@ class Method:
     Attributes:
         label: what it is called in figures.
         attend: `(query, key, value, *, scale, size, seed) -> output`, tensors `[B, H, N, D]`.
-        size_name: what `size` counts.
+        size_name: what `size` counts; empty where everything is computed and there is none.
         sizes: those that the paper's Table 7 has.
-        largest: the largest size that makes sense at a length.
-        computed: share of the N x N scores that is computed, of (length, size); for methods that
-            compute others instead, the work of as many.
+        largest_share: the largest size that makes sense, as a share of the length.
+        work: pairs of the N x N scores that are computed for each query and unit of size; for
+            methods that compute others instead, the work of as many.
         is_practical: whether it needs no N x N matrix, so that its time means something.
     """
 
     label: str
     attend: Callable[..., Tensor]
     size_name: str
-    sizes: tuple[int, ...]
-    largest: Callable[[int], int]
-    computed: Callable[[int, int], float]
+    sizes: tuple[int, ...] = tuple(2**power for power in range(4, 11))
+    largest_share: float = 1 / 4
+    work: int = 1
     is_practical: bool = True
 
     def sizes_at(self, length: int) -> tuple[int, ...]:
         """The sizes that make sense at a length."""
-        return tuple(size for size in self.sizes if size <= self.largest(length))
+        return tuple(size for size in self.sizes if size <= self.largest_share * length)
+
+    def computed(self, length: int, size: int) -> float:
+        """The share of the N x N scores that is computed."""
+        return self.work * size / length if self.size_name else 1.0
 
 
 def _dense(query, key, value, *, scale, size=0, seed=0):
@@ -65,81 +69,25 @@ def _mra2_s(query, key, value, *, scale, size, seed=0):
     return mra2_attention(query, key, value, block_per_row=size, scale=scale, approx_mode="sparse")
 
 
-_POWERS = tuple(2**power for power in range(4, 11))
-_BLOCKS = tuple(2**power for power in range(7))
+_MRA = {
+    "size_name": "blocks per row",
+    "sizes": tuple(2**power for power in range(7)),
+    "largest_share": 1 / 64,
+    "work": 32,
+}
+_BLOCKS = (8, 16, 32, 64, 128)
 
 METHODS: dict[str, Method] = {
-    "dense": Method("dense", _dense, "", (1,), lambda n: 1, lambda n, size: 1.0),
-    "mra2": Method(
-        "MRA-2", _mra2, "blocks per row", _BLOCKS, lambda n: n // 64, lambda n, size: 32 * size / n
-    ),
-    "mra2_s": Method(
-        "MRA-2-s",
-        _mra2_s,
-        "blocks per row",
-        _BLOCKS,
-        lambda n: n // 64,
-        lambda n, size: 32 * size / n,
-    ),
-    "longformer": Method(
-        "Longformer",
-        longformer,
-        "window",
-        _POWERS,
-        lambda n: n // 4,
-        lambda n, size: (size + 1) / n,
-    ),
-    "bigbird": Method(
-        "BigBird",
-        bigbird,
-        "block",
-        (8, 16, 32, 64, 128),
-        lambda n: n // 16,
-        lambda n, size: 8 * size / n,
-    ),
-    "nystromformer": Method(
-        "Nystromformer",
-        nystromformer,
-        "landmarks",
-        _POWERS,
-        lambda n: n // 4,
-        lambda n, size: size / n,
-    ),
-    "performer": Method(
-        "Performer", performer, "features", _POWERS, lambda n: n // 4, lambda n, size: size / n
-    ),
-    "linformer": Method(
-        "Linformer",
-        linformer,
-        "projected length",
-        _POWERS,
-        lambda n: n // 4,
-        lambda n, size: size / n,
-    ),
-    "h_transformer": Method(
-        "H-Transformer-1D",
-        h_transformer,
-        "block",
-        (8, 16, 32, 64, 128),
-        lambda n: n // 4,
-        lambda n, size: 3 * size / n,  # the diagonal, and a geometric sum
-    ),
-    "sparse": Method(
-        "best sparse",
-        optimal_sparse,
-        "entries per row",
-        _POWERS,
-        lambda n: n // 4,
-        lambda n, size: size / n,
-        is_practical=False,
-    ),
-    "low_rank": Method(
-        "best low rank",
-        truncated_svd,
-        "rank",
-        _POWERS,
-        lambda n: n // 4,
-        lambda n, size: size / n,
-        is_practical=False,
-    ),
+    "dense": Method("dense", _dense, "", (1,), 1.0),
+    "mra2": Method("MRA-2", _mra2, **_MRA),
+    "mra2_s": Method("MRA-2-s", _mra2_s, **_MRA),
+    "longformer": Method("Longformer", longformer, "window"),
+    "bigbird": Method("BigBird", bigbird, "block", _BLOCKS, 1 / 16, 8),
+    "nystromformer": Method("Nystromformer", nystromformer, "landmarks"),
+    "performer": Method("Performer", performer, "features"),
+    "linformer": Method("Linformer", linformer, "projected length"),
+    # The diagonal, and a geometric sum over the coarser levels.
+    "h_transformer": Method("H-Transformer-1D", h_transformer, "block", _BLOCKS, work=3),
+    "sparse": Method("best sparse", optimal_sparse, "entries per row", is_practical=False),
+    "low_rank": Method("best low rank", truncated_svd, "rank", is_practical=False),
 }
