@@ -77,7 +77,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def _check_value(config: str, action: argparse.Action, value: Any) -> None:
-    """Refuse a value that the command line would refuse, in words that name the file."""
+    """Refuse a value of a YAML file that the command line would refuse.
+
+    Raises:
+        ValueError: the message names the file, the setting and what it may be.
+    """
     if value is None or isinstance(value, dict) or action.type is None:
         is_fault = value is None and action.default is not None
         wanted = "set"

@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 
 STATE_NAME = "trainer_state.json"
 
-#: Settings that shape the course of a training. Trainer restores the optimizer and its schedule
-#: from a checkpoint, so that most of them would be ignored without a word.
+#: Settings of `experiment.yaml` that shape the course of a training. Trainer restores the optimizer
+#: and its schedule from a checkpoint, so that most of them would be ignored without a word.
 _COURSE = (
     "seed",
     "data_seed",
@@ -50,7 +50,7 @@ _COURSE = (
 #: How the files and folders begin that hold the optimizer: Trainer's own, FSDP's and DeepSpeed's.
 _OPTIMIZER_FILES = ("optimizer", "pytorch_model_fsdp", "global_step")
 
-#: The same of what `results.json` says about a run.
+#: What `results.json` says of a run that shapes its course.
 _CONDITIONS = (
     "model_type",
     "attention",
