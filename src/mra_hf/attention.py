@@ -28,6 +28,7 @@ from mra_hf.configuration import (
     MraConfig,
     check_attention_settings,
     one_description,
+    with_defaults,
 )
 
 logger = logging.get_logger(__name__)
@@ -125,11 +126,9 @@ def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
     Raises:
         ValueError: unknown or impossible settings, or `"mra2_s"` with `approx_mode="full"`.
     """
-    if isinstance(config, MraConfig):
-        settings = {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
-    else:
-        explicit = getattr(config, "mra", None) or {}
-        settings = ATTENTION_DEFAULTS | explicit
+    explicit = _own_settings(config)
+    settings = with_defaults(explicit)
+    if not isinstance(config, MraConfig):
         check_attention_settings(settings)
         if name == "mra2_s" and explicit.get("approx_mode", "sparse") != "sparse":
             raise ValueError(
@@ -194,22 +193,17 @@ def set_attention(
         id(module.config): module.config for module in model.modules() if _has_config(module)
     }
     for config in configs.values():
-        present = (
-            {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
-            if isinstance(config, MraConfig)
-            else ATTENTION_DEFAULTS | (getattr(config, "mra", None) or {})
-        )
-        check_attention_settings(present | settings)
+        check_attention_settings(with_defaults(_own_settings(config) | settings))
     if not isinstance(settings.get("block_per_row") or 0, int):
         _check_layers(attention_modules, settings["block_per_row"])
     model.set_attn_implementation(name)
     for config in configs.values():
         if isinstance(config, MraConfig):
             own = settings | ({"approx_mode": "sparse"} if name == "mra2_s" else {})
-            for setting, chosen in own.items():
+            for setting, chosen in with_defaults(_own_settings(config) | own).items():
                 setattr(config, setting, chosen)
         else:
-            kept = dict(getattr(config, "mra", None) or {})
+            kept = _own_settings(config)
             if name == "mra2_s":
                 kept.pop("approx_mode", None)
             kept |= settings
@@ -265,6 +259,13 @@ def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
         if (getattr(config, "num_key_value_heads", None) or heads) != heads:
             raise ValueError(f"{kind} has grouped key heads; mra2 needs one key head a query head.")
     return attention_modules
+
+
+def _own_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings that a configuration holds: fields of a `MraConfig`, else `config.mra`."""
+    if isinstance(config, MraConfig):
+        return {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
+    return dict(getattr(config, "mra", None) or {})
 
 
 def _check_layers(attention_modules: list[nn.Module], block_per_row: Sequence[int]) -> None:
@@ -335,8 +336,9 @@ def _attend(
 
 def _of_its_layer(module: nn.Module, block_per_row: Sequence[int]) -> int:
     layer = getattr(module, "layer_idx", None)
-    if layer is None or layer >= len(block_per_row):
-        known = "does not know its place" if layer is None else f"is layer {layer}"
+    layers = getattr(module.config, "num_hidden_layers", None) or len(block_per_row)
+    if layer is None or layer >= len(block_per_row) or layers != len(block_per_row):
+        known = "does not know its place" if layer is None else f"is layer {layer} of {layers}"
         raise ValueError(
             f"block_per_row={list(block_per_row)} has one number for each layer, and "
             f"{type(module).__name__} {known}; give one number for all layers."

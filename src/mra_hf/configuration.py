@@ -41,7 +41,8 @@ ATTENTION_DEFAULTS: dict[str, Any] = {
     "resolutions": None,
     "block_budgets": None,
 }
-#: The two ways to say which scales there are and what is chosen: one excludes the other.
+#: The two ways to say which scales there are and what is chosen: one excludes the other, and the
+#: settings of the other are None.
 _TWO_SCALES = ("block_per_row", "block_budget", "block_size")
 _ANY_SCALES = ("resolutions", "block_budgets")
 
@@ -68,7 +69,7 @@ class MraConfig(RobertaConfig):
         selection: "row_normalized" (default), "global" or "refined", the rule that ranks blocks.
         resolutions: scales from coarse to fine in place of (block_size, 1), see
             `mra_attention.multiresolution_attention` (default None). Priors then are on blocks of
-            the coarsest scale.
+            the coarsest scale, and block_per_row, block_budget and block_size are None.
         block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
             last (default None).
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
@@ -92,12 +93,12 @@ class MraConfig(RobertaConfig):
     type_vocab_size: int = 1
     layer_norm_eps: float = 1e-5
     attention_probs_dropout_prob: float | int = 0.0
-    block_per_row: int | list[int] | tuple[int, ...] = 8
+    block_per_row: int | list[int] | tuple[int, ...] | None = None
     block_budget: int | None = None
     approx_mode: str = "full"
     initial_prior_first_n_blocks: int = 0
     initial_prior_diagonal_n_blocks: int = 0
-    block_size: int = 32
+    block_size: int | None = None
     selection: str = "row_normalized"
     resolutions: list[int] | tuple[int, ...] | None = None
     block_budgets: list[int] | tuple[int, ...] | None = None
@@ -108,6 +109,9 @@ class MraConfig(RobertaConfig):
     def __post_init__(self, **kwargs):
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
+        own = {name: getattr(self, name) for name in ATTENTION_DEFAULTS}
+        for name, value in with_defaults(own).items():
+            setattr(self, name, value)
         self.check()
 
     def validate(self):
@@ -120,7 +124,7 @@ class MraConfig(RobertaConfig):
         check_attention_settings({name: getattr(self, name) for name in ATTENTION_DEFAULTS})
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             check_int(name, getattr(self, name), 1)
-        if not isinstance(self.block_per_row, int) and (
+        if isinstance(self.block_per_row, (list, tuple)) and (
             len(self.block_per_row) != self.num_hidden_layers
         ):
             raise ValueError(
@@ -213,12 +217,11 @@ class MraConfig(RobertaConfig):
                 f'"{cls.model_type}", "{BUILTIN_TYPE}" and {ROBERTA_TYPES}. Convert BERT '
                 "checkpoints with `mra-hf convert SOURCE OUT`."
             )
-        config_dict |= {
-            name: value for name, value in one_description(kwargs).items() if name not in kwargs
-        }
-        asked = {"block_per_row", "max_position_embeddings"} & kwargs.keys()
-        if asked and "block_budget" not in kwargs:
-            config_dict["block_budget"] = None  # else it would silently stand above what was asked
+        if {"block_per_row", "max_position_embeddings"} & kwargs.keys():
+            config_dict["block_budget"] = None  # else it would silently stand above what is asked
+        config_dict |= one_description(
+            {name: kwargs.pop(name) for name in ATTENTION_DEFAULTS if name in kwargs}
+        )
         return super().from_dict(config_dict, **kwargs)
 
 
@@ -259,16 +262,38 @@ def _translate(config_dict: dict[str, Any], source_type: str) -> dict[str, Any]:
 
 
 def one_description(asked: dict[str, Any]) -> dict[str, Any]:
-    """`asked` with the other description of the scales at its defaults: what is asked for replaces
-    it.
+    """`asked` with None for the other description of the scales: what is asked for replaces it.
+
+    Raises:
+        ValueError: both are asked for.
     """
+    _refuse_both(asked)
     if asked.get("resolutions") is not None:
         other = _TWO_SCALES
     elif any(asked.get(name) is not None for name in _TWO_SCALES):
         other = _ANY_SCALES
     else:
-        return dict(asked)
-    return {name: ATTENTION_DEFAULTS[name] for name in other} | asked
+        other = ()
+    return dict.fromkeys(other) | asked
+
+
+def with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The full set of settings, where `given` is silent with the defaults of its description."""
+    if given.get("resolutions") is not None:
+        return ATTENTION_DEFAULTS | dict.fromkeys(_TWO_SCALES) | given
+    unset = {name for name in _TWO_SCALES if given.get(name) is None}
+    return ATTENTION_DEFAULTS | {name: value for name, value in given.items() if name not in unset}
+
+
+def _refuse_both(settings: dict[str, Any]) -> None:
+    if settings.get("resolutions") is None:
+        return
+    both = [name for name in _TWO_SCALES if settings.get(name) is not None]
+    if both:
+        raise ValueError(
+            f"resolutions and {both[0]} describe the same thing; give one of them, got "
+            f"resolutions={list(settings['resolutions'])} and {both[0]}={settings[both[0]]}."
+        )
 
 
 def of_layers(block_per_row: int | Sequence[int]) -> tuple[int, ...]:
@@ -281,6 +306,18 @@ def check_attention_settings(settings: dict[str, Any]) -> None:
     unknown = sorted(set(settings) - set(ATTENTION_DEFAULTS))
     if unknown:
         raise ValueError(f"unknown MRA settings {unknown}; known are {sorted(ATTENTION_DEFAULTS)}.")
+    for name, allowed in (("approx_mode", APPROX_MODES), ("selection", SELECTION_RULES)):
+        if settings[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {settings[name]!r}.")
+    check_int("initial_prior_first_n_blocks", settings["initial_prior_first_n_blocks"], 0)
+    check_int("initial_prior_diagonal_n_blocks", settings["initial_prior_diagonal_n_blocks"], 0)
+    if settings["resolutions"] is None and settings["block_budgets"] is None:
+        _check_two_scales(settings)
+    else:
+        _check_scales(settings)
+
+
+def _check_two_scales(settings: dict[str, Any]) -> None:
     if isinstance(settings["block_per_row"], (list, tuple)):
         if not settings["block_per_row"]:
             raise ValueError("block_per_row must hold one number for each layer, got none.")
@@ -296,16 +333,8 @@ def check_attention_settings(settings: dict[str, Any]) -> None:
     check_int("block_size", settings["block_size"], 1)
     if settings["block_budget"] is not None:
         check_int("block_budget", settings["block_budget"], 1)
-    for name, allowed in (("approx_mode", APPROX_MODES), ("selection", SELECTION_RULES)):
-        if settings[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {settings[name]!r}.")
     first = settings["initial_prior_first_n_blocks"]
     diagonal = settings["initial_prior_diagonal_n_blocks"]
-    check_int("initial_prior_first_n_blocks", first, 0)
-    check_int("initial_prior_diagonal_n_blocks", diagonal, 0)
-    if settings["resolutions"] is not None or settings["block_budgets"] is not None:
-        _check_scales(settings)
-        return
     needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
     if min(of_layers(settings["block_per_row"])) < needed:
         raise ValueError(
@@ -324,16 +353,10 @@ def _check_scales(settings: dict[str, Any]) -> None:
             f"block_budgets={settings['block_budgets']} needs resolutions, the scales it is for; "
             "with two scales set block_per_row or block_budget instead."
         )
+    _refuse_both(settings)
     scales, _ = check_scales(settings["resolutions"], settings["block_budgets"] or ())
     if settings["selection"] == "refined" and (len(scales) != 2 or scales[1] != 1):
         raise ValueError(
             f'selection="refined" is for two scales that end in 1, got resolutions={list(scales)}; '
             f"use one of {SCHEME_RULES}."
-        )
-    both = [name for name in _TWO_SCALES if settings[name] != ATTENTION_DEFAULTS[name]]
-    if both:
-        raise ValueError(
-            f"resolutions and {both[0]} describe the same thing: with resolutions="
-            f"{list(settings['resolutions'])} leave {both[0]} at "
-            f"{ATTENTION_DEFAULTS[both[0]]}, got {settings[both[0]]}."
         )

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
-from mra_hf.configuration import MraConfig, one_description
+from mra_hf.configuration import ATTENTION_DEFAULTS, MraConfig, one_description, with_defaults
 
 if TYPE_CHECKING:
     import os
@@ -108,6 +108,10 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
         others = ",".join(f"{name}={value}" for name, value in given if name not in unset)
         if others:
             config.update_from_string(others)
+        if isinstance(config, MraConfig):
+            own = {name: getattr(config, name) for name in ATTENTION_DEFAULTS}
+            for name, value in with_defaults(own).items():
+                setattr(config, name, value)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"

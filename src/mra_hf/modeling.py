@@ -198,7 +198,7 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
         self.post_init()
         logger.info(
             f"{config.density():.1%} of the block pairs are exact at {config.max_tokens} tokens "
-            f"(blocks of {config.block_size}, {config.approx_mode} mode)."
+            f"(scales {config.resolutions or (config.block_size, 1)}, {config.approx_mode} mode)."
         )
 
 

@@ -1,5 +1,6 @@
 """Other approximations of attention: each has a property that follows from what it is."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,3 +177,13 @@ def test_lengths_that_do_not_fit_are_refused(name):
     heads = synthetic_heads(250, instances=1, head_dim=16)
     with pytest.raises(ValueError, match=r"the length must be .*, got 250 and 16"):
         attend(name, heads, 16)
+
+
+def test_bigbird_names_too_few_blocks_and_leaves_numpy_as_it_was():
+    heads = synthetic_heads(112, instances=1, head_dim=16)
+    np.random.seed(3)
+    wanted = np.random.rand()
+    np.random.seed(3)
+    with pytest.raises(ValueError, match="7 blocks do not leave 3 to draw"):
+        attend("bigbird", heads, 16)
+    assert np.random.rand() == wanted

@@ -213,3 +213,20 @@ def test_sides_that_are_no_power_of_two_are_refused(call):
         call(torch.zeros(12, 12))
     with pytest.raises(ValueError, match="power of 2, got 12"):
         list(frame.components(12))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: frame.two_scale_error_bound(x, 4, 0), "budget must be an integer of at least 1"),
+        (lambda x: frame.two_scale_error_bound(x, 4, 17), "budget must be at most 16"),
+        (lambda x: frame.two_scale_error_bound(x, 5, 1), "block_size must divide the side 16"),
+        (lambda x: frame.exact_coefficients(x, [Component(4, 4, 0)]), "is no component"),
+        (lambda x: frame.smallest_support_means(x, [Component(3, 0, 0)]), "is no component"),
+        (lambda x: frame.combine([1], [Component(4, 0, -1)], 16), "is no component"),
+        (lambda x: frame.tile_error_bound(x, [Component(8, 0, 0)]), "cover every entry"),
+    ],
+)
+def test_components_and_budgets_beyond_the_matrix_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(random_logits())

@@ -253,6 +253,54 @@ def test_nothing_is_as_large_as_the_matrix_and_a_third_scale_keeps_it_linear():
 
 
 @pytest.mark.parametrize(
+    ("resolutions", "block_budgets"),
+    [((4096, 1), (1,)), ((4096, 64, 1), (5, 3)), ((4096, 16, 4), (1, 9)), ((2048,), ())],
+)
+def test_scales_above_the_length_cost_nothing(resolutions, block_budgets):
+    mask = make_mask("holes", 2, 50)
+    inputs = make_inputs(2, 2, 50, 8, dtype=torch.float64)
+    fast, reference = both(resolutions, block_budgets, mask)
+    with LargestTensor() as largest:
+        given = outputs_and_gradients(fast, *inputs)
+    assert largest.size <= 4 * 64**2 * 8
+    assert_all_close(given, outputs_and_gradients(reference, *inputs), 1e-12)
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "right"])
+@pytest.mark.parametrize("mode", MODES)
+def test_three_scales_compile_without_a_graph_break(mode, mask_kind):
+    mask = make_mask(mask_kind, 2, 100)
+    call, _ = both((16, 4, 1), (9, 40), mask, approx_mode=mode)
+    inputs = make_inputs(2, 3, 100, 8)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_all_close(
+        outputs_and_gradients(compiled, *inputs), outputs_and_gradients(call, *inputs), 1e-6
+    )
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "right"])
+def test_three_scales_are_exported_for_any_batch_and_length(mask_kind):
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value, mask):
+            scales = {"resolutions": (16, 4, 1), "block_budgets": (9, 40)}
+            return multiresolution_attention(query, key, value, mask, **scales)
+
+    any_size = torch.export.Dim.DYNAMIC
+    of_tensor = {0: any_size, 2: any_size}
+    of_mask = None if mask_kind == "none" else {0: any_size, 1: any_size}
+
+    def arguments(batch, length):
+        return (*make_inputs(batch, 3, length, 8)[:3], make_mask(mask_kind, batch, length))
+
+    program = torch.export.export(
+        Attention(), arguments(2, 100), dynamic_shapes=(*[of_tensor] * 3, of_mask)
+    ).module()
+    for batch, length in ((2, 100), (1, 3), (3, 301)):
+        given = arguments(batch, length)
+        torch.testing.assert_close(program(*given), Attention()(*given))
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"resolutions": (1, 4)}, "coarse to fine"),

@@ -90,6 +90,25 @@ def test_hashing_finds_what_a_shuffle_has_torn_apart():
     assert found < 0.75 * shuffled, "part of it comes back"
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+def test_any_order_may_have_padding_anywhere(mask_kind, per_head):
+    mask = make_mask(mask_kind, 2, 96)
+    query, key, value, _ = make_inputs(2, 3, 96, 8, dtype=torch.float64)
+    query_order, key_order = patch_order(12, 8, (4, 4)), torch.randperm(96)
+    if per_head:
+        query_order, key_order = query_order.expand(2, 3, -1), key_order.expand(2, 3, -1)
+    output = attend_in_order(
+        dense_attention, query, key, value, mask, query_order=query_order, key_order=key_order
+    )
+    torch.testing.assert_close(output, dense_attention(query, key, value, mask))
+
+
+def attend(x, query_order, key_order):
+    orders = {"query_order": query_order, "key_order": key_order}
+    return attend_in_order(mra2_attention, x, x, x, **orders)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -97,12 +116,17 @@ def test_hashing_finds_what_a_shuffle_has_torn_apart():
         (lambda x: patch_order(32, 4), "width must be a multiple"),
         (lambda x: hash_order(x, n_buckets=3), "n_buckets must be even"),
         (lambda x: hash_order(x, directions=torch.ones(3, 8)), "directions must be"),
+        (lambda x: patch_order(32, 32, (4,)), "patch must be .height, width., got .4,."),
+        (lambda x: attend(x, torch.arange(5), torch.arange(64)), "query_order must be .tokens."),
         (
-            lambda x: attend_in_order(
-                mra2_attention, x, x, x, query_order=torch.arange(5), key_order=torch.arange(64)
-            ),
-            "query_order must be",
+            lambda x: attend(x, torch.arange(64), torch.zeros(64, dtype=torch.long)),
+            "key_order must hold every place from 0 to 63 once",
         ),
+        (
+            lambda x: attend(x, torch.arange(64) + 1, torch.arange(64)),
+            "query_order must hold every",
+        ),
+        (lambda x: attend(x, torch.arange(64.0), torch.arange(64)), "query_order must hold every"),
     ],
 )
 def test_wrong_orders_are_refused(call, message):

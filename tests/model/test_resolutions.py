@@ -35,6 +35,8 @@ def test_a_model_attends_by_its_scales_and_comes_back_from_a_directory(inputs, t
         assert not torch.allclose(full(**inputs).last_hidden_state, output.last_hidden_state)
         finer = MraModel.from_pretrained(tmp_path, resolutions=[8, 1], block_budgets=[30])
         assert finer.config.resolutions == [8, 1]
+        assert finer.config.block_per_row is None and finer.config.block_size is None
+        assert (full.config.block_per_row, full.config.block_size) == (8, 32)
     # A matrix per layer, whose rows are made of tiles: constant over the blocks that stay coarse.
     matrix = output.attentions[0]
     torch.testing.assert_close(
@@ -49,7 +51,7 @@ def test_a_stock_model_attends_by_scales(inputs):
     set_attention(model, block_per_row=4)
     set_attention(model, **SCALES)
     assert model.config.mra["resolutions"] == SCALES["resolutions"]
-    assert "block_per_row" not in model.config.mra or model.config.mra["block_per_row"] == 8
+    assert "block_per_row" not in model.config.mra
     seen = []
     layer = model.encoder.layer[0].attention.self
     layer.register_forward_hook(lambda *call: seen.append(call[-1][0]))
@@ -83,6 +85,8 @@ def test_it_trains(inputs):
     ("settings", "message"),
     [
         (SCALES | {"block_per_row": 4}, "resolutions and block_per_row describe the same thing"),
+        (SCALES | {"block_per_row": 8}, "resolutions and block_per_row describe the same thing"),
+        (SCALES | {"block_size": 32}, "resolutions and block_size describe the same thing"),
         (SCALES | {"block_budget": 9}, "resolutions and block_budget describe the same thing"),
         (SCALES | {"block_size": 16}, "resolutions and block_size describe the same thing"),
         ({"block_budgets": [4]}, "needs resolutions"),
@@ -94,6 +98,8 @@ def test_it_trains(inputs):
 def test_two_descriptions_and_impossible_ones_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MraConfig(**settings)
+    with pytest.raises(ValueError, match=message):
+        MraConfig.from_dict({"model_type": "mra_hf"}, **settings)
     if len(settings) > 1 or "block_budgets" not in settings:
         model = RobertaModel(RobertaConfig(**SIZES))
         with pytest.raises(ValueError, match=message):
@@ -140,3 +146,23 @@ def test_conversion_keeps_scales_or_replaces_them_by_what_is_asked(tmp_path, cap
     assert main([*convert, "--block-per-row", "4"]) == 0
     replaced = MraConfig.from_pretrained(tmp_path / "replaced")
     assert replaced.resolutions is None and replaced.block_per_row == 4
+
+
+def test_switching_our_own_family_between_the_descriptions(inputs):
+    torch.manual_seed(0)
+    model = MraModel(MraConfig(**SIZES)).eval()
+    assert (model.config.block_per_row, model.config.block_size) == (8, 32)
+    set_attention(model, **SCALES)
+    assert model.config.block_per_row is None
+    set_attention(model, block_per_row=2)
+    assert model.config.resolutions is None
+    assert (model.config.block_per_row, model.config.block_size) == (2, 32)
+    model(**inputs)
+
+
+def test_a_list_of_another_length_than_the_layers_does_not_run(inputs):
+    model = RobertaModel(RobertaConfig(**SIZES))
+    set_attention(model)
+    model.config.mra = {"block_per_row": [2] * (SIZES["num_hidden_layers"] + 1)}
+    with pytest.raises(ValueError, match="is layer 0 of"):
+        model(**inputs)

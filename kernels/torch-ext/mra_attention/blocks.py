@@ -13,7 +13,7 @@ from torch import Tensor
 
 #: Bytes of one operand, in float32, that a CPU works on at a time: fresh memory costs a page fault
 #: per 4 kB, and buffers of this size are used again instead.
-_PART_BYTES = 16 * 2**20
+PART_BYTES = 16 * 2**20
 
 #: Bytes of a temporary that stays in a core's cache.
 _CACHED_BYTES = 2**20
@@ -31,7 +31,7 @@ def parts(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
     if device_type != "cpu":
         yield slice(0, batch), slice(0, heads)
         return
-    problems = max(1, _PART_BYTES // max(1, 4 * length * dim))
+    problems = max(1, PART_BYTES // max(1, 4 * length * dim))
     some_heads = max(1, min(heads, problems))
     some_samples = max(1, min(batch, problems // some_heads))
     for sample in range(0, batch, some_samples):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .blocks import count_blocks
-from .multiresolution import Scheme
+from .multiresolution import Scheme, fit_scales
 from .selection import MAX_BLOCK_ROWS, BlockSelection
 
 APPROX_MODES = ("full", "sparse")
@@ -210,6 +210,8 @@ def check_scheme(
             f"use one of {SCHEME_RULES}."
         )
     check_choice("selection", selection, SCHEME_RULES)
+    if not torch.compiler.is_exporting():  # there the length may be any
+        resolutions = fit_scales(resolutions, query.shape[2])
     padded = count_blocks(query.shape[2], resolutions[0]) * resolutions[0]
     ranked = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]
     if ranked:

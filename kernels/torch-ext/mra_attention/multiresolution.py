@@ -12,8 +12,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_means, compute_dtype, count_blocks, mask_to_blocks, to_blocks
+from .blocks import (
+    PART_BYTES,
+    block_means,
+    compute_dtype,
+    count_blocks,
+    mask_to_blocks,
+    to_blocks,
+)
 from .selection import best_keys, score_dtype, select, sort_keys
+
+
+def fit_scales(resolutions: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The same scales with no block that is mostly beyond `length` tokens.
+
+    A block of which the tokens are only a part is the same with less of the rest: its mean, and its
+    children that hold tokens.
+    """
+    fitted: list[int] = []
+    for size in reversed(resolutions):
+        finer = fitted[-1] if fitted else 1
+        fitted.append(min(size, count_blocks(length, finer) * finer))
+    return tuple(reversed(fitted))
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,10 @@ class Scheme:
     sparse: bool
 
     def padded_length(self, length: int) -> int:
-        return count_blocks(length, self.resolutions[0]) * self.resolutions[0]
+        blocks = count_blocks(length, self.resolutions[0])
+        if torch.compiler.is_exporting():  # as `select` counts them there
+            blocks = length // self.resolutions[0] + 2
+        return blocks * self.resolutions[0]
 
     def select_first(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         """The blocks of scale s_0 that are cut, `[B, H, R, R]` bool."""
@@ -53,6 +76,8 @@ class Scheme:
             initial_prior_diagonal_n_blocks=self.initial_prior_diagonal_n_blocks,
             rule=self.rule,
             scale=self.scale,
+            traceable=torch.compiler.is_exporting(),
+            reads_mask=not torch.compiler.is_compiling(),
         )
 
 
@@ -113,10 +138,9 @@ def attention(
                 children, query, key, scheme, scheme.block_budgets[number], level
             )
         if is_last or not scheme.sparse:
-            own, gathered = children.rows(level.means(query)), children.columns(level.means(key))
-            logits = scheme.scale * own @ gathered.mT
             members = children.live if chosen is None else children.live & ~chosen
-            state.add_pairs(logits, members, children, children.columns(level.means(value)))
+            means = (level.means(x).flatten(0, 1) for x in (query, key, value))
+            state.add_pairs(children, members, *means, scheme.scale)
     return _finish(state, levels[-1], query.shape, token_mask, value.dtype)
 
 
@@ -145,12 +169,20 @@ class _Children:
         self.live = own[..., None] & (self.column_counts > 0)[..., None, :]
         self.live = self.live & pairs.real[..., None, None]
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Rows of the pairs: `[B, H, R, D]` -> `[G, m, f, D]`."""
-        return self._gather(x.flatten(0, 1), self.pairs.row)
+    def rows(self, x: Tensor, some: slice = slice(None)) -> Tensor:
+        """Rows of some pairs: `[G, R, D]` -> `[G, m, f, D]`."""
+        return self._gather(x, self.pairs.row[:, some])
 
-    def columns(self, x: Tensor) -> Tensor:
-        return self._gather(x.flatten(0, 1), self.pairs.column)
+    def columns(self, x: Tensor, some: slice = slice(None)) -> Tensor:
+        return self._gather(x, self.pairs.column[:, some])
+
+    def parts(self, dim: int) -> list[slice]:
+        """Pairs to work on one after another; all at once but on a CPU."""
+        groups, pairs, factor = self.row.shape
+        if self.row.device.type != "cpu" or torch.compiler.is_compiling():
+            return [slice(None)]
+        some = max(1, PART_BYTES // max(1, 4 * groups * factor * max(dim, factor)))
+        return [slice(first, first + some) for first in range(0, pairs, some)]
 
     def _gather(self, x: Tensor, parents: Tensor) -> Tensor:
         """`[G, R, ...]` -> `[G, m, f, ...]`, the blocks of `parents` `[G, m]`."""
@@ -190,20 +222,36 @@ class _State:
         self.numerator = self.numerator + weights @ values
 
     def add_pairs(
-        self, logits: Tensor, members: Tensor, children: _Children, values: Tensor
+        self,
+        children: _Children,
+        members: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
     ) -> None:
-        """Add members among the children: `[G, m, f, f]` logits, `[G, m, f, D]` value means."""
-        row = children.row.flatten(1)  # [G, m f]
-        logits = logits.masked_fill(~members, self.lowest)
+        """Add the members among the children, `[G, m, f, f]`; query, key and value are the means of
+        their blocks, `[G, R, D]`.
+        """
+        parts = children.parts(query.shape[-1])
+        all_logits = []
         largest = torch.full_like(self.largest, self.lowest)
-        largest.scatter_reduce_(1, row, logits.detach().amax(-1).flatten(1), "amax")
+        for some in parts:
+            logits = scale * children.rows(query, some) @ children.columns(key, some).mT
+            logits = logits.masked_fill(~members[:, some], self.lowest)
+            row = children.row[:, some].flatten(1)
+            largest.scatter_reduce_(1, row, logits.detach().amax(-1).flatten(1), "amax")
+            all_logits.append(logits)
         self._raise(largest)
-        own = self.largest.gather(1, row).view(children.row.shape)
-        weights = torch.exp(logits - own[..., None]) * members
-        weights = weights * children.column_counts[..., None, :]
-        self.denominator = self.denominator.scatter_add(1, row, weights.sum(-1).flatten(1))
-        sums = (weights @ values).flatten(1, 2)
-        self.numerator = self.numerator.scatter_add(1, row[..., None].expand_as(sums), sums)
+        for some, logits in zip(parts, all_logits, strict=True):
+            row = children.row[:, some].flatten(1)  # [G, m f]
+            own = self.largest.gather(1, row).view(logits.shape[:-1])
+            weights = torch.exp(logits - own[..., None]) * members[:, some]
+            weights = weights * children.column_counts[:, some, None, :]
+            sums = (weights @ children.columns(value, some)).flatten(1, 2)
+            # In place: _raise has made tensors of this call.
+            self.denominator.scatter_add_(1, row, weights.sum(-1).flatten(1))
+            self.numerator.scatter_add_(1, row[..., None].expand_as(sums), sums)
 
     def _raise(self, largest: Tensor) -> None:
         """Refer to a larger maximum. It cancels in the end and has no gradient."""
@@ -220,8 +268,8 @@ def _choose(
     """The best `budget` children per head, and where they are: `[G, m, f, f]` bool."""
     with torch.no_grad():
         dtype = score_dtype(query)
-        own = children.rows(level.means(query, dtype))
-        gathered = children.columns(level.means(key, dtype))
+        own = children.rows(level.means(query, dtype).flatten(0, 1))
+        gathered = children.columns(level.means(key, dtype).flatten(0, 1))
         scores = (own @ gathered.mT * scheme.scale).float()
         row = children.row[..., :, None].expand(scores.shape)
         column = children.column[..., None, :].expand(scores.shape)

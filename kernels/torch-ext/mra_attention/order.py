@@ -6,12 +6,12 @@ first and the output back afterwards.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import check_int, to_token_mask
+from .checks import check_int, check_tensors, to_token_mask
 
 
 def patch_order(
@@ -22,9 +22,16 @@ def patch_order(
     Tokens of the grid lie row by row; `x[:, order]` has the tokens of a patch beside each other,
     row by row within it, patches row by row too. A patch of 4 x 8 is one block of 32 tokens.
 
+    Args:
+        height, width: sides of the grid, in tokens.
+        patch: sides of a patch.
+        device: of the result.
+
     Raises:
         ValueError: sides that are not multiples of those of the patch.
     """
+    if not isinstance(patch, Sequence) or len(patch) != 2:
+        raise ValueError(f"patch must be (height, width), got {patch!r}.")
     for name, side, of_patch in (("height", height, patch[0]), ("width", width, patch[1])):
         check_int(f"patch of {name}", of_patch, 1)
         check_int(name, side, 1)
@@ -116,16 +123,18 @@ def attend_in_order(
         attention: called as `attention(query, key, value, attention_mask)`, for example a partial
             of `mra2_attention`.
         query, key, value: `[B, H, N, D]`.
-        attention_mask: `[B, N]` or None. With it, both orders must have padding last, as those of
-            `hash_order` do.
+        attention_mask: `[B, N]` or None. With it padding comes last, whatever the orders say;
+            the others stay in their order.
         query_order, key_order: `[N]` or `[B, H, N]` int64, permutations.
 
     Returns:
         `[B, H, N, D]`.
 
     Raises:
-        ValueError: orders of another shape.
+        ValueError: orders of another shape, or that are no permutations (which is not looked at in
+            a compiled graph).
     """
+    query, key, value = check_tensors(query, key, value)
     shape = query.shape[:3]
     token_mask = to_token_mask(attention_mask, query)
     orders = {"query_order": query_order, "key_order": key_order}
@@ -135,12 +144,29 @@ def attend_in_order(
                 f"{name} must be [tokens] or [batch, heads, tokens] = {tuple(shape)}, got "
                 f"{tuple(order.shape)}."
             )
-    query_order, key_order = (order.expand(shape)[..., None] for order in orders.values())
+        if not torch.compiler.is_compiling() and not _is_permutation(order):
+            raise ValueError(f"{name} must hold every place from 0 to {shape[2] - 1} once.")
     if token_mask is not None:
+        orders = {name: _padding_last(order, token_mask) for name, order in orders.items()}
         count = token_mask.sum(-1, keepdim=True)
         token_mask = torch.arange(shape[2], device=query.device) < count
+    query_order, key_order = (order.expand(shape)[..., None] for order in orders.values())
     query = query.gather(2, query_order.expand_as(query))
     key, value = (x.gather(2, key_order.expand_as(x)) for x in (key, value))
     output = attention(query, key, value, token_mask)
     back = inverse_order(query_order[..., 0])[..., None]
     return output.gather(2, back.expand_as(output))
+
+
+def _is_permutation(order: Tensor) -> bool:
+    if order.dtype != torch.int64:
+        return False
+    places = torch.arange(order.shape[-1], device=order.device)
+    return bool((order.sort(-1).values == places).all())
+
+
+def _padding_last(order: Tensor, token_mask: Tensor) -> Tensor:
+    """`[N]` or `[B, H, N]` -> `[B, H or 1, N]`: real tokens as they stood, then padding."""
+    order = order if order.ndim == 3 else order.expand(token_mask.shape[0], 1, -1)
+    is_padding = ~token_mask[:, None].expand(order.shape).gather(-1, order)
+    return order.gather(-1, is_padding.byte().argsort(dim=-1, stable=True))

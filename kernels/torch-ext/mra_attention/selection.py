@@ -246,6 +246,7 @@ def select(
     rule: str,
     scale: float,
     traceable: bool = False,
+    reads_mask: bool = True,
 ) -> Tensor:
     """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool.
 
@@ -253,7 +254,8 @@ def select(
 
     `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
     instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
-    and all pairs are sorted.
+    and all pairs are sorted. `reads_mask=False` reads no value of the mask, as a traced graph needs
+    it.
     """
     batch, heads, length, _ = query.shape
     if traceable:
@@ -280,7 +282,8 @@ def select(
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         if traceable:
             return choose(query, key, token_mask)
-        token_mask = without_full_mask(token_mask)
+        if reads_mask:
+            token_mask = without_full_mask(token_mask)
         blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
         for part in parts(query.shape, query.device.type):
             mask_part = None if token_mask is None else token_mask[part[0]]

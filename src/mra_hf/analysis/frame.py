@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mra_attention.checks import check_int
+
 
 class Component(NamedTuple):
     """A component of the frame, 1 on its block and 0 elsewhere.
@@ -56,7 +58,11 @@ def exact_coefficients(matrix: Tensor, chosen: Sequence[Component]) -> list[floa
     Args:
         matrix: `[n, n]`.
         chosen: distinct components, in any order.
+
+    Raises:
+        ValueError: a component that is not one of the matrix.
     """
+    _check_components(chosen, matrix.shape[0])
     residual = matrix.clone()
     found: dict[Component, float] = {}
     for scale in sorted({component.scale for component in chosen}, reverse=True):
@@ -69,7 +75,12 @@ def exact_coefficients(matrix: Tensor, chosen: Sequence[Component]) -> list[floa
 
 
 def combine(coefficients: Sequence[float], chosen: Sequence[Component], size: int) -> Tensor:
-    """The sum of components by their coefficients, `[size, size]` float64."""
+    """The sum of components by their coefficients, `[size, size]` float64.
+
+    Raises:
+        ValueError: a component beyond the matrix, or another number of coefficients.
+    """
+    _check_components(chosen, size)
     result = torch.zeros(size, size, dtype=torch.float64)
     for coefficient, component in zip(coefficients, chosen, strict=True):
         result[component.support] += coefficient
@@ -79,7 +90,11 @@ def combine(coefficients: Sequence[float], chosen: Sequence[Component], size: in
 def smallest_support_means(matrix: Tensor, chosen: Sequence[Component]) -> Tensor:
     """Every entry replaced by the mean of `matrix` over the smallest chosen block that covers it, 0
     where none does: what `exact_coefficients` add up to.
+
+    Raises:
+        ValueError: a component that is not one of the matrix.
     """
+    _check_components(chosen, matrix.shape[0])
     result = torch.zeros_like(matrix)
     for component in sorted(chosen, key=lambda component: -component.scale):
         result[component.support] = matrix[component.support].mean()
@@ -146,7 +161,13 @@ def tile_error_bound(logits: Tensor, tiles: Sequence[Component]) -> Tensor:
     Args:
         logits: P `[n, n]`.
         tiles: components that cover every entry once.
+
+    Raises:
+        ValueError: components that do not.
     """
+    _check_components(tiles, logits.shape[0])
+    if sum(tile.scale**2 for tile in tiles) != logits.numel():
+        raise ValueError("tiles must cover every entry of the logits once.")
     total = logits.new_zeros(())
     for tile in tiles:
         block = logits[tile.support]
@@ -164,9 +185,16 @@ def two_scale_error_bound(logits: Tensor, block_size: int, budget: int) -> Tenso
 
     Args:
         logits: P `[n, n]`, n divisible by `block_size`.
-        budget: m, refined blocks, 1 or more.
+        budget: m, refined blocks, from 1 to all (n / b)^2.
+
+    Raises:
+        ValueError: a budget that is not among those, or a side that `block_size` does not divide.
     """
     size = logits.shape[0]
+    check_int("block_size", block_size, 1, size)
+    if size % block_size:
+        raise ValueError(f"block_size must divide the side {size}, got {block_size}.")
+    check_int("budget", budget, 1, (size // block_size) ** 2)
     means = block_means(logits, block_size).flatten()
     order = means.argsort(descending=True)
     delta = means[order[budget - 1]].exp()
@@ -228,6 +256,16 @@ def _inverse_haar_rows(x: Tensor) -> Tensor:
     sums, details = x.chunk(2)
     pairs = torch.stack([sums + details, sums - details], 1) / math.sqrt(2)
     return pairs.flatten(0, 1)
+
+
+def _check_components(chosen: Sequence[Component], size: int) -> None:
+    for component in chosen:
+        scale, row, column = component
+        if scale < 1 or size % scale or not (0 <= row < size // scale > column >= 0):
+            raise ValueError(
+                f"{component} is no component of a matrix of side {size}: the scale must divide "
+                "it, and row and column count its blocks from 0."
+            )
 
 
 def _check_power_of_2(size: int) -> None:

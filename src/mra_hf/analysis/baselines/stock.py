@@ -1,5 +1,6 @@
 """Methods that Transformers has, given queries, keys and values instead of hidden states."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BigBirdConfig, LongformerConfig, NystromformerConfig
@@ -77,27 +78,36 @@ def bigbird(
     layer = BigBirdBlockSparseAttention(config, seed=seed).train()
     mask = torch.ones(batch, length)
     blocked, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(mask, size)
-    output, _ = layer.bigbird_block_sparse_attention(
-        query * (scale * dim**0.5),
-        key,
-        value,
-        band,
-        rows,
-        columns,
-        blocked,
-        blocked,
-        heads,
-        _RANDOM_BLOCKS,
-        dim,
-        size,
-        size,
-        batch,
-        length,
-        length,
-        seed=seed,
-        plan_from_length=None,
-        plan_num_rand_blocks=None,
-    )
+    state = np.random.get_state()  # Transformers seeds numpy's own generator
+    try:
+        output, _ = layer.bigbird_block_sparse_attention(
+            query * (scale * dim**0.5),
+            key,
+            value,
+            band,
+            rows,
+            columns,
+            blocked,
+            blocked,
+            heads,
+            _RANDOM_BLOCKS,
+            dim,
+            size,
+            size,
+            batch,
+            length,
+            length,
+            seed=seed,
+            plan_from_length=None,
+            plan_num_rand_blocks=None,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the length must be several times the size (block), got {length} and {size}: "
+            f"{length // size} blocks do not leave {_RANDOM_BLOCKS} to draw for each row."
+        ) from error
+    finally:
+        np.random.set_state(state)
     return output.view(batch, length, heads, dim).transpose(1, 2)
 
 
