@@ -19,6 +19,7 @@ NAMES = {
     "longformer_64": "Longformer, window 64",
     "longformer_256": "Longformer, window 256",
     "bigbird": "BigBird",
+    "mra_1024_32_1": "scales 1024, 32, 1; {} blocks per row",
 }
 COLOURS = {
     "sdpa": "#444444",
@@ -28,6 +29,7 @@ COLOURS = {
     "longformer_64": "#66a3d2",
     "longformer_256": "#1f5f99",
     "bigbird": "#b5a642",
+    "mra_1024_32_1 4": "#d95f02",
 }
 
 
@@ -38,7 +40,7 @@ def main() -> int:
     )
     parser.add_argument("csv", type=Path)
     parser.add_argument("png", type=Path)
-    parser.add_argument("--op", choices=("attention", "self_attention", "model"))
+    parser.add_argument("--op", choices=("attention", "self_attention", "model", "scales"))
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
     with args.csv.open() as file:
@@ -51,7 +53,8 @@ def main() -> int:
     lengths = sorted({int(row["length"]) for row in rows})
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, kind in zip(figure.subplots(1, len(passes)), passes, strict=True):
+    panels = figure.subplots(1, len(passes), squeeze=False)[0]
+    for axes, kind in zip(panels, passes, strict=True):
         for provider, budget in dict.fromkeys((r["provider"], r["block_per_row"]) for r in rows):
             chosen = (provider, budget, kind)
             line = [r for r in rows if (r["provider"], r["block_per_row"], r["pass"]) == chosen]
@@ -70,7 +73,11 @@ def main() -> int:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     first = rows[0]
-    what = {"attention": "attention", "self_attention": "self-attention module"}
+    what = {
+        "attention": "attention",
+        "self_attention": "self-attention module",
+        "scales": "two and three scales",
+    }
     figure.suptitle(
         f"{what.get(op, 'RoBERTa-base')}, {first['device']}; {args.dtype}, batch {first['batch']}, "
         f"{first['heads']} heads x {first['head_dim']}; torch {first['torch']}; {first['date']}, "

@@ -126,7 +126,7 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     where = conditions(args.device, args.threads)
     done = _start(args.out, args.resume)
-    print(f"{where['device']}, torch {torch.__version__}, batch 1, 12 heads x 64, median ms")
+    print(f"{where['device']}, torch {torch.__version__}, batch 1, heads of 64, median ms")
     print(
         f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}{'ms':>10}{'vs SDPA':>9}"
     )

@@ -22,6 +22,9 @@ HEADS, HEAD_DIM = 12, 64
 #: Heads of the longest inputs: dense attention takes minutes there.
 SCALES_HEADS = 2
 
+#: Tokens up to which scales are compared with dense attention once more, for their error.
+_LONGEST_ERROR = 32768
+
 #: Tokens that the mask of "mra2_padded" hides at the end: one block and a half.
 PADDING = 48
 
@@ -152,7 +155,10 @@ def scales(
         samples = interleaved_milliseconds(
             providers, inputs, backward=False, repeats=repeats, warm_up=length < 65536
         )
-    rows = _rows("scales", length, dtype, False, samples)
+        errors = None
+        if length <= _LONGEST_ERROR:
+            errors = _relative_errors(providers, inputs, length)
+    rows = _rows("scales", length, dtype, False, samples, errors)
     for row in rows:
         row["heads"] = SCALES_HEADS
         row["mode"] = "" if row["provider"] == "sdpa" else "full"
