@@ -77,7 +77,7 @@ PRESETS = {
     ),
     "scales": (
         Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3, memory=False),
-        Sweep("scales", (65536, 131072), ("fp32",), (4,), 1, memory=False),
+        Sweep("scales", (65536, 131072), ("fp32",), (4,), 3, memory=False),
     ),
     "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3, memory=False),),
 }
