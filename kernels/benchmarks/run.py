@@ -96,7 +96,7 @@ def main() -> int:
         help="quick: a minute; pairs: dense attention and one budget in many rounds, ten minutes; "
         "full: half an hour; models: whole RoBERTa-base models, ten minutes; lengths: training on "
         "texts of 50 to 4096 tokens, two minutes; scales: two and three scales up to 131072 "
-        "tokens, ten minutes",
+        "tokens, four minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
