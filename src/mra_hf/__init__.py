@@ -4,6 +4,12 @@ Importing this package registers its classes with Transformers' Auto classes and
 `"mra2"` and `"mra2_s"` with the attention interface.
 """
 
+from mra_hf.adamra import (
+    AdaMraAttention,
+    AdaMraConfig,
+    AdaMraForSequenceClassification,
+    AdaMraModel,
+)
 from mra_hf.attention import set_attention
 from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
@@ -21,6 +27,10 @@ from mra_hf.registration import register, replace_builtin_mra
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaMraAttention",
+    "AdaMraConfig",
+    "AdaMraForSequenceClassification",
+    "AdaMraModel",
     "ConversionReport",
     "MraConfig",
     "MraForCandidateChoice",

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mra_hf import attention, modeling
+from mra_hf.adamra import AdaMraConfig, AdaMraForSequenceClassification, AdaMraModel
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 
 AUTO_CLASSES = {
@@ -41,6 +42,11 @@ def register() -> None:
     AutoTokenizer.register(MraConfig, fast_tokenizer_class=RobertaTokenizer, exist_ok=True)
     AttentionInterface.register("mra2", attention.mra2_attention_forward)
     AttentionInterface.register("mra2_s", attention.mra2_s_attention_forward)
+    AutoConfig.register(AdaMraConfig.model_type, AdaMraConfig, exist_ok=True)
+    AutoModel.register(AdaMraConfig, AdaMraModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        AdaMraConfig, AdaMraForSequenceClassification, exist_ok=True
+    )
     for name in attention.ATTENTION_NAMES:
         AttentionMaskInterface.register(name, attention.mra2_mask)
 
