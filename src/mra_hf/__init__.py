@@ -15,6 +15,7 @@ from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.conversion_report import ConversionReport
+from mra_hf.lra import LraConfig, LraForSequenceClassification, LraModel
 from mra_hf.modeling import (
     MraForMaskedLM,
     MraForMultipleChoice,
@@ -32,6 +33,9 @@ __all__ = [
     "AdaMraForSequenceClassification",
     "AdaMraModel",
     "ConversionReport",
+    "LraConfig",
+    "LraForSequenceClassification",
+    "LraModel",
     "MraConfig",
     "MraForCandidateChoice",
     "MraForMaskedLM",

@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mra_hf import attention, modeling
 from mra_hf.adamra import AdaMraConfig, AdaMraForSequenceClassification, AdaMraModel
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+from mra_hf.lra import LraConfig, LraForSequenceClassification, LraModel
 
 AUTO_CLASSES = {
     AutoModel: modeling.MraModel,
@@ -46,6 +47,11 @@ def register() -> None:
     AutoModel.register(AdaMraConfig, AdaMraModel, exist_ok=True)
     AutoModelForSequenceClassification.register(
         AdaMraConfig, AdaMraForSequenceClassification, exist_ok=True
+    )
+    AutoConfig.register(LraConfig.model_type, LraConfig, exist_ok=True)
+    AutoModel.register(LraConfig, LraModel, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        LraConfig, LraForSequenceClassification, exist_ok=True
     )
     for name in attention.ATTENTION_NAMES:
         AttentionMaskInterface.register(name, attention.mra2_mask)

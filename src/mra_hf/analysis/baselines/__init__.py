@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mra_attention import mra2_attention
-from mra_hf.analysis.baselines.features import linformer, performer
 from mra_hf.analysis.baselines.hierarchical import h_transformer
 from mra_hf.analysis.baselines.matrices import optimal_sparse, truncated_svd
 from mra_hf.analysis.baselines.stock import bigbird, longformer, nystromformer
 from mra_hf.analysis.measures import dense_attention
+from mra_hf.low_rank_attention import linformer, performer
 
 
 @dataclass(frozen=True)

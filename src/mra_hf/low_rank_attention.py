@@ -1,15 +1,50 @@
-"""Methods that replace the N x N matrix by a product of thin ones: Performer and Linformer."""
+"""Attention by a product of thin matrices: linear attention, Performer and Linformer.
+
+Queries, keys and values are `[B, H, N, D]`.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+#: Added to the denominators of linear attention, as by its authors.
+_EPSILON = 1e-6
+
+
+def linear(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """Kernel attention with ELU + 1 (Katharopoulos et al. 2020, the Linear Transformer).
+
+    Args:
+        query, key, value: `[B, H, N, D]`.
+        token_mask: `[B, N]` bool or None; padding is not attended.
+    """
+    query, key = (F.elu(x) + 1 for x in (query, key))
+    key = _hidden(key, token_mask, 0)
+    numerator = query @ (key.mT @ _hidden(value, token_mask, 0))
+    return numerator / (query @ key.sum(-2).unsqueeze(-1) + _EPSILON)
 
 
 def performer(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float, size: int, seed: int = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    size: int,
+    seed: int = 0,
+    token_mask: Tensor | None = None,
 ) -> Tensor:
     """`size` positive orthogonal random features (Choromanski et al. 2021, FAVOR+).
 
-    The published comparisons divide queries and keys by the root of the head dim twice; here once.
+    The published comparisons divide queries and keys by the root of the head dim twice, and let
+    padding into the denominator; here neither.
+
+    Args:
+        query, key, value: `[B, H, N, D]`.
+        scale: factor of the logits.
+        size: features.
+        seed: of the features.
+        token_mask: `[B, N]` bool or None; padding is not attended.
     """
     directions = _orthogonal_directions(size, query.shape[-1], seed).to(query)
 
@@ -18,10 +53,12 @@ def performer(
         return x @ directions.T - 0.5 * (x * x).sum(-1, keepdim=True)
 
     # A factor for each row of the queries, and one for all keys of a head, cancel in the quotient.
-    log_query, log_key = log_features(query), log_features(key)
+    log_query = log_features(query)
+    log_key = _hidden(log_features(key), token_mask, torch.finfo(query.dtype).min / 2)
     query_features = (log_query - log_query.amax(-1, keepdim=True)).exp()
     key_features = (log_key - log_key.amax((-2, -1), keepdim=True)).exp()
-    numerator = query_features @ (key_features.mT @ value)
+    key_features = _hidden(key_features, token_mask, 0)
+    numerator = query_features @ (key_features.mT @ _hidden(value, token_mask, 0))
     denominator = query_features @ key_features.sum(-2).unsqueeze(-1)
     return numerator / denominator.clamp_min(torch.finfo(query.dtype).tiny)
 
@@ -53,10 +90,18 @@ def linformer(
     an approximation of anything, which that table shows.
 
     Args:
-        projection: `[size, N]`, in place of a random one.
+        query, key, value: `[B, H, N, D]`, zeros at padding.
+        scale: factor of the logits.
+        size: rows of a random projection.
+        seed: of a random projection.
+        projection: `[size, N]` or `[H, size, N]`, in place of a random one.
     """
     if projection is None:
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(size, key.shape[2], generator=generator) / size**0.5
     projection = projection.to(query)
     return torch.softmax(query @ (projection @ key).mT * scale, dim=-1) @ (projection @ value)
+
+
+def _hidden(x: Tensor, token_mask: Tensor | None, value: float) -> Tensor:
+    return x if token_mask is None else x.masked_fill(~token_mask[:, None, :, None], value)

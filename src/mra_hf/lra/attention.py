@@ -1,0 +1,210 @@
+"""The attention layers of the Long Range Arena encoder, all called as `prenorm` says."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LongformerConfig, NystromformerConfig
+
+from mra_attention import mra2_attention
+from mra_attention.blocks import count_blocks
+from mra_hf.adamra import AdaMraAttention
+from mra_hf.low_rank_attention import linear, linformer, performer
+from mra_hf.lra.configuration import LraConfig
+
+
+def attention_layer(config: LraConfig, layer_idx: int) -> nn.Module:
+    """The layer that `config.attention` names."""
+    match config.attention:
+        case "adamra":
+            return AdaMraAttention(config, layer_idx)
+        case "longformer":
+            return LongformerLayer(config)
+        case "nystromformer":
+            return NystromformerLayer(config)
+        case name:
+            return HeadsLayer(config, _HEADS[name](config, layer_idx))
+
+
+class HeadsLayer(nn.Module):
+    """Projections to heads, an attention of theirs, and an output projection.
+
+    Args:
+        config: sizes.
+        attend: a module `attend(query, key, value, token_mask)` of `[B, H, N, D]`.
+    """
+
+    def __init__(self, config: LraConfig, attend: nn.Module):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        width = config.hidden_size
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.attend = attend
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
+        query, key, value = (
+            part(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        # In float32, as in the published runs; MRA-2 chooses its own precision.
+        output = self.attend(query, key, value, token_mask)
+        return self.output(output.transpose(1, 2).flatten(2)), None
+
+
+class Dense(nn.Module):
+    def __init__(self, config: LraConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.attention_probs_dropout_prob
+
+    def forward(self, query, key, value, token_mask):
+        mask = None
+        if token_mask is not None:  # a sample without a token reads what is there
+            mask = (token_mask | ~token_mask.any(-1, keepdim=True))[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+
+
+class Mra2(nn.Module):
+    def __init__(self, config: LraConfig, layer_idx: int):
+        super().__init__()
+        self.settings = {
+            "approx_mode": "sparse" if config.attention == "mra2_s" else "full",
+            "block_per_row": config.block_per_row,
+            "block_size": config.block_size,
+            "initial_prior_first_n_blocks": config.initial_prior_first_n_blocks,
+            "initial_prior_diagonal_n_blocks": config.initial_prior_diagonal_n_blocks,
+            "selection": config.selection,
+        }
+
+    def forward(self, query, key, value, token_mask):
+        return mra2_attention(query, key, value, token_mask, **self.settings)
+
+
+class Linear(nn.Module):
+    def __init__(self, config: LraConfig, layer_idx: int):
+        super().__init__()
+
+    def forward(self, query, key, value, token_mask):
+        return linear(query, key, value, token_mask)
+
+
+class Linformer(nn.Module):
+    """Learned projections of the length, one for each head, shared by keys and values."""
+
+    def __init__(self, config: LraConfig, layer_idx: int):
+        super().__init__()
+        shape = (config.num_attention_heads, config.size, config.max_position_embeddings)
+        self.projection = nn.Parameter(torch.empty(shape))
+        self.reset_projection()
+
+    @torch.no_grad()
+    def reset_projection(self) -> None:
+        """Draw it anew."""
+        nn.init.normal_(self.projection, 0, self.projection.shape[1] ** -0.5)
+
+    def forward(self, query, key, value, token_mask):
+        if token_mask is not None:
+            key, value = (x.masked_fill(~token_mask[:, None, :, None], 0) for x in (key, value))
+        projection = self.projection[..., : key.shape[2]]
+        scale = query.shape[-1] ** -0.5
+        return linformer(query, key, value, scale=scale, size=0, projection=projection)
+
+
+class Performer(nn.Module):
+    """Random features, drawn once for each layer."""
+
+    def __init__(self, config: LraConfig, layer_idx: int):
+        super().__init__()
+        self.size, self.layer_idx = config.size, layer_idx
+
+    def forward(self, query, key, value, token_mask):
+        settings = {"size": self.size, "seed": self.layer_idx, "token_mask": token_mask}
+        return performer(query, key, value, scale=query.shape[-1] ** -0.5, **settings)
+
+
+class NystromformerLayer(nn.Module):
+    """Transformers' Nystromformer attention without its convolution; its landmarks average over
+    padding too, as published.
+    """
+
+    def __init__(self, config: LraConfig):
+        super().__init__()
+        from transformers.models.nystromformer.modeling_nystromformer import (
+            NystromformerSelfAttention,
+        )
+
+        self.landmarks = config.size
+        sizes = NystromformerConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_landmarks=config.size,
+            segment_means_seq_len=config.max_position_embeddings,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.attend = NystromformerSelfAttention(sizes)
+        self.attend.conv_kernel_size = None
+        if hasattr(self.attend, "conv"):
+            del self.attend.conv
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
+        length = hidden_states.shape[1]
+        states, mask = _padded(hidden_states, token_mask, self.landmarks)
+        self.attend.seq_len = states.shape[1]
+        logits = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+        output = self.attend(states, attention_mask=logits[:, None, None])[0]
+        return self.output(output[:, :length]), None
+
+
+class LongformerLayer(nn.Module):
+    """Transformers' Longformer attention, the first token global."""
+
+    def __init__(self, config: LraConfig):
+        super().__init__()
+        from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+        self.window = config.size
+        sizes = LongformerConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            attention_window=[config.size],
+            attention_probs_dropout_prob=0.0,
+        )
+        self.attend = LongformerSelfAttention(sizes, 0)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
+        length = hidden_states.shape[1]
+        states, mask = _padded(hidden_states, token_mask, self.window)
+        # Global without looking at the mask: the first place is a token in every text.
+        is_global = torch.zeros_like(mask)
+        is_global[:, 0] = True
+        is_padding = ~mask & ~is_global
+        output = self.attend(
+            states,
+            attention_mask=(10000.0 * is_global - 10000.0 * is_padding),
+            is_index_masked=is_padding,
+            is_index_global_attn=is_global,
+            is_global_attn=True,
+        )[0]
+        return self.output(output.view_as(states)[:, :length]), None
+
+
+_HEADS = {
+    "dense": Dense,
+    "mra2": Mra2,
+    "mra2_s": Mra2,
+    "linear": Linear,
+    "linformer": Linformer,
+    "performer": Performer,
+}
+
+
+def _padded(
+    hidden_states: Tensor, token_mask: Tensor | None, multiple: int
+) -> tuple[Tensor, Tensor]:
+    """States and mask up to a multiple of tokens."""
+    batch, length, _ = hidden_states.shape
+    if token_mask is None:
+        token_mask = hidden_states.new_ones((batch, length), dtype=torch.bool)
+    missing = count_blocks(length, multiple) * multiple - length
+    return F.pad(hidden_states, (0, 0, 0, missing)), F.pad(token_mask, (0, missing))
