@@ -81,6 +81,20 @@ def load_model(
     return with_attention(model, attention)
 
 
+def split_settings(name: str, settings: str) -> list[tuple[str, str]]:
+    """Names and values of "name=value,name=value"; lists are written [16,4,1].
+
+    Raises:
+        ValueError: not of that form; it names the argument `name`.
+    """
+    if not settings:
+        return []
+    given = [tuple(part.split("=", 1)) for part in _OUTSIDE_OF_LISTS.split(settings)]
+    if any(len(pair) != 2 for pair in given):
+        raise ValueError(f"{name} must be name=value,name=value, got {settings!r}.")
+    return given
+
+
 def override(config: PreTrainedConfig, overrides: str) -> None:
     """Apply "name=value,name=value" to `config`; lists are written [16,4,1].
 
@@ -90,8 +104,8 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
     Raises:
         ValueError: not of that form, no such setting, or a value of another type.
     """
+    given = split_settings("config_overrides", overrides)
     try:
-        given = [part.split("=", 1) for part in _OUTSIDE_OF_LISTS.split(overrides)]
         unset = {
             name
             for name, value in given

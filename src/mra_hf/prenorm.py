@@ -156,13 +156,18 @@ class Classifier(nn.Module):
         return self.out(F.relu(self.hidden(features)))
 
 
-def pooled(hidden_states: Tensor, token_mask: Tensor | None, pooling: str) -> Tensor:
-    """Mean over real tokens, or over all places as the published Long Range Arena code has it:
-    `[B, N, C]`, 0 at padding -> `[B, C]`.
+def pooled(hidden_states: Tensor, token_mask: Tensor | None, config: PreTrainedConfig) -> Tensor:
+    """Mean of `[B, N, C]` over tokens, `[B, C]`: over real tokens, or under "mean_over_all" over
+    `max_position_embeddings` places, to which the published code pads every text with zeros.
     """
-    if pooling == "mean_over_all" or token_mask is None:
-        return hidden_states.mean(1)
-    return hidden_states.sum(1) / token_mask.sum(1, keepdim=True).clamp_min(1)
+    if token_mask is not None:
+        hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
+    sums = hidden_states.sum(1)
+    if config.pooling == "mean_over_all":
+        return sums / config.max_position_embeddings
+    if token_mask is None:
+        return sums / hidden_states.shape[1]
+    return sums / token_mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def to_token_mask(attention_mask: Tensor | None, places: torch.Size) -> Tensor | None:

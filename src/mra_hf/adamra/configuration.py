@@ -43,8 +43,8 @@ class AdaMraConfig(PreTrainedConfig):
         hidden_dropout_prob: dropout on embeddings and on what a layer adds.
         layer_norm_eps: of the layer norms.
         initializer_range: standard deviation of token and position embeddings.
-        pooling: of the classifier: "mean" over real tokens, or "mean_over_all" places, padding
-            being 0, as the published Long Range Arena code has it.
+        pooling: of the classifier: "mean" over real tokens, or "mean_over_all", their sum over
+            max_position_embeddings, as the published Long Range Arena code has it.
         classifier_hidden_size: width of the classifier's hidden layer.
 
     Raises:

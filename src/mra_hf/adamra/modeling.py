@@ -113,7 +113,7 @@ class AdaMraForSequenceClassification(AdaMraPreTrainedModel):
         encoded = self.adamra(input_ids, attention_mask, inputs_embeds, **kwargs)
         states = encoded.last_hidden_state
         token_mask = to_token_mask(attention_mask, states.shape[:2])
-        logits = self.classifier(pooled(states, token_mask, self.config.pooling))
+        logits = self.classifier(pooled(states, token_mask, self.config))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits, labels)

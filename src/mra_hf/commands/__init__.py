@@ -25,6 +25,7 @@ COMMANDS = {
     "run-mlm": "train or evaluate a masked language model with Trainer",
     "run-mnli": "fine-tune and evaluate a classifier of texts or pairs with Trainer",
     "run-wikihop": "train or evaluate multi-hop question answering over candidates with Trainer",
+    "run-lra": "train and test an encoder on a task of the Long Range Arena with Trainer",
     "score": "masked-token accuracy and loss of checkpoints on held-out text",
     "results": "one table and one picture of many runs, beside the figures of the paper",
     "compare": "two runs on the same examples: difference in accuracy and its interval",

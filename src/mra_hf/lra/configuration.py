@@ -40,7 +40,8 @@ class LraConfig(PreTrainedConfig):
             selection: of MRA-2 and MRA-2-s, see `MraConfig`.
         segment_lengths, num_subheads, feature_map, routing, router_gate, router_aux_loss_coef: of
             AdaMRA, see `AdaMraConfig`.
-        pooling: "mean_over_all" places, padding being 0 (as published), or "mean" over real tokens.
+        pooling: "mean_over_all", the sum over tokens by max_position_embeddings (as published,
+            where every text is padded to so many places), or "mean" over real tokens.
         two_tower: classify pairs of texts, (input_ids, input_ids_2), by the features of both.
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
             max_position_embeddings, hidden_dropout_prob, layer_norm_eps, initializer_range,

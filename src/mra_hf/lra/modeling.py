@@ -177,4 +177,4 @@ class LraForSequenceClassification(LraPreTrainedModel):
     def _pooled(self, encoded: EncoderOutput, attention_mask: Tensor | None) -> Tensor:
         states = encoded.last_hidden_state
         token_mask = to_token_mask(attention_mask, states.shape[:2])
-        return pooled(states, token_mask, self.config.pooling)
+        return pooled(states, token_mask, self.config)

@@ -1,0 +1,176 @@
+"""Images as sequences of grey pixels: CIFAR-10, or Fashion-MNIST in its place."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from mra_hf.data.lra.parts import LraData, rows
+
+SIDE = 32
+_FASHION = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+_FASHION_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_CLOTHES = (
+    *("t-shirt", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+_CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+_CIFAR_NAMES = "batches.meta.txt"
+#: Weights of red, green and blue in a grey value (ITU-R 601).
+_GREY = np.array([0.2989, 0.5870, 0.1140])
+
+
+def image(
+    source: str,
+    *,
+    seed: int = 0,
+    mask_zero_pixels: bool = True,
+    max_train: int | None = None,
+    max_eval: int | None = None,
+) -> LraData:
+    """Read images of 32 x 32 as rows of 1024 grey values.
+
+    Args:
+        source: a folder with CIFAR-10's binary files (data_batch_1.bin ...), with folders
+            train/CLASS/*.png and test/CLASS/*.png (or .jpg; needs Pillow), or with Fashion-MNIST's
+            idx files (also .gz), which are padded from 28 to 32.
+        seed: of what is drawn with `max_train` and `max_eval`.
+        mask_zero_pixels: as published, value v is id v: black pixels are taken for padding and
+            never attended. False: id v + 1, and all pixels are.
+        max_train, max_eval: so many rows, drawn; None: all.
+
+    Raises:
+        ValueError: no such files, or damaged ones.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"source must be a folder of images, and {source} is none.")
+    if _find(folder, _FASHION[0]) is not None:
+        read, labels, name = _fashion_mnist(folder), _CLOTHES, "Fashion-MNIST, a stand-in"
+    elif (folder / _CIFAR_TRAIN[0]).is_file():
+        read, labels, name = *_cifar_binary(folder), "CIFAR-10"
+    elif (folder / "train").is_dir() and (folder / "test").is_dir():
+        read, labels, name = *_class_folders(folder), folder.name
+    else:
+        raise ValueError(
+            f"{source} holds none of CIFAR-10's data_batch_1.bin, train/ and test/ with folders of "
+            f"images, and Fashion-MNIST's {_FASHION[0]}."
+        )
+    (pixels, classes), (test_pixels, test_classes) = read
+    first_dev = round(0.9 * len(pixels))  # as published: the first 90 % are train
+    parts = {
+        "train": (pixels[:first_dev], classes[:first_dev], max_train),
+        "dev": (pixels[first_dev:], classes[first_dev:], max_eval),
+        "test": (test_pixels, test_classes, max_eval),
+    }
+    offset = 0 if mask_zero_pixels else 1
+    made = {
+        part: rows(*_drawn(x.reshape(len(x), -1).astype(np.int16) + offset, y, limit, seed))
+        for part, (x, y, limit) in parts.items()
+    }
+    return LraData(
+        **made,
+        vocab_size=256 + offset,
+        max_length=SIDE**2,
+        labels=tuple(labels),
+        split=f"{name}; train: the first 90 % of the training files, dev: the rest, test: the test "
+        "files",
+        masks_zero=mask_zero_pixels,
+        grid=(SIDE, SIDE),
+    )
+
+
+def _drawn(x: np.ndarray, y: np.ndarray, limit: int | None, seed: int) -> tuple[list, list]:
+    if limit is not None and limit < len(y):
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(y))[:limit])
+        x, y = x[chosen], y[chosen]
+    return list(x), y.tolist()
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+
+def _fashion_mnist(folder: Path):
+    parts = []
+    for images, labels in (_FASHION, _FASHION_TEST):
+        x, y = (_read_idx(folder, name) for name in (images, labels))
+        if len(x) != len(y):
+            raise ValueError(
+                f"{folder}: {images} has {len(x)} images and {labels} {len(y)} labels."
+            )
+        edge = (SIDE - x.shape[1]) // 2
+        parts.append((np.pad(x, ((0, 0), (edge, edge), (edge, edge))), y))
+    return parts
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray:
+    """An array of bytes in the format of MNIST: a magic number, the sizes, the values."""
+    path = _find(folder, name)
+    if path is None:
+        raise ValueError(f"{folder} lacks {name} (or {name}.gz).")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zeros, kind, dimensions = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+        if zeros or kind != 8:
+            raise ValueError("not an array of bytes")
+        return values.reshape(shape)
+    except (OSError, EOFError, struct.error, ValueError) as error:
+        raise ValueError(f"{path} is no whole idx file ({error}); fetch it again.") from error
+
+
+def _cifar_binary(folder: Path):
+    def read(names: tuple[str, ...]):
+        batches = []
+        for name in names:
+            path = folder / name
+            if not path.is_file() or path.stat().st_size % 3073:
+                raise ValueError(f"{path} is missing or cut off; fetch CIFAR-10 again.")
+            batches.append(np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073))
+        all_rows = np.concatenate(batches)
+        colours = all_rows[:, 1:].reshape(-1, 3, SIDE, SIDE)
+        return np.einsum("bchw,c->bhw", colours, _GREY).astype(np.uint8), all_rows[:, 0]
+
+    names = folder / _CIFAR_NAMES
+    labels = names.read_text().split() if names.is_file() else list(map(str, range(10)))
+    return (read(_CIFAR_TRAIN), read(("test_batch.bin",))), labels
+
+
+def _class_folders(folder: Path):
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError("folders of pictures are read by Pillow: pip install pillow.") from error
+    labels = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    if sorted(path.name for path in (folder / "test").iterdir() if path.is_dir()) != labels:
+        raise ValueError(f"{folder}/train and {folder}/test must have the same folders of classes.")
+    if len(labels) < 2:
+        raise ValueError(f"{folder}/train must have a folder for each class, got {labels}.")
+
+    def read(part: str):
+        found = [
+            (path, number)
+            for number, label in enumerate(labels)
+            for path in sorted((folder / part / label).iterdir())
+            if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        ]
+        # The files come class by class; train and dev both need all of them.
+        order = np.random.default_rng(0).permutation(len(found))
+        pixels = np.empty((len(found), SIDE, SIDE), np.uint8)
+        for place, at in enumerate(order):
+            try:
+                with Image.open(found[at][0]) as picture:
+                    colours = np.asarray(picture.convert("RGB"))
+            except OSError as error:
+                raise ValueError(f"{found[at][0]} is no picture: {error}.") from error
+            if colours.shape != (SIDE, SIDE, 3):
+                raise ValueError(
+                    f"{found[at][0]} must be of 32 x 32 pixels, got {colours.shape[:2]}."
+                )
+            pixels[place] = colours @ _GREY
+        return pixels, np.array([found[at][1] for at in order])
+
+    return (read("train"), read("test")), labels

@@ -1,0 +1,77 @@
+"""What every task of the Long Range Arena comes as, and how rows are divided among its parts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from mra_attention.checks import check_int
+
+try:  # datasets 4 has lists of its own
+    from datasets import List as ListOf
+except ImportError:
+    from datasets import Sequence as ListOf
+
+PARTS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class LraData:
+    """A task.
+
+    Attributes:
+        train, dev, test: rows of `input_ids` (in pairs `input_ids_2` too) and `label`.
+        vocab_size: ids are smaller; 0 is padding.
+        max_length: places of a model for it.
+        labels: names of the classes.
+        masks_zero: whether id 0 is never attended, padding or not; else nothing is hidden.
+        grid: (height, width) of images read row by row.
+        two_tower: whether rows are pairs.
+        split: in words, where the three parts come from.
+    """
+
+    train: Dataset
+    dev: Dataset
+    test: Dataset
+    vocab_size: int
+    max_length: int
+    labels: tuple[str, ...]
+    split: str
+    masks_zero: bool = True
+    grid: tuple[int, int] | None = None
+    two_tower: bool = False
+
+    def part(self, name: str) -> Dataset:
+        """`train`, `dev` or `test`."""
+        return getattr(self, name)
+
+
+def features(*columns: str) -> Features:
+    """Of rows with these columns of ids, and a label."""
+    ids = {name: ListOf(Value("int16")) for name in columns}
+    return Features({**ids, "label": Value("int8")})
+
+
+def rows(ids: Sequence, labels: Sequence[int], **other: Sequence) -> Dataset:
+    """Rows of `input_ids`, of the other columns, and of labels.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(labels):
+        raise ValueError("there are no rows; is the source the right one?")
+    columns = {"input_ids": ids, **other}
+    return Dataset.from_dict({**columns, "label": list(labels)}, features=features(*columns))
+
+
+def divided(count: int, shares: tuple[float, float], seed: int) -> dict[str, np.ndarray]:
+    """Places 0 to `count` - 1 by part at random: shares of dev and test, the rest train."""
+    check_int("rows", count, 10)
+    order = np.random.default_rng(seed).permutation(count)
+    dev, test = (max(1, round(share * count)) for share in shares)
+    return {
+        "dev": np.sort(order[:dev]),
+        "test": np.sort(order[dev : dev + test]),
+        "train": np.sort(order[dev + test :]),
+    }

@@ -1,0 +1,309 @@
+"""The Long Range Arena with `Trainer`: an encoder trained from scratch on a task, and tested."""
+
+import inspect
+import math
+import resource
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import EvalPrediction
+
+from mra_attention.checks import check_choice
+from mra_hf.data.lra import TASKS, LraData
+from mra_hf.data.lra.listops import root_operators
+from mra_hf.experiment_files import write_predictions
+from mra_hf.loading import override, split_settings
+from mra_hf.lra import LraConfig, LraForSequenceClassification
+from mra_hf.lra.configuration import ATTENTIONS
+from mra_hf.metrics import load_metric
+from mra_hf.training import resuming, runs
+
+#: Rows of the token table in the published runs.
+_VOCABULARY = {"listops": 32}
+_OTHER_VOCABULARY = 512
+#: (first_n_blocks, diagonal_n_blocks) of the published runs with 8 blocks per row.
+PAPER_PRIORS = {
+    ("listops", "mra2"): (1, 0),
+    ("listops", "mra2_s"): (1, 0),
+    ("text", "mra2"): (1, 1),
+    ("text", "mra2_s"): (1, 1),
+    ("retrieval", "mra2"): (1, 1),
+    ("retrieval", "mra2_s"): (1, 1),
+    ("image", "mra2"): (1, 0),
+    ("image", "mra2_s"): (0, 1),
+    ("pathfinder", "mra2"): (1, 0),
+    ("pathfinder", "mra2_s"): (1, 1),
+}
+
+
+@dataclass
+class LraArguments:
+    """Which task, and which attention."""
+
+    task: str = field(default="listops", metadata={"help": f"one of {', '.join(TASKS)}"})
+    attention: str = field(default="mra2", metadata={"help": f"one of {', '.join(ATTENTIONS)}"})
+    source: str | None = field(
+        default=None,
+        metadata={"help": "folder of the data of text, retrieval and image; the others are made"},
+    )
+    task_settings: str | None = field(
+        default=None,
+        metadata={
+            "help": "arguments of the task in mra_hf.data.lra: train=5000,max_length=600 or "
+            "mask_zero_pixels=false"
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "settings of LraConfig: pooling=mean,segment_lengths=[4,32]"},
+    )
+    one_cycle: bool = field(
+        default=True,
+        metadata={
+            "help": "the published schedule: OneCycleLR, linear, from 1/25 of the rate, with the "
+            "momentum going the other way; false: lr_scheduler_type"
+        },
+    )
+
+
+def run_lra(
+    lra_args: LraArguments,
+    stopping_args: runs.StoppingArguments,
+    training_args: TrainingArguments,
+) -> dict[str, Any]:
+    """Train an encoder on a task, choose a checkpoint by dev accuracy, and test it.
+
+    `runs.fit` says what is written; `predictions_test.csv` besides. Under "eval" of the results are
+    the accuracies on dev and test, under "controls" those of answers that need no reading, under
+    "train" the speed and the peak memory. Where the attention routes, the share of the tokens that
+    each head gets is logged.
+
+    Args:
+        lra_args: which task and attention.
+        stopping_args: when to stop early.
+        training_args: of `Trainer`; `metric_for_best_model` may be accuracy or loss.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: settings that contradict one another, or faulty data.
+    """
+    runs.check_run(training_args)
+    check_choice("task", lra_args.task, tuple(TASKS))
+    check_choice("attention", lra_args.attention, tuple(ATTENTIONS))
+    runs.check_best_metric(training_args, ("loss", "accuracy"))
+    resume_from = resuming.checkpoint_to_resume(training_args)
+    with training_args.main_process_first(desc="data"):
+        data = load_task(lra_args.task, lra_args.source, lra_args.task_settings)
+    set_seed(training_args.seed)
+    config = lra_config(lra_args.task, lra_args.attention, data)
+    if lra_args.config_overrides:
+        override(config, lra_args.config_overrides)
+        config.check()
+    model = LraForSequenceClassification(config)
+    accuracy = load_metric("accuracy")
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return accuracy.compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+    trainer = LraTrainer(
+        one_cycle=lra_args.one_cycle,
+        model=model,
+        args=training_args,
+        data_collator=Collator(data.masks_zero),
+        train_dataset=data.train,
+        eval_dataset=data.dev,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        callbacks=stopping_args.callbacks(training_args),
+    )
+    results = runs.conditions(f"lra-{lra_args.task}", model, training_args, data.max_length)
+    results |= _conditions_of_attention(config)
+    results["split"] = data.split
+    results["labels"] = list(data.labels)
+    results["controls"] = controls(lra_args.task, data)
+
+    def evaluate() -> dict[str, Any]:
+        if training_args.do_train:
+            results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
+        scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
+        predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
+        if trainer.is_world_process_zero():
+            pairs = zip(predicted.label_ids, predicted.predictions, strict=True)
+            write_predictions(
+                Path(training_args.output_dir) / "predictions_test.csv",
+                (
+                    (row, data.labels[int(right)], data.labels[int(chosen)])
+                    for row, (right, chosen) in enumerate(pairs)
+                ),
+            )
+        return scores | predicted.metrics
+
+    settings = (lra_args, stopping_args, training_args)
+    return runs.fit(trainer, settings, results, resume_from, evaluate, "text")
+
+
+def load_task(task: str, source: str | None, settings: str | None) -> LraData:
+    """The data of a task.
+
+    Args:
+        task: a key of `mra_hf.data.lra.TASKS`.
+        source: its folder, for those that read one.
+        settings: arguments of the task's function as "name=value,name=value".
+
+    Raises:
+        ValueError: a source too many or too few, an argument that the task does not have, or
+            faulty data.
+    """
+    known = dict(inspect.signature(TASKS[task]).parameters)
+    needs_source = known.pop("source", None) is not None
+    if needs_source != (source is not None):
+        what = "a folder of its data" if needs_source else "no source: it is made here"
+        raise ValueError(f"task {task} needs {what}; --source is {source!r}.")
+    given = {}
+    for name, value in split_settings("task_settings", settings or ""):
+        if name not in known:
+            raise ValueError(
+                f"task_settings: task {task} has no {name!r}; it has {', '.join(known)}."
+            )
+        given[name] = yaml.safe_load(value)
+        kind = type(known[name].default)
+        if known[name].default is not None and type(given[name]) is not kind:
+            raise ValueError(
+                f"task_settings: {name} must be of type {kind.__name__}, got {value!r}."
+            )
+    return TASKS[task](*([source] if needs_source else []), **given)
+
+
+def lra_config(task: str, attention: str, data: LraData) -> LraConfig:
+    """The encoder of the published runs for a task."""
+    first, diagonal = PAPER_PRIORS.get((task, attention), (0, 0))
+    return LraConfig(
+        attention=attention,
+        vocab_size=max(data.vocab_size, _VOCABULARY.get(task, _OTHER_VOCABULARY)),
+        max_position_embeddings=2 ** math.ceil(math.log2(data.max_length)),
+        grid=data.grid if attention in ("mra2", "mra2_s") else None,
+        initial_prior_first_n_blocks=first,
+        initial_prior_diagonal_n_blocks=diagonal,
+        two_tower=data.two_tower,
+        id2label=dict(enumerate(data.labels)),
+        label2id={name: number for number, name in enumerate(data.labels)},
+    )
+
+
+def controls(task: str, data: LraData) -> dict[str, float]:
+    """Test accuracy of answers that need no reading: the commonest label of the training rows, and
+    for ListOps the commonest one for the first symbol, the root operator.
+    """
+    train, test = (np.array(part["label"]) for part in (data.train, data.test))
+    found = {"majority": float((test == Counter(train.tolist()).most_common(1)[0][0]).mean())}
+    if task == "listops":
+        by_root: dict[int, Counter] = defaultdict(Counter)
+        for root, label in zip(root_operators(data.train), train, strict=True):
+            by_root[root][label] += 1
+        best = {root: counts.most_common(1)[0][0] for root, counts in by_root.items()}
+        guesses = np.array([best.get(root, -1) for root in root_operators(data.test)])
+        found["root_operator"] = float((guesses == test).mean())
+    return found
+
+
+class Collator:
+    """Rows to a batch, padded with 0 to the longest.
+
+    Args:
+        masks_zero: hide every id 0 from attention; else nothing.
+    """
+
+    def __init__(self, masks_zero: bool):
+        self.masks_zero = masks_zero
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {"labels": torch.tensor([row["label"] for row in features])}
+        for ending in ("", "_2"):
+            name = f"input_ids{ending}"
+            if name not in features[0]:
+                continue
+            rows = [torch.as_tensor(row[name]).long() for row in features]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            batch[name] = ids
+            mask = ids != 0 if self.masks_zero else torch.ones_like(ids, dtype=torch.bool)
+            batch[f"attention_mask{ending}"] = mask
+        return batch
+
+
+class LraTrainer(runs.InOrder):
+    """`Trainer` with the published schedule, that logs where a router sends the tokens."""
+
+    def __init__(self, *args, one_cycle: bool, **kwargs):
+        kwargs["args"].remove_unused_columns = False  # the collator names its columns
+        super().__init__(*args, **kwargs)
+        self.one_cycle = one_cycle
+        self._shares: list[Tensor] = []
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if not self.one_cycle or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = OneCycleLR(
+            optimizer or self.optimizer,
+            max_lr=self.args.learning_rate,
+            total_steps=num_training_steps,
+            pct_start=min(1.0, warmup / num_training_steps),
+            anneal_strategy="linear",
+        )
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        if model.training and outputs.routing_shares is not None:
+            self._shares.append(outputs.routing_shares.detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._shares and "loss" in logs:
+            shares = torch.stack(self._shares).mean(0).cpu().tolist()
+            self._shares.clear()
+            for layer, heads in enumerate(shares):
+                for head, share in enumerate(heads):
+                    logs[f"share_layer_{layer}_head_{head}"] = round(share, 4)
+        super().log(logs, *args, **kwargs)
+
+
+def _conditions_of_attention(config: LraConfig) -> dict[str, Any]:
+    """What of the configuration names the attention, in place of Transformers' own word."""
+    is_mra = config.attention in ("mra2", "mra2_s")
+    is_adamra = config.attention == "adamra"
+    own = {
+        "attention": config.attention,
+        "approx_mode": {"mra2": "full", "mra2_s": "sparse"}.get(config.attention),
+        "block_per_row": config.block_per_row if is_mra else None,
+        "attention_size": config.size,
+        "pooling": config.pooling,
+    }
+    if is_mra:
+        names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection")
+        own |= {name: getattr(config, name) for name in names}
+    if is_adamra:
+        names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")
+        own |= {name: getattr(config, name) for name in names}
+    return own
+
+
+def _peak_megabytes(device: torch.device) -> float:
+    """Peak memory so far: what torch had on the card, or what the process had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
