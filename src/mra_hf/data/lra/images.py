@@ -25,6 +25,7 @@ def image(
     source: str,
     *,
     seed: int = 0,
+    side: int = SIDE,
     mask_zero_pixels: bool = True,
     max_train: int | None = None,
     max_eval: int | None = None,
@@ -35,6 +36,7 @@ def image(
         source: a folder with CIFAR-10's binary files (data_batch_1.bin ...), with folders
             train/CLASS/*.png and test/CLASS/*.png (or .jpg; needs Pillow), or with Fashion-MNIST's
             idx files (also .gz), which are padded from 28 to 32.
+        side: 32, or 16 for means over 2 x 2 pixels: 256 places, where there is little time.
         seed: of what is drawn with `max_train` and `max_eval`.
         mask_zero_pixels: as published, value v is id v: black pixels are taken for padding and
             never attended. False: id v + 1, and all pixels are.
@@ -43,6 +45,8 @@ def image(
     Raises:
         ValueError: no such files, or damaged ones.
     """
+    if side not in (SIDE // 2, SIDE):
+        raise ValueError(f"side must be {SIDE} or {SIDE // 2}, got {side!r}.")
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ValueError(f"source must be a folder of images, and {source} is none.")
@@ -57,7 +61,9 @@ def image(
             f"{source} holds none of CIFAR-10's data_batch_1.bin, train/ and test/ with folders of "
             f"images, and Fashion-MNIST's {_FASHION[0]}."
         )
-    (pixels, classes), (test_pixels, test_classes) = read
+    (pixels, classes), (test_pixels, test_classes) = (
+        (_of_side(images, side), labels) for images, labels in read
+    )
     first_dev = round(0.9 * len(pixels))  # as published: the first 90 % are train
     parts = {
         "train": (pixels[:first_dev], classes[:first_dev], max_train),
@@ -72,12 +78,12 @@ def image(
     return LraData(
         **made,
         vocab_size=256 + offset,
-        max_length=SIDE**2,
+        max_length=side**2,
         labels=tuple(labels),
         split=f"{name}; train: the first 90 % of the training files, dev: the rest, test: the test "
         "files",
         masks_zero=mask_zero_pixels,
-        grid=(SIDE, SIDE),
+        grid=(side, side),
     )
 
 
@@ -86,6 +92,14 @@ def _drawn(x: np.ndarray, y: np.ndarray, limit: int | None, seed: int) -> tuple[
         chosen = np.sort(np.random.default_rng(seed).permutation(len(y))[:limit])
         x, y = x[chosen], y[chosen]
     return list(x), y.tolist()
+
+
+def _of_side(pixels: np.ndarray, side: int) -> np.ndarray:
+    """`[n, 32, 32]` -> `[n, side, side]`, means over squares."""
+    if side == SIDE:
+        return pixels
+    squares = pixels.reshape(len(pixels), side, SIDE // side, side, SIDE // side)
+    return squares.mean((2, 4)).round().astype(np.uint8)
 
 
 def _find(folder: Path, name: str) -> Path | None:
