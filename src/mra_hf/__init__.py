@@ -15,6 +15,7 @@ from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion import convert_checkpoint
 from mra_hf.conversion_report import ConversionReport
+from mra_hf.image_classification import MraForImageClassification, MraImageConfig
 from mra_hf.lra import LraConfig, LraForSequenceClassification, LraModel
 from mra_hf.modeling import (
     MraForMaskedLM,
@@ -38,11 +39,13 @@ __all__ = [
     "LraModel",
     "MraConfig",
     "MraForCandidateChoice",
+    "MraForImageClassification",
     "MraForMaskedLM",
     "MraForMultipleChoice",
     "MraForQuestionAnswering",
     "MraForSequenceClassification",
     "MraForTokenClassification",
+    "MraImageConfig",
     "MraModel",
     "convert_checkpoint",
     "replace_builtin_mra",

@@ -128,14 +128,13 @@ def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
     """
     explicit = _own_settings(config)
     settings = with_defaults(explicit)
-    if not isinstance(config, MraConfig):
-        check_attention_settings(settings)
-        if name == "mra2_s" and explicit.get("approx_mode", "sparse") != "sparse":
-            raise ValueError(
-                f'config.mra has approx_mode="{explicit["approx_mode"]}", but "mra2_s" is the '
-                "sparse "
-                'mode; use attn_implementation="mra2", or remove approx_mode.'
-            )
+    check_attention_settings(settings)
+    is_stock = not isinstance(config, MraConfig)
+    if is_stock and name == "mra2_s" and explicit.get("approx_mode", "sparse") != "sparse":
+        raise ValueError(
+            f'config.mra has approx_mode="{explicit["approx_mode"]}", but "mra2_s" is the sparse '
+            'mode; use attn_implementation="mra2", or remove approx_mode.'
+        )
     if name == "mra2_s":
         settings["approx_mode"] = "sparse"
     if settings["resolutions"] is None:

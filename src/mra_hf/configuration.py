@@ -155,6 +155,7 @@ class MraConfig(RobertaConfig):
                 "pad_token_id + 1, as in RoBERTa."
             )
         check_int("max_position_embeddings", self.max_position_embeddings, 1)
+        self._check_priors_of_scales()
         if self.max_tokens < 1:
             raise ValueError(
                 f"max_position_embeddings must exceed pad_token_id + 1 = {self.pad_token_id + 1}, "
@@ -166,6 +167,27 @@ class MraConfig(RobertaConfig):
                 raise ValueError(
                     f"{name} must be False, got True: MRA is attention of an encoder to itself."
                 )
+
+    def _check_priors_of_scales(self) -> None:
+        """Refuse priors that take the whole budget of the coarsest scale at the longest length."""
+        first, diagonal = self.initial_prior_first_n_blocks, self.initial_prior_diagonal_n_blocks
+        if not self.block_budgets or not (first or diagonal) or self.max_tokens < 1:
+            return
+        rows = count_blocks(self.max_tokens, self.resolutions[0])
+        others = max(0, rows - first)  # without the first rows and columns
+        pairs = rows**2 - others**2
+        if diagonal:
+            pairs += sum(
+                max(0, others - abs(d)) for d in range(-(diagonal // 2), diagonal // 2 + 1)
+            )
+        if self.block_budgets[0] < min(pairs + 1, rows**2):
+            raise ValueError(
+                f"block_budgets[0] must be at least {min(pairs + 1, rows**2)} with "
+                f"initial_prior_first_n_blocks={first} and "
+                f"initial_prior_diagonal_n_blocks={diagonal}, got {self.block_budgets[0]}: at "
+                f"{self.max_tokens} tokens, {rows} rows of blocks, the blocks that are always cut "
+                "would leave none for the data-dependent choice."
+            )
 
     @property
     def max_tokens(self) -> int:

@@ -7,6 +7,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
@@ -21,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mra_hf import attention, modeling
 from mra_hf.adamra import AdaMraConfig, AdaMraForSequenceClassification, AdaMraModel
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+from mra_hf.image_classification import MraForImageClassification, MraImageConfig
 from mra_hf.lra import LraConfig, LraForSequenceClassification, LraModel
 
 AUTO_CLASSES = {
@@ -52,6 +54,10 @@ def register() -> None:
     AutoModel.register(LraConfig, LraModel, exist_ok=True)
     AutoModelForSequenceClassification.register(
         LraConfig, LraForSequenceClassification, exist_ok=True
+    )
+    AutoConfig.register(MraImageConfig.model_type, MraImageConfig, exist_ok=True)
+    AutoModelForImageClassification.register(
+        MraImageConfig, MraForImageClassification, exist_ok=True
     )
     for name in attention.ATTENTION_NAMES:
         AttentionMaskInterface.register(name, attention.mra2_mask)

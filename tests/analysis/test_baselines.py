@@ -187,3 +187,26 @@ def test_bigbird_names_too_few_blocks_and_leaves_numpy_as_it_was():
     with pytest.raises(ValueError, match="7 blocks do not leave 3 to draw"):
         attend("bigbird", heads, 16)
     assert np.random.rand() == wanted
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_scale_is_a_factor_of_the_logits(heads, name):
+    """Larger queries and keys with a smaller scale have the same logits; the scale counts."""
+    size = smallest(name)
+    parts = {"query": 2 * heads.query, "key": 2 * heads.key, "value": heads.value}
+    method = METHODS[name].attend
+    same = method(**parts, scale=heads.scale / 4, size=size, seed=0)
+    expected = attend(name, heads, size)
+    torch.testing.assert_close(same, expected, rtol=1e-3, atol=1e-3)
+    other = method(heads.query, heads.key, heads.value, scale=heads.scale / 4, size=size, seed=0)
+    assert (other - expected).norm() > 0.05 * expected.norm()
+
+
+def test_sizes_fit_the_length():
+    for name, method in METHODS.items():
+        for length in (128, 200, 384, 509):
+            heads = synthetic_heads(length, instances=1, head_dim=8)
+            for size in method.sizes_at(length)[:2]:
+                assert torch.isfinite(attend(name, heads, size)).all()
+    assert METHODS["h_transformer"].sizes_at(384) == () == METHODS["longformer"].sizes_at(509)
+    assert METHODS["h_transformer"].sizes_at(512) == (8, 16, 32, 64, 128)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mra_hf.analysis.baselines import METHODS
+from mra_hf.analysis.baselines.matrices import optimal_sparse, truncated_svd
 from mra_hf.analysis.figures import FIGURES, draw
 from mra_hf.analysis.head_inputs import synthetic_heads
-from mra_hf.analysis.measures import attention_weights, relative_errors
+from mra_hf.analysis.measures import attention_weights, dense_attention, relative_errors
 from mra_hf.analysis.paper_errors import TABLE_7
 from mra_hf.commands import main
 from mra_hf.commands.figures import NAMES
@@ -109,6 +110,25 @@ def test_figure_7_needs_less_work_for_a_larger_error(drawn):
     for length, method, limit in by_place:
         if limit == "0.05":
             assert by_place[length, method, "0.1"] <= by_place[length, method, limit]
+
+
+def test_figure_7_takes_a_quarter_of_the_ranks_and_of_the_entries(heads, drawn):
+    rows = [row for row in drawn[2]["figure-7"] if row["part"] == "entropy"]
+    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    for name, attend in (("low_rank", truncated_svd), ("sparse", optimal_sparse)):
+        parts = (heads.query, heads.key, heads.value)
+        errors = relative_errors(attend(*parts, scale=heads.scale, size=64, seed=0), exact)
+        own = [row for row in rows if row["method"] == name and float(row["factor"]) == 1]
+        assert [float(row["error"]) for row in own] == pytest.approx(errors[0].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [128, 200])
+def test_lengths_that_not_every_method_takes_are_drawn(length, tmp_path):
+    heads = synthetic_heads(length, instances=1, head_dim=8)
+    for name in FIGURES:
+        draw(name, heads, tmp_path)
+    with pytest.raises(ValueError, match="128 tokens or more, got 100; raise --length"):
+        draw("figure-7", heads.first_tokens(100), tmp_path)
 
 
 def test_figure_8_compares_with_the_best(drawn):

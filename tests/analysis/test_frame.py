@@ -230,3 +230,25 @@ def test_sides_that_are_no_power_of_two_are_refused(call):
 def test_components_and_budgets_beyond_the_matrix_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(random_logits())
+
+
+@pytest.mark.parametrize(("block_size", "budget"), [(4, 1), (4, 5), (8, 3), (2, 40), (4, 16)])
+def test_the_proposition_is_the_formula_of_the_paper(seed, block_size, budget):
+    logits = random_logits()
+    side = range(0, SIZE, block_size)
+    blocks = [logits[r : r + block_size, c : c + block_size] for r in side for c in side]
+    ranked = sorted(blocks, key=lambda block: -block.mean().item())
+    delta = ranked[budget - 1].mean().exp()
+    spread = max((b.max() - b.min() for b in ranked[budget:]), default=torch.tensor(0.0))
+    factor = 1 + (2 * spread).exp() - 2 * spread.exp()
+    left = SIZE**2 - budget * block_size**2
+    wanted = (left * factor * delta**2 / logits.exp().square().sum()).sqrt()
+    torch.testing.assert_close(frame.two_scale_error_bound(logits, block_size, budget), wanted)
+
+
+def test_the_range_from_norms_is_the_formula_of_the_paper():
+    query = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    key = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+    # The largest norm is 5, the largest difference of two queries 5 too.
+    assert frame.range_from_norms(query, key) == pytest.approx(2 * 5 * 5)
+    assert frame.range_from_norms(query, key, p=1) == pytest.approx(2 * 7 * 4)

@@ -186,6 +186,29 @@ def test_two_scales_are_mra_2(length, mode, mask_kind):
     assert_all_close(outputs_and_gradients(general, *inputs), expected, 1e-5)
 
 
+@pytest.mark.parametrize("priors", [(1, 0), (0, 3), (1, 1)])
+def test_priors_are_those_of_the_coarsest_scale(priors):
+    """A budget that the priors fill, and what is cut is cut to the end: MRA-2 of that scale."""
+    first, diagonal = priors
+    settings = {
+        "initial_prior_first_n_blocks": first,
+        "initial_prior_diagonal_n_blocks": diagonal,
+    }
+    rows = 5
+    cut = {
+        (r, c)
+        for r in range(rows)
+        for c in range(rows)
+        if r < first or c < first or (diagonal and abs(r - c) <= diagonal // 2)
+    }
+    query, key, value, _ = make_inputs(2, 2, 16 * rows, 8, dtype=torch.float64)
+    expected = mra2_attention(
+        query, key, value, block_budget=len(cut), block_size=16, impl="reference", **settings
+    )
+    for call in both((16, 4, 1), (len(cut), 16 * len(cut)), **settings):
+        torch.testing.assert_close(call(query, key, value), expected)
+
+
 @pytest.mark.parametrize("mask_kind", MASK_KINDS)
 @pytest.mark.parametrize("resolutions", [(16, 4, 1), (32, 2, 1), (4, 1)])
 def test_full_budgets_are_softmax_attention(resolutions, mask_kind):

@@ -117,7 +117,10 @@ def attend(x, query_order, key_order):
         (lambda x: hash_order(x, n_buckets=3), "n_buckets must be even"),
         (lambda x: hash_order(x, directions=torch.ones(3, 8)), "directions must be"),
         (lambda x: patch_order(32, 32, (4,)), "patch must be .height, width., got .4,."),
-        (lambda x: attend(x, torch.arange(5), torch.arange(64)), "query_order must be .tokens."),
+        (
+            lambda x: attend(x, torch.arange(5), torch.arange(64)),
+            "query_order must be a tensor",
+        ),
         (
             lambda x: attend(x, torch.arange(64), torch.zeros(64, dtype=torch.long)),
             "key_order must hold every place from 0 to 63 once",

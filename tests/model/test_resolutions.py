@@ -166,3 +166,17 @@ def test_a_list_of_another_length_than_the_layers_does_not_run(inputs):
     model.config.mra = {"block_per_row": [2] * (SIZES["num_hidden_layers"] + 1)}
     with pytest.raises(ValueError, match="is layer 0 of"):
         model(**inputs)
+
+
+def test_priors_that_take_the_whole_budget_are_refused():
+    for settings in ({"initial_prior_first_n_blocks": 1}, {"initial_prior_diagonal_n_blocks": 3}):
+        with pytest.raises(ValueError, match=r"block_budgets\[0\] must be at least"):
+            MraConfig(resolutions=[16, 4, 1], block_budgets=[50, 9], **settings)
+        MraConfig(resolutions=[16, 4, 1], block_budgets=[200, 9], **settings)
+
+
+def test_a_field_that_is_set_against_the_scales_does_not_run(inputs):
+    model = MraModel(MraConfig(**SIZES, **SCALES))
+    model.config.block_per_row = 4
+    with pytest.raises(ValueError, match="resolutions and block_per_row describe the same thing"):
+        model(**inputs)

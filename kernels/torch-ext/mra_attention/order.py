@@ -139,10 +139,11 @@ def attend_in_order(
     token_mask = to_token_mask(attention_mask, query)
     orders = {"query_order": query_order, "key_order": key_order}
     for name, order in orders.items():
-        if order.shape not in (shape, shape[2:]):
+        found = tuple(order.shape) if isinstance(order, Tensor) else type(order).__name__
+        if found not in (tuple(shape), tuple(shape[2:])):
             raise ValueError(
-                f"{name} must be [tokens] or [batch, heads, tokens] = {tuple(shape)}, got "
-                f"{tuple(order.shape)}."
+                f"{name} must be a tensor [tokens] or [batch, heads, tokens] = {tuple(shape)}, got "
+                f"{found}."
             )
         if not torch.compiler.is_compiling() and not _is_permutation(order):
             raise ValueError(f"{name} must hold every place from 0 to {shape[2] - 1} once.")

@@ -91,7 +91,7 @@ def record_checkpoint(
     if len(pieces) < texts:
         raise ValueError(
             f"text must have {texts} pieces of {length} tokens, and {text} has {len(pieces)}; pass "
-            "more text or fewer --texts."
+            "more text, or ask for fewer or shorter pieces."
         )
     places = [number * len(pieces) // texts for number in range(texts)]
     ids = [torch.tensor(pieces[place]["input_ids"]) for place in places]

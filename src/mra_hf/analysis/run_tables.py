@@ -83,12 +83,14 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The checkpoint it started from, without its folder."""
+        """The checkpoint it started from, without its folder; of the Long Range Arena, what was
+        changed about the encoder.
+        """
         checkpoint = self.settings.get("model_name_or_path")
         if checkpoint:
             return Path(checkpoint).name
         kind = self.settings.get("model_type")
-        return f"new {kind}" if kind else ""
+        return f"new {kind}" if kind else self.settings.get("config_overrides") or ""
 
     @property
     def paper_row(self) -> str | None:

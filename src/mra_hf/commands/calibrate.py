@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         f"{args.target_error:g}. With {proposal.uniform} in every layer the worst layer has "
         f"{max(proposal.uniform_errors):.3f}.\n"
         f"use it as MraConfig(block_per_row=[{listed}]), mra_hf.set_attention(model, "
-        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'\n"
+        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'; models "
+        "whose layers do not know their place (DistilBERT, ViT, ALBERT) take one number for all: "
+        f"{proposal.uniform}\n"
         f"heads written to {args.out}"
     )
     return 0

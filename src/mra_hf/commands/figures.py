@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='"synthetic" (default), a file of mra-hf record, or a checkpoint (with --text)',
     )
     parser.add_argument("--text", help="what the checkpoint reads: .txt or .jsonl, or a folder")
-    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--length", type=int, help="tokens, 128 or more (default: 512, or what was recorded)"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
     )
@@ -43,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     is_recorded = Path(args.source).is_file()
     if args.text is not None and (is_recorded or args.source == "synthetic"):
         raise ValueError("text is for a checkpoint as --source; drop it.")
+    if args.length is not None and is_recorded:
+        raise ValueError(f"length is that of the recorded heads in {args.source}; drop it.")
+    length = 512 if args.length is None else args.length
     if args.text is None and not is_recorded and args.source != "synthetic":
         raise ValueError(f"--source {args.source} is a checkpoint and needs --text to read.")
     from mra_hf.analysis.figures import draw  # slow to import; --help stays quick
@@ -51,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_outside_terminals()
     if args.source == "synthetic":
-        heads = synthetic_heads(args.length)
+        heads = synthetic_heads(length)
     elif is_recorded:
         heads = load_heads(args.source)
     else:
-        heads = record_checkpoint(args.source, args.text, length=args.length)
+        heads = record_checkpoint(args.source, args.text, length=length)
     args.out.mkdir(parents=True, exist_ok=True)
     names = args.only or NAMES
     for number, name in enumerate(names, 1):

@@ -1,8 +1,10 @@
 """Put run directories into one table (Markdown and CSV) and their curves into one picture per task.
 
-A run directory is the output_dir of run-mlm, run-mnli or run-wikihop; folders are searched for
-them. Runs that differ in seed alone also get a mean and a 95 % interval. With --paper, the tables
-of the paper are repeated beside our figures: only a run that names its row (paper_row) is matched.
+A run directory is the output_dir of run-mlm, run-mnli, run-wikihop or run-lra; folders are
+searched for them. Runs that differ in seed alone also get a mean and a 95 % interval; several
+attentions on a task of the Long Range Arena get a score of speed, memory and accuracy. With
+--paper, the tables of the paper are repeated beside our figures: only a run that names its row
+(paper_row) is matched.
 
 example:
   mra-hf results runs --out results
@@ -19,6 +21,7 @@ from mra_hf.analysis.run_tables import (
     runs_table,
     seeds_table,
 )
+from mra_hf.analysis.speed_memory_accuracy import smat_table
 from mra_hf.experiment_files import write_text
 
 
@@ -43,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out must be a folder, and {args.out} is a file.")
     runs = find_runs(args.folders)
-    parts = {"Runs": runs_table(runs), "Several seeds": seeds_table(runs)}
+    parts = {
+        "Runs": runs_table(runs),
+        "Several seeds": seeds_table(runs),
+        "Speed, memory, accuracy": smat_table(runs),
+    }
     if args.paper:
         parts["The paper and our runs"] = paper_table(runs)
     text = "\n".join(f"# {title}\n\n{part}" for title, part in parts.items() if part)

@@ -21,12 +21,14 @@ from mra_attention.checks import check_choice
 from mra_hf.data.lra import TASKS, LraData
 from mra_hf.data.lra.listops import root_operators
 from mra_hf.experiment_files import write_predictions
+from mra_hf.image_classification import MraForImageClassification, MraImageConfig
 from mra_hf.loading import override, split_settings
 from mra_hf.lra import LraConfig, LraForSequenceClassification
 from mra_hf.lra.configuration import ATTENTIONS
 from mra_hf.metrics import load_metric
 from mra_hf.training import resuming, runs
 
+MODELS = ("encoder", "image_classifier")
 #: Rows of the token table in the published runs.
 _VOCABULARY = {"listops": 32}
 _OTHER_VOCABULARY = 512
@@ -51,6 +53,13 @@ class LraArguments:
 
     task: str = field(default="listops", metadata={"help": f"one of {', '.join(TASKS)}"})
     attention: str = field(default="mra2", metadata={"help": f"one of {', '.join(ATTENTIONS)}"})
+    model: str = field(
+        default="encoder",
+        metadata={
+            "help": 'what reads the task: "encoder" (that of the arena), or for image and '
+            'pathfinder "image_classifier" (that of the MRA paper\'s Table 6, on pixels)'
+        },
+    )
     source: str | None = field(
         default=None,
         metadata={"help": "folder of the data of text, retrieval and image; the others are made"},
@@ -64,7 +73,9 @@ class LraArguments:
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "settings of LraConfig: pooling=mean,segment_lengths=[4,32]"},
+        metadata={
+            "help": "settings of LraConfig (MraImageConfig): pooling=mean,segment_lengths=[4,32]"
+        },
     )
     one_cycle: bool = field(
         default=True,
@@ -101,16 +112,22 @@ def run_lra(
     runs.check_run(training_args)
     check_choice("task", lra_args.task, tuple(TASKS))
     check_choice("attention", lra_args.attention, tuple(ATTENTIONS))
+    check_choice("model", lra_args.model, MODELS)
     runs.check_best_metric(training_args, ("loss", "accuracy"))
     resume_from = resuming.checkpoint_to_resume(training_args)
     with training_args.main_process_first(desc="data"):
         data = load_task(lra_args.task, lra_args.source, lra_args.task_settings)
     set_seed(training_args.seed)
-    config = lra_config(lra_args.task, lra_args.attention, data)
+    reads_pixels = lra_args.model == "image_classifier"
+    if reads_pixels:
+        config, model_class = image_config(lra_args.attention, data), MraForImageClassification
+    else:
+        config = lra_config(lra_args.task, lra_args.attention, data)
+        model_class = LraForSequenceClassification
     if lra_args.config_overrides:
         override(config, lra_args.config_overrides)
         config.check()
-    model = LraForSequenceClassification(config)
+    model = model_class(config)
     accuracy = load_metric("accuracy")
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -120,7 +137,7 @@ def run_lra(
         one_cycle=lra_args.one_cycle,
         model=model,
         args=training_args,
-        data_collator=Collator(data.masks_zero),
+        data_collator=PixelCollator(data) if reads_pixels else Collator(data.masks_zero),
         train_dataset=data.train,
         eval_dataset=data.dev,
         compute_metrics=metrics,
@@ -201,6 +218,26 @@ def lra_config(task: str, attention: str, data: LraData) -> LraConfig:
     )
 
 
+def image_config(attention: str, data: LraData) -> MraImageConfig:
+    """The classifier of the paper's Table 6 with a token for every grey pixel.
+
+    Raises:
+        ValueError: data that are no images.
+    """
+    if data.grid is None or data.grid[0] != data.grid[1]:
+        raise ValueError('model="image_classifier" is for the tasks image and pathfinder.')
+    return MraImageConfig(
+        attention=attention,
+        image_size=data.grid[0],
+        num_channels=1,
+        stem_kernel_size=1,
+        stem_stride=1,
+        stem_padding=0,
+        id2label=dict(enumerate(data.labels)),
+        label2id={name: number for number, name in enumerate(data.labels)},
+    )
+
+
 def controls(task: str, data: LraData) -> dict[str, float]:
     """Test accuracy of answers that need no reading: the commonest label of the training rows, and
     for ListOps the commonest one for the first symbol, the root operator.
@@ -241,6 +278,22 @@ class Collator:
         return batch
 
 
+class PixelCollator:
+    """Rows of grey values to images `[B, 1, height, width]` from -1 to 1."""
+
+    def __init__(self, data: LraData):
+        self.grid = data.grid
+        self.black = 0 if data.masks_zero else 1
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        rows = torch.tensor(np.array([row["input_ids"] for row in features], dtype=np.float32))
+        pixels = (rows - self.black) / 127.5 - 1
+        return {
+            "pixel_values": pixels.view(-1, 1, *self.grid),
+            "labels": torch.tensor([row["label"] for row in features]),
+        }
+
+
 class LraTrainer(runs.InOrder):
     """`Trainer` with the published schedule, that logs where a router sends the tokens."""
 
@@ -267,8 +320,9 @@ class LraTrainer(runs.InOrder):
         loss, outputs = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        if model.training and outputs.routing_shares is not None:
-            self._shares.append(outputs.routing_shares.detach())
+        shares = outputs.get("routing_shares")
+        if model.training and shares is not None:
+            self._shares.append(shares.detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -281,16 +335,17 @@ class LraTrainer(runs.InOrder):
         super().log(logs, *args, **kwargs)
 
 
-def _conditions_of_attention(config: LraConfig) -> dict[str, Any]:
+def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, Any]:
     """What of the configuration names the attention, in place of Transformers' own word."""
+    is_encoder = isinstance(config, LraConfig)
     is_mra = config.attention in ("mra2", "mra2_s")
     is_adamra = config.attention == "adamra"
     own = {
         "attention": config.attention,
         "approx_mode": {"mra2": "full", "mra2_s": "sparse"}.get(config.attention),
         "block_per_row": config.block_per_row if is_mra else None,
-        "attention_size": config.size,
-        "pooling": config.pooling,
+        "attention_size": config.size if is_encoder else None,
+        "pooling": config.pooling if is_encoder else "mean",
     }
     if is_mra:
         names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection")

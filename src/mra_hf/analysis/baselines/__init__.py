@@ -38,6 +38,7 @@ class Method:
         work: pairs of the N x N scores that are computed for each query and unit of size; for
             methods that compute others instead, the work of as many.
         is_practical: whether it needs no N x N matrix, so that its time means something.
+        fits: whether a length and a size go together.
     """
 
     label: str
@@ -47,10 +48,15 @@ class Method:
     largest_share: float = 1 / 4
     work: int = 1
     is_practical: bool = True
+    fits: Callable[[int, int], bool] = lambda length, size: True
 
     def sizes_at(self, length: int) -> tuple[int, ...]:
-        """The sizes that make sense at a length."""
-        return tuple(size for size in self.sizes if size <= self.largest_share * length)
+        """The sizes that make sense at a length; none where the method cannot take it."""
+        return tuple(
+            size
+            for size in self.sizes
+            if size <= self.largest_share * length and self.fits(length, size)
+        )
 
     def computed(self, length: int, size: int) -> float:
         """The share of the N x N scores that is computed."""
@@ -77,17 +83,28 @@ _MRA = {
 }
 _BLOCKS = (8, 16, 32, 64, 128)
 
+
+def _divides(length: int, size: int) -> bool:
+    return length % size == 0
+
+
+def _halves(length: int, size: int) -> bool:
+    return length % size == 0 and (length // size).bit_count() == 1
+
+
 METHODS: dict[str, Method] = {
     "dense": Method("dense", _dense, "", (1,), 1.0),
     "mra2": Method("MRA-2", _mra2, **_MRA),
     "mra2_s": Method("MRA-2-s", _mra2_s, **_MRA),
-    "longformer": Method("Longformer", longformer, "window"),
-    "bigbird": Method("BigBird", bigbird, "block", _BLOCKS, 1 / 16, 8),
-    "nystromformer": Method("Nystromformer", nystromformer, "landmarks"),
+    "longformer": Method("Longformer", longformer, "window", fits=_divides),
+    "bigbird": Method("BigBird", bigbird, "block", _BLOCKS, 1 / 16, 8, fits=_divides),
+    "nystromformer": Method("Nystromformer", nystromformer, "landmarks", fits=_divides),
     "performer": Method("Performer", performer, "features"),
     "linformer": Method("Linformer", linformer, "projected length"),
     # The diagonal, and a geometric sum over the coarser levels.
-    "h_transformer": Method("H-Transformer-1D", h_transformer, "block", _BLOCKS, work=3),
+    "h_transformer": Method(
+        "H-Transformer-1D", h_transformer, "block", _BLOCKS, work=3, fits=_halves
+    ),
     "sparse": Method("best sparse", optimal_sparse, "entries per row", is_practical=False),
     "low_rank": Method("best low rank", truncated_svd, "rank", is_practical=False),
 }

@@ -21,6 +21,9 @@ from mra_hf.analysis.figures.matrices import (
 )
 from mra_hf.analysis.head_inputs import HeadInputs
 
+#: Tokens: four blocks of 32, of which a choice can be made.
+SHORTEST = 128
+
 FIGURES: dict[str, Callable[[HeadInputs], Drawn]] = {
     "figure-1": haar_coefficients,
     "figure-2": frame_and_haar,
@@ -46,7 +49,14 @@ def draw(name: str, heads: HeadInputs, out: Path) -> str:
 
     Returns:
         The caption.
+
+    Raises:
+        ValueError: heads of fewer than 128 tokens.
     """
+    if heads.length < SHORTEST:
+        raise ValueError(
+            f"figures need heads of {SHORTEST} tokens or more, got {heads.length}; raise --length."
+        )
     drawn = FIGURES[name](heads)
     caption = f"{name}. Source: {heads.source}. {drawn.caption}"
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
