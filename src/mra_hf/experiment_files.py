@@ -89,14 +89,17 @@ def write_history(
 ) -> list[dict[str, float]]:
     """Write the log of a `Trainer` as CSV, a row per step, and return the rows.
 
-    The columns are those of training and every metric of the evaluations but their speed.
+    The columns are those of training, what a router was seen to do ("share_..."), and every metric
+    of the evaluations but their speed.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         if "train_runtime" not in entry:
             rows.setdefault(entry["step"], {}).update(entry)
-    measured = {name for row in rows.values() for name in row if name.startswith("eval_")}
+    logged = {name for row in rows.values() for name in row}
+    measured = {name for name in logged if name.startswith("eval_")}
     columns = ["step", "epoch", "loss", "learning_rate", "grad_norm"]
+    columns += sorted(name for name in logged if name.startswith("share_"))
     columns += sorted(name for name in measured if not name.endswith(_SPEED))
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")

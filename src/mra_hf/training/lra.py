@@ -307,11 +307,16 @@ class LraTrainer(runs.InOrder):
         if not self.one_cycle or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
+        if not 2 <= warmup < num_training_steps:
+            raise ValueError(
+                f"warmup_steps must be from 2 to {num_training_steps - 1}, below the steps of the "
+                f"run, got {warmup}; or pass --one_cycle false."
+            )
         self.lr_scheduler = OneCycleLR(
             optimizer or self.optimizer,
             max_lr=self.args.learning_rate,
             total_steps=num_training_steps,
-            pct_start=min(1.0, warmup / num_training_steps),
+            pct_start=warmup / num_training_steps,
             anneal_strategy="linear",
         )
         return self.lr_scheduler
