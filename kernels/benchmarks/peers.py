@@ -10,6 +10,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
+from mra_hf.lra.attention import attention_layer
 from mra_hf.sparse_prediction import predict_masked_places
 
 _SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
@@ -127,3 +128,17 @@ def whole_models(length: int, budgets: tuple[int, ...], device: str, training: b
     for block_per_row in budgets:
         providers["mra2", block_per_row] = build("mra2", block_per_row=block_per_row)
     return providers, (input_ids,)
+
+
+def arena_layers(budgets: tuple[int, ...], device: str) -> dict:
+    """Attention layers of the Long Range Arena encoder, projections included, in evaluation."""
+    names = [("sdpa", "dense", None), ("adamra", "adamra", None), ("linear", "linear", None)]
+    names += [("mra2", "mra2", block_per_row) for block_per_row in budgets]
+    layers = {}
+    for provider, attention, block_per_row in names:
+        torch.manual_seed(0)
+        settings = {} if block_per_row is None else {"block_per_row": block_per_row}
+        config = mra_hf.LraConfig(attention=attention, **settings)
+        layer = attention_layer(config, 0).to(device).eval()
+        layers[provider, block_per_row] = lambda hidden, layer=layer: layer(hidden, None)[0]
+    return layers

@@ -20,6 +20,8 @@ NAMES = {
     "longformer_256": "Longformer, window 256",
     "bigbird": "BigBird",
     "mra_1024_32_1": "scales 1024, 32, 1; {} blocks per row",
+    "adamra": "AdaMRA, segments of 2, 8, 32",
+    "linear": "linear attention",
 }
 COLOURS = {
     "sdpa": "#444444",
@@ -30,6 +32,8 @@ COLOURS = {
     "longformer_256": "#1f5f99",
     "bigbird": "#b5a642",
     "mra_1024_32_1 4": "#d95f02",
+    "adamra": "#1b9e77",
+    "linear": "#66a3d2",
 }
 
 
@@ -40,7 +44,9 @@ def main() -> int:
     )
     parser.add_argument("csv", type=Path)
     parser.add_argument("png", type=Path)
-    parser.add_argument("--op", choices=("attention", "self_attention", "model", "scales"))
+    parser.add_argument(
+        "--op", choices=("attention", "self_attention", "model", "scales", "adamra")
+    )
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
     with args.csv.open() as file:
@@ -77,6 +83,7 @@ def main() -> int:
         "attention": "attention",
         "self_attention": "self-attention module",
         "scales": "two and three scales",
+        "adamra": "attention layers of the Long Range Arena",
     }
     figure.suptitle(
         f"{what.get(op, 'RoBERTa-base')}, {first['device']}; {args.dtype}, batch {first['batch']}, "

@@ -56,6 +56,7 @@ PRESETS = {
         Sweep("model", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1, memory=False),
         Sweep("scales", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("adamra", (64,), ("fp32",), (1,), 1, memory=False),
     ),
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), memory=False),),
     "pairs": (
@@ -79,6 +80,10 @@ PRESETS = {
         Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3, memory=False),
         Sweep("scales", (65536, 131072), ("fp32",), (4,), 3, memory=False),
     ),
+    "adamra": (
+        Sweep("adamra", (1024, 2048, 4096, 8192, 16384), ("fp32",), (8,), 5, memory=False),
+        Sweep("adamra", (32768, 65536), ("fp32",), (8,), 1, memory=False),
+    ),
     "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3, memory=False),),
 }
 
@@ -96,7 +101,8 @@ def main() -> int:
         help="quick: a minute; pairs: dense attention and one budget in many rounds, ten minutes; "
         "full: half an hour; models: whole RoBERTa-base models, ten minutes; lengths: training on "
         "texts of 50 to 4096 tokens, two minutes; scales: two and three scales up to 131072 "
-        "tokens, four minutes",
+        "tokens, four minutes; adamra: attention layers of the Long Range Arena up to 65536 "
+        "tokens, three minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What the benchmark measures: attention, self-attention modules, models, mixed lengths, scales.
+"""What the benchmark measures: attention, modules, models, mixed lengths, scales, AdaMRA.
 
 Every section times its providers in turn on the same inputs and returns rows of the CSV; dense SDPA
 is always among them, and `ratio` is its median time over that of the row.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from memory import peak_megabytes
 from mixed_lengths import BATCH, training_passes
-from peers import self_attention_modules, whole_models
+from peers import arena_layers, self_attention_modules, whole_models
 from torch import Tensor
 
 from mra_attention import mra2_attention, multiresolution_attention
@@ -165,6 +165,28 @@ def scales(
     return rows
 
 
+def adamra(
+    length: int,
+    dtype: str,
+    budgets: tuple[int, ...],
+    device: str,
+    repeats: int,
+    memory: bool,
+) -> list[dict]:
+    """Whole attention layers of the Long Range Arena's width 64, forward and backward: AdaMRA,
+    linear attention, MRA-2 and dense attention.
+    """
+    assert not memory and dtype == "fp32"
+    hidden = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(device).requires_grad_()
+    providers = arena_layers(budgets, device)
+    samples = interleaved_milliseconds(providers, (hidden,), backward=True, repeats=repeats)
+    rows = _rows("adamra", length, dtype, True, samples)
+    for row in rows:
+        row |= {"heads": 2, "head_dim": 32}
+    return rows
+
+
 @torch.no_grad()
 def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...], length: int) -> dict:
     """Norm of the difference from dense attention in float32, with padding if the provider has it,
@@ -227,4 +249,5 @@ SECTIONS = {
     "model": model,
     "mixed_lengths": mixed_lengths,
     "scales": scales,
+    "adamra": adamra,
 }

@@ -59,7 +59,7 @@ def test_the_smoke_preset_writes_every_kind_of_row_and_can_be_resumed(tmp_path):
     done = script("run.py", "--preset", "smoke", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = rows_of(out)
-    ops = ("attention", "self_attention", "model", "mixed_lengths", "scales")
+    ops = ("attention", "self_attention", "model", "mixed_lengths", "scales", "adamra")
     assert {row["op"] for row in rows} == set(ops)
     for op in ops:
         providers = {row["provider"] for row in rows if row["op"] == op}

@@ -114,6 +114,8 @@ def run_lra(
     check_choice("attention", lra_args.attention, tuple(ATTENTIONS))
     check_choice("model", lra_args.model, MODELS)
     runs.check_best_metric(training_args, ("loss", "accuracy"))
+    if training_args.do_train and lra_args.one_cycle and training_args.max_steps > 0:
+        _warmup(training_args, training_args.max_steps)
     resume_from = resuming.checkpoint_to_resume(training_args)
     with training_args.main_process_first(desc="data"):
         data = load_task(lra_args.task, lra_args.source, lra_args.task_settings)
@@ -306,12 +308,7 @@ class LraTrainer(runs.InOrder):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if not self.one_cycle or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        if not 2 <= warmup < num_training_steps:
-            raise ValueError(
-                f"warmup_steps must be from 2 to {num_training_steps - 1}, below the steps of the "
-                f"run, got {warmup}; or pass --one_cycle false."
-            )
+        warmup = _warmup(self.args, num_training_steps)
         self.lr_scheduler = OneCycleLR(
             optimizer or self.optimizer,
             max_lr=self.args.learning_rate,
@@ -338,6 +335,21 @@ class LraTrainer(runs.InOrder):
                 for head, share in enumerate(heads):
                     logs[f"share_layer_{layer}_head_{head}"] = round(share, 4)
         super().log(logs, *args, **kwargs)
+
+
+def _warmup(training_args: TrainingArguments, steps: int) -> int:
+    """Steps of warming up.
+
+    Raises:
+        ValueError: OneCycleLR cannot take them.
+    """
+    warmup = training_args.get_warmup_steps(steps)
+    if not 2 <= warmup < steps:
+        raise ValueError(
+            f"warmup_steps must be from 2 to {steps - 1}, below the steps of the run, got "
+            f"{warmup}; or pass --one_cycle false."
+        )
+    return warmup
 
 
 def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, Any]:
