@@ -42,7 +42,15 @@ _SHARD = 250
 _VERSION = 1
 
 _OFFSETS = (np.arange(_POINTS) + 0.5) / _POINTS - 0.5
-_NEIGHBOURS = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).reshape(-1, 2)
+
+
+def _square(low: int, high: int) -> np.ndarray:
+    """Offsets (row, column) from `low` to `high`, `[n, 2]`."""
+    return np.stack(np.meshgrid(*[np.arange(low, high + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
+
+
+_NEIGHBOURS = _square(-1, 1)
+_AROUND_CIRCLE = _square(-math.ceil(_LENGTH + _GAP), math.ceil(_LENGTH + _GAP) + 1)
 
 
 def pathfinder(
@@ -265,11 +273,7 @@ def _grow(
 def _circle(pivot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pixels on the circle around `pivot` where a paddle may end, and their directions from it."""
     radius = _LENGTH + _GAP
-    low, high = np.floor(pivot - radius).astype(int), np.ceil(pivot + radius).astype(int)
-    grid = np.stack(
-        np.meshgrid(*(np.arange(a, b + 1) for a, b in zip(low, high, strict=True)), indexing="ij"),
-        -1,
-    ).reshape(-1, 2)
+    grid = np.floor(pivot).astype(int) + _AROUND_CIRCLE
     away = grid - pivot
     on = np.abs(np.hypot(away[:, 0], away[:, 1]) - radius) <= 0.5
     on &= ((grid >= _BORDER) & (grid < SIDE - _BORDER)).all(1)
