@@ -14,7 +14,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from mra_attention.checks import SELECTION_RULES, check_choice, check_int
 from mra_attention.order import patch_order
 from mra_hf.lra.attention import Dense, HeadsLayer, Mra2
-from mra_hf.prenorm import Classifier, PreNormEncoder, initialise, refuse_matrices
+from mra_hf.prenorm import (
+    Classifier,
+    PreNormEncoder,
+    check_classes,
+    initialise,
+    refuse_matrices,
+)
 
 ATTENTIONS = ("mra2", "mra2_s", "dense")
 
@@ -129,6 +135,7 @@ class MraForImageClassification(PreTrainedModel):
 
     def __init__(self, config: MraImageConfig):
         super().__init__(config)
+        check_classes(config)
         self.stem = nn.Conv2d(
             config.num_channels,
             config.hidden_size,

@@ -33,6 +33,7 @@ def performer(
     size: int,
     seed: int = 0,
     token_mask: Tensor | None = None,
+    directions: Tensor | None = None,
 ) -> Tensor:
     """`size` positive orthogonal random features (Choromanski et al. 2021, FAVOR+).
 
@@ -45,8 +46,10 @@ def performer(
         size: features.
         seed: of the features.
         token_mask: `[B, N]` bool or None; padding is not attended.
+        directions: `[features, D]` of `orthogonal_directions`, in place of those of size and seed.
     """
-    directions = _orthogonal_directions(size, query.shape[-1], seed).to(query)
+    if directions is None:
+        directions = orthogonal_directions(size, query.shape[-1], seed).to(query)
 
     def log_features(x: Tensor) -> Tensor:
         x = x * scale**0.5
@@ -63,7 +66,7 @@ def performer(
     return numerator / denominator.clamp_min(torch.finfo(query.dtype).tiny)
 
 
-def _orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
+def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
     """`[count, dim]`, orthogonal within each `dim` rows, with the lengths of Gaussian vectors."""
     generator = torch.Generator().manual_seed(seed)
     blocks = []

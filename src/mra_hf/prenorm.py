@@ -1,11 +1,11 @@
 """The small pre-norm encoder of the Long Range Arena, around any attention layer.
 
 An attention layer is a module `layer(hidden_states [B, N, C], token_mask [B, N] bool or None)` that
-returns `[B, N, C]` and, if it routes its queries, what the router decided.
+returns `[B, N, C]` and, if it routes its queries, a `Routing`, else None.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,23 @@ class ClassifierOutput(ModelOutput):
 NO_PREDICTIONS = ("hidden_states", "routing_shares", "balance_loss", "router_probs")
 
 
+class Routing(NamedTuple):
+    """What the router of a layer decided.
+
+    Attributes:
+        probabilities: `[B, N, H]` float32; of a router that is not asked ("random") uniform.
+        heads: `[B, N]` int64, the head of each query; None under "soft" routing.
+        shares: `[H]` float32, without gradient: the share of the real tokens that a head gets (its
+            mean probability under "soft" routing).
+        balance_loss: H times the sum over heads of share times mean probability; 1 when balanced.
+    """
+
+    probabilities: Tensor
+    heads: Tensor | None
+    shares: Tensor
+    balance_loss: Tensor
+
+
 class TokenEmbeddings(nn.Module):
     """Tokens and learned absolute positions, added, with dropout."""
 
@@ -66,12 +83,14 @@ class TokenEmbeddings(nn.Module):
         """`[B, N]` ids or `[B, N, C]` embeddings of tokens -> `[B, N, C]`.
 
         Raises:
-            ValueError: both or none are given, or more tokens than positions.
+            ValueError: both or none are given, no tokens, or more than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
         tokens = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length, rows = tokens.shape[1], self.positions.num_embeddings
+        if not length:
+            raise ValueError("input_ids must hold at least one token, got none.")
         if length > rows:
             raise ValueError(
                 f"input_ids has {length} tokens, and the position table {rows} rows; cut the input "
@@ -93,11 +112,14 @@ class PreNormLayer(GradientCheckpointingLayer):
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Any]:
+    def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple:
+        """States, and the fields of the `Routing` if there is one: checkpointing sees tensors in a
+        plain tuple alone.
+        """
         attended, routing = self.attention(self.attention_norm(hidden_states), token_mask)
         hidden_states = hidden_states + self.dropout(attended)
         inner = self.dropout(F.gelu(self.up(self.feed_forward_norm(hidden_states))))
-        return hidden_states + self.dropout(self.down(inner)), routing
+        return hidden_states + self.dropout(self.down(inner)), *(routing or ())
 
 
 class PreNormEncoder(nn.Module):
@@ -122,12 +144,14 @@ class PreNormEncoder(nn.Module):
         output_router_probs: bool = False,
     ) -> EncoderOutput:
         """`[B, N, C]` embeddings and `[B, N]` bool or None."""
+        if token_mask is not None:  # padding may hold anything
+            hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
         states, routings = [hidden_states], []
         for layer in self.layers:
-            hidden_states, routing = layer(hidden_states, token_mask)
+            hidden_states, *routing = layer(hidden_states, token_mask)
             states.append(hidden_states)
-            if routing is not None:
-                routings.append(routing)
+            if routing:
+                routings.append(Routing(*routing))
         output = self.norm(hidden_states)
         if token_mask is not None:
             output = output.masked_fill(~token_mask[..., None], 0)
@@ -191,6 +215,19 @@ def refuse_matrices(output_attentions: bool | None) -> None:
     if output_attentions:
         raise ValueError(
             "output_attentions=True asks for matrices that this attention never has; leave it off."
+        )
+
+
+def check_classes(config: PreTrainedConfig) -> None:
+    """Raise a `ValueError` unless the configuration asks for one of two classes or more."""
+    if config.num_labels < 2:
+        raise ValueError(
+            f"num_labels must be at least 2, got {config.num_labels}: this model chooses a class."
+        )
+    if config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f'problem_type must be None or "single_label_classification", got '
+            f"{config.problem_type!r}: this model chooses one class."
         )
 
 

@@ -184,6 +184,7 @@ def test_padding_and_neighbours_change_nothing(routing):
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient)
     torch.testing.assert_close(shares.shares, decided.shares)
     assert (output[~mask] == 0).all()
+    torch.testing.assert_close(layer(states, mask.long())[0], output)
     alone, _ = layer(states[:1], mask[:1])
     torch.testing.assert_close(alone, output[:1])
     longer = F.pad(states, (0, 0, 0, 30)), F.pad(mask, (0, 30))
@@ -212,8 +213,9 @@ def test_random_routing_is_drawn_in_training_and_fixed_in_evaluation():
     assert not torch.equal(layer(states)[1].heads, layer(states)[1].heads)
 
 
-def test_a_compiled_layer_has_one_graph():
-    layer, states, mask = layer_and_states(dtype=torch.float32)
+@pytest.mark.parametrize("routing", ["learned", "random", "soft"])
+def test_a_compiled_layer_has_one_graph(routing):
+    layer, states, mask = layer_and_states(dtype=torch.float32, routing=routing)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(states, mask)[0], layer(states, mask)[0])
 
@@ -285,9 +287,25 @@ def test_it_learns(settings, batch):
         optimizer.zero_grad()
         losses.append(output.loss.item())
     assert losses[-1] - config.router_aux_loss_coef * output.balance_loss.item() < 0.1
-    model.gradient_checkpointing_enable()
-    model.train()
-    model(**batch, labels=labels).loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("routing", ["learned", "soft"])
+def test_checkpointed_layers_have_the_same_gradients(routing, reentrant, batch):
+    torch.manual_seed(0)
+    model = AdaMraForSequenceClassification(
+        AdaMraConfig(**SIZES, router_aux_loss_coef=1.0, routing=routing)
+    ).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        model(**batch, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 @pytest.mark.parametrize(

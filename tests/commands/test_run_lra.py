@@ -12,7 +12,8 @@ from mra_hf.analysis.run_tables import find_runs
 from mra_hf.analysis.speed_memory_accuracy import smat_scores, smat_table
 from mra_hf.commands import main
 from mra_hf.data.lra.listops import listops
-from mra_hf.training.lra import Collator, controls, lra_config
+from mra_hf.data.lra.pathfinder import pathfinder
+from mra_hf.training.lra import PAPER_PRIORS, Collator, PixelCollator, controls, lra_config
 
 TASK = "train=60,dev=20,test=20,min_length=10,max_length=60"
 RUN = [
@@ -74,6 +75,8 @@ def test_the_published_schedule(tmp_path):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected, rel=1e-3)
+    saved = torch.load(tmp_path / "run" / "checkpoint-6" / "scheduler.pt", weights_only=False)
+    assert saved["cycle_momentum"], "as published, beta 1 goes the other way"
     run(tmp_path / "other", "--attention", "linear", "--one_cycle", "false")
     state = json.loads((tmp_path / "other" / "trainer_state.json").read_text())
     other = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
@@ -99,6 +102,9 @@ def test_several_attentions_get_a_score(tmp_path, capsys):
         run(tmp_path / "runs" / f"linear-{seed}", "--attention", "linear", "--seed", str(seed))
     table = smat_table(find_runs([tmp_path / "runs"]))
     assert "| mra2 | 1 |" in table and "| linear | 3 |" in table
+    other = TASK.replace("max_length=60", "max_length=80")
+    run(tmp_path / "runs" / "longer", "--attention", "linear", "--task_settings", other)
+    assert smat_table(find_runs([tmp_path / "runs"])) == table, "of other data: not compared"
     assert main(["results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "Speed, memory, accuracy" in printed and "test" in printed and "±" in printed
@@ -136,6 +142,33 @@ def test_the_encoder_of_a_task_is_that_of_the_published_runs():
     assert (config.vocab_size, config.max_position_embeddings) == (32, 64)
     assert (config.initial_prior_first_n_blocks, config.block_per_row) == (1, 8)
     assert config.pooling == "mean_over_all" and config.num_labels == 10
+    assert config.grid is None
+
+
+def test_images_are_read_in_patches_with_the_priors_of_the_published_runs():
+    data = pathfinder(count=20, paddles=6)
+    for (task, attention), priors in PAPER_PRIORS.items():
+        if task not in ("image", "pathfinder"):
+            continue
+        config = lra_config(task, attention, data)
+        assert config.grid == (32, 32) and config.max_position_embeddings == 1024
+        found = (config.initial_prior_first_n_blocks, config.initial_prior_diagonal_n_blocks)
+        assert found == priors
+    assert {
+        (task, attention): priors
+        for task, both in {
+            "listops": ((1, 0), (1, 0)),
+            "text": ((1, 1), (1, 1)),
+            "retrieval": ((1, 1), (1, 1)),
+            "image": ((1, 0), (0, 1)),
+            "pathfinder": ((1, 0), (1, 1)),
+        }.items()
+        for attention, priors in zip(("mra2", "mra2_s"), both, strict=True)
+    } == PAPER_PRIORS
+    batch = PixelCollator(data)(list(data.test))
+    assert batch["pixel_values"].shape == (2, 1, 32, 32)
+    pixels = torch.tensor(data.test[0]["input_ids"]).view(32, 32)
+    torch.testing.assert_close((batch["pixel_values"][0, 0] + 1) * 127.5, pixels.float())
 
 
 @pytest.mark.parametrize(
@@ -146,6 +179,8 @@ def test_the_encoder_of_a_task_is_that_of_the_published_runs():
         (("--task_settings", "size=3"), "has no 'size'"),
         (("--config_overrides", "segment_lengths=[0]"), r"segment_lengths[0] must be"),
         (("--config_overrides", "colour=red"), "config_overrides must be"),
+        (("--config_overrides", "num_labels=3"), "num_labels must be at least 10 for this task"),
+        (("--config_overrides", "vocab_size=3"), "vocab_size must be at least 16 for this task"),
         (("--warmup_steps", "6"), "warmup_steps must be from 2 to 5"),
         (("--metric_for_best_model", "f1"), "metric_for_best_model must be one of"),
         (("--model", "image_classifier"), "is for the tasks image and pathfinder"),

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from mra_hf import LraConfig, LraForSequenceClassification, LraModel
+from mra_hf.lra.attention import NystromformerLayer, iterative_inverse
 from mra_hf.lra.configuration import ATTENTIONS
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_labels": 3}
@@ -50,6 +51,73 @@ def test_every_attention_trains_and_comes_back(attention, tmp_path):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert isinstance(again, LraForSequenceClassification)
     torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_neighbours_and_what_padding_holds_change_nothing(attention):
+    torch.manual_seed(0)
+    model = LraForSequenceClassification(config(attention)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "query" in name or "key" in name:
+                parameter.mul_(4)
+    inputs, other = texts(), texts(seed=1)
+    logits = model(**inputs).logits
+    joined = {name: torch.cat([other[name], x]) for name, x in inputs.items()}
+    torch.testing.assert_close(model(**joined).logits[3:], logits, rtol=1e-4, atol=1e-5)
+    embeds = model.lra.embeddings.tokens(inputs["input_ids"])
+    hidden = inputs["attention_mask"] == 0
+    embeds = embeds.masked_fill(hidden[..., None], torch.nan)
+    dirty = model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+    torch.testing.assert_close(dirty.logits, logits, rtol=1e-4, atol=1e-5)
+    dirty.logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_iterated_inverse_is_one():
+    torch.manual_seed(0)
+    matrix = torch.softmax(2 * torch.randn(3, 2, 8, 8, dtype=torch.float64), -1)
+    identity = torch.eye(8, dtype=torch.float64).expand_as(matrix)
+    torch.testing.assert_close(iterative_inverse(matrix, 40) @ matrix, identity, atol=1e-6, rtol=0)
+
+
+def test_masked_keys_count_for_nothing_in_nystromformer():
+    """Landmarks see zeros at padding; keys and values there are not attended at all."""
+    torch.manual_seed(0)
+    layer = NystromformerLayer(config("nystromformer")).eval()
+    mask = texts()["attention_mask"].bool()
+    states = torch.randn(3, 100, 32)
+    before = layer(states, mask)[0]
+    with torch.no_grad():
+        layer.attend.value.bias.add_(1)  # all that padding has
+    after = layer(states, mask)[0]
+    shift = layer.output(torch.ones(32)) - layer.output.bias
+    torch.testing.assert_close((after - before)[1, :50], shift.expand(50, -1), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_half_precision_is_finite_at_full_length(attention):
+    torch.manual_seed(0)
+    longest = config(attention, max_position_embeddings=4096)
+    model = LraForSequenceClassification(longest).eval()
+    ids = torch.randint(1, 40, (1, 4096))
+    exact = model(ids).logits
+    with torch.autocast("cpu", torch.float16):
+        output = model(ids).logits
+    assert (output.float() - exact).abs().max() < 0.02
+    if attention not in ("longformer", "nystromformer"):  # Transformers' own layers
+        assert torch.isfinite(model.to(torch.bfloat16)(ids).logits).all()
+
+
+@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "longformer"])
+def test_models_compile_without_a_graph_break(attention):
+    torch.manual_seed(0)
+    model = LraModel(config(attention)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = texts()
+    torch.testing.assert_close(
+        compiled(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+    )
 
 
 @pytest.mark.parametrize("pooling", ["mean", "mean_over_all"])
@@ -169,6 +237,7 @@ def test_an_empty_text_is_no_nan():
         ({"grid": [30, 32]}, "grid must be made of patches of 4 x 8"),
         ({"grid": [32, 32]}, "has 1024 tokens"),
         ({"pooling": "cls"}, "pooling must be one of"),
+        ({"attention": "longformer", "attention_size": 7}, "attention_size must be even, got 7"),
         ({"block_per_row": 0}, "block_per_row must be an integer of at least 1"),
         ({"segment_lengths": [0]}, r"segment_lengths\[0\]"),
     ],
@@ -176,3 +245,14 @@ def test_an_empty_text_is_no_nan():
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LraConfig(**SIZES | settings)
+
+
+def test_one_class_and_other_problems_are_refused():
+    for settings, message in (
+        ({"num_labels": 1}, "num_labels must be at least 2"),
+        ({"problem_type": "multi_label_classification"}, "problem_type must be None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LraForSequenceClassification(LraConfig(**SIZES | settings))
+    with pytest.raises(ValueError, match="at least one token"):
+        LraModel(LraConfig(**SIZES))(torch.zeros(1, 0, dtype=torch.long))

@@ -92,8 +92,10 @@ def test_trees_of_full_size_are_those_of_the_arena():
     assert labels[[0, 9]].sum() > 0.25, "minima and maxima are the commonest"
 
 
-def test_trees_follow_from_the_seed_alone():
-    one, two = listops(**SMALL_TREES), listops(**SMALL_TREES, num_proc=2)
+def test_trees_follow_from_the_seed_alone(tmp_path, monkeypatch):
+    one = listops(**SMALL_TREES)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another cache")
+    two = listops(**SMALL_TREES, num_proc=2)
     other = listops(**SMALL_TREES, seed=1)
     assert one.train["input_ids"] == two.train["input_ids"]
     assert one.test["label"] == two.test["label"]
@@ -158,6 +160,62 @@ def test_discs_lie_on_the_ends_that_the_label_says(monkeypatch):
         assert np.hypot(*(contours[0].start - contours[1].start)) == pytest.approx(7, abs=1)
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """What is drawn: (intensity, where, pixels) of each paddle, in the order of drawing."""
+    from mra_hf.data.lra import pathfinder as module
+
+    drawn = []
+    add = module._Canvas.add
+
+    def record(self, place, paddle, intensity):
+        drawn.append((intensity, place, paddle.copy()))
+        return add(self, place, paddle, intensity)
+
+    monkeypatch.setattr(module._Canvas, "add", record)
+    monkeypatch.setattr(module, "_two_contours", fresh(module._two_contours, drawn))
+    return drawn
+
+
+def fresh(two_contours, drawn):
+    """Forget what a dead end drew."""
+
+    def call(*args):
+        drawn.clear()
+        return two_contours(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("paddles", [6, 9, 14])
+def test_contours_have_their_paddles_and_distractors_theirs(counted, paddles):
+    draw = np.random.default_rng(3)
+    distractors = []
+    for _ in range(8):
+        draw_image(draw, paddles=paddles)
+        contours = [entry for entry in counted if entry[0] == 1.5]
+        assert len(contours) == 2 * paddles
+        distractors.append(len(counted) - len(contours))
+        # Two paddles that are not neighbours on one contour do not lie on one another.
+        canvases = []
+        for _, place, paddle in contours:
+            canvas = np.zeros((SIDE, SIDE))
+            canvas[place] = paddle
+            canvases.append(canvas > 0.3)
+        for one in range(len(canvases)):
+            for other in range(one + 3, len(canvases)):
+                assert not (canvases[one] & canvases[other]).any()
+    assert max(distractors) >= 5 * (paddles // 3), "five that all find a place, and attempts"
+
+
+def test_pathfinder_is_the_same_from_several_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr("mra_hf.data.lra.pathfinder._SHARD", 8)
+    one = pathfinder(count=20, paddles=6)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "another cache")
+    two = pathfinder(count=20, paddles=6, num_proc=2)
+    assert one.train["input_ids"] == two.train["input_ids"]
+
+
 def test_pathfinder_follows_from_the_seed_alone():
     one = pathfinder(count=20, paddles=6)
     again = pathfinder(count=20, paddles=6, mask_zero_pixels=False)
@@ -195,6 +253,14 @@ def test_fashion_mnist_is_padded_to_32(fashion):
     assert clean.vocab_size == 257 and not clean.masks_zero
     small = image(str(fashion), side=16, max_train=7, max_eval=3)
     assert (len(small.train), len(small.dev), small.grid) == (7, 3, (16, 16))
+    write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.arange(10) + 3)
+    with pytest.raises(ValueError, match=r"\(test\) has labels from 3 to 12, and there are 10"):
+        image(str(fashion))
+    write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.arange(10))
+    write_idx(fashion / "train-images-idx3-ubyte.gz", np.zeros((40, 27, 27)))
+    with pytest.raises(ValueError, match="must hold images of 28 x 28"):
+        image(str(fashion))
+    write_idx(fashion / "train-images-idx3-ubyte.gz", np.zeros((40, 28, 28)))
     cut = (fashion / "t10k-images-idx3-ubyte.gz").read_bytes()[:-200]
     (fashion / "t10k-images-idx3-ubyte.gz").write_bytes(cut)
     with pytest.raises(ValueError, match=r"t10k-images.* is no whole idx file"):
@@ -213,8 +279,12 @@ def test_cifar_is_read_in_grey(tmp_path):
     red, green, blue = raw.reshape(3, 1024).astype(float)
     grey = np.floor(0.2989 * red + 0.5870 * green + 0.1140 * blue)
     assert np.abs(np.array(data.train[0]["input_ids"]) - grey).max() <= 1
-    (tmp_path / "data_batch_3.bin").write_bytes(b"12345")
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin is missing or cut off"):
+    for content in (b"12345", b""):
+        (tmp_path / "data_batch_3.bin").write_bytes(content)
+        with pytest.raises(ValueError, match=r"data_batch_3\.bin is missing or cut off"):
+            image(str(tmp_path))
+    (tmp_path / "data_batch_1.bin").rename(tmp_path / "data_batch_1")
+    with pytest.raises(ValueError, match="pickles, which may run code"):
         image(str(tmp_path))
 
 
@@ -255,6 +325,10 @@ def test_reviews_are_bytes(reviews):
     assert bytes(i - 1 for i in row["input_ids"]) == b"neg film 0 \xc3" and row["label"] == 0
     clean = text(str(reviews), test_as_dev=False)
     assert (len(clean.train), len(clean.dev), len(clean.test)) == (26, 4, 8)
+    for path in (reviews / "train" / "pos").iterdir():
+        path.rename(path.with_suffix(".bak"))
+    with pytest.raises(ValueError, match=r"train must hold texts of both classes, got 15 of one"):
+        text(str(reviews))
     seen = {tuple(row) for row in clean.train["input_ids"]}
     assert not seen & {tuple(row) for row in clean.dev["input_ids"]}
 
@@ -336,7 +410,17 @@ def test_citations(tmp_path):
         (lambda: load_task("image", "/no/such", None), "source must be a folder of images"),
         (lambda: listops(train=0), "train must be an integer of at least 1"),
         (lambda: listops(max_length=3, min_length=2), "max_length must be"),
-        (lambda: listops(train=2000, min_length=1, max_length=5, max_arguments=2, max_depth=2), ""),
+        (
+            lambda: listops(train=2000, min_length=1, max_length=5, max_arguments=2, max_depth=2),
+            "that were drawn only .* differ",
+        ),
+        (lambda: listops(seed=-1), "seed must be an integer of at least 0"),
+        (lambda: pathfinder(num_proc=0), "num_proc must be an integer of at least 1"),
+        (lambda: TASKS["image"]("/", max_train=-5), "max_train must be an integer of at least 1"),
+        (lambda: TASKS["text"]("/", max_bytes=0), "max_bytes must be an integer of at least 1"),
+        (lambda: TASKS["retrieval"]("/", dev=0), "dev must be an integer of at least 1"),
+        (lambda: load_task("text", "/", "max_train=1.5"), "max_train must be of type int"),
+        (lambda: load_task("image", "/", "max_eval=true"), "max_eval must be of type int"),
         (lambda: pathfinder(count=3), "count must be an integer of at least 10"),
         (lambda: pathfinder(paddles=40), "paddles must be at most 16"),
         (lambda: TASKS["image"]("/", side=8), "side must be 32 or 16"),

@@ -15,11 +15,8 @@ SMALL |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_
 def test_the_defaults_are_the_model_of_the_paper():
     config = MraImageConfig(num_labels=1000)
     assert config.grid_side == 32 and config.block_size == 32 and config.attention == "mra2"
-    config.attention = "dense"  # MRA-2 has nothing to choose from on this device
     with torch.device("meta"):
         model = MraForImageClassification(config)
-        logits = model(torch.empty(2, 3, 224, 224)).logits
-    assert logits.shape == (2, 1000)
     width, inner = 128, 512
     layer = 4 * (width**2 + width) + 2 * width * inner + inner + width + 4 * width
     stem = 3 * 14 * 14 * width + width + 1024 * width

@@ -13,26 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mra_attention.blocks import compute_dtype, count_blocks
+from mra_hf.prenorm import Routing
 
 #: Queries of one sample and head that are worked on together.
 _TILE = 32
-
-
-class Routing(NamedTuple):
-    """What the router of a layer decided.
-
-    Attributes:
-        probabilities: `[B, N, H]` float32; of a router that is not asked ("random") uniform.
-        heads: `[B, N]` int64, the head of each query; None under "soft" routing.
-        shares: `[H]` float32, without gradient: the share of the real tokens that a head gets (its
-            mean probability under "soft" routing).
-        balance_loss: H times the sum over heads of share times mean probability; 1 when balanced.
-    """
-
-    probabilities: Tensor
-    heads: Tensor | None
-    shares: Tensor
-    balance_loss: Tensor
 
 
 class AdaMraAttention(nn.Module):
@@ -76,11 +60,12 @@ class AdaMraAttention(nn.Module):
 
         Args:
             hidden_states: `[B, N, d]`.
-            token_mask: `[B, N]` bool, True at real tokens, any pattern; None: all are.
+            token_mask: `[B, N]` bool or integer, nonzero at real tokens, any pattern; None: all.
 
         Returns:
             `[B, N, d]`, 0 at padding, and what the router decided.
         """
+        token_mask = None if token_mask is None else token_mask.bool()
         padding = None if token_mask is None else ~token_mask[..., None]
         if padding is not None:  # it may hold NaN
             hidden_states = hidden_states.masked_fill(padding, 0)
@@ -125,8 +110,10 @@ class AdaMraAttention(nn.Module):
         n_heads = len(self.segment_lengths)
         if self.training:
             return torch.randint(n_heads, (batch, length), device=device)
-        generator = torch.Generator().manual_seed(self.layer_idx)
-        return torch.randint(n_heads, (length,), generator=generator).to(device).expand(batch, -1)
+        # Multiplicative hashing of the place: the same for every batch and length, and traceable.
+        places = torch.arange(1, length + 1, device=device) + 7919 * self.layer_idx
+        hashed = (places * 2654435761) % 2**32
+        return ((hashed >> 16) % n_heads).expand(batch, -1)
 
     def _memory(
         self, head: int, key: Tensor, value: Tensor, token_mask: Tensor | None

@@ -12,6 +12,7 @@ from mra_hf.prenorm import (
     EncoderOutput,
     PreNormEncoder,
     TokenEmbeddings,
+    check_classes,
     initialise,
     pooled,
     refuse_matrices,
@@ -94,6 +95,7 @@ class AdaMraForSequenceClassification(AdaMraPreTrainedModel):
 
     def __init__(self, config: AdaMraConfig):
         super().__init__(config)
+        check_classes(config)
         self.adamra = AdaMraModel(config)
         self.classifier = Classifier(
             config.hidden_size, config.classifier_hidden_size, config.num_labels

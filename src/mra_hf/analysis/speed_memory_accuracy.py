@@ -4,6 +4,7 @@ It compares models with one another: each of the three is scaled to 0 ... 1 over
 score of a model depends on the others.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ACCURACY = "eval_test_accuracy"
+_FIXED = ("device", "threads", "processes", "train_batch_size", "dtype", "max_seq_length")
 
 
 def smat_scores(
@@ -48,8 +50,8 @@ def _scaled(values: "Sequence[float]") -> np.ndarray:
 
 
 def smat_table(runs: "Sequence[Run]") -> str:
-    """The score of the finished Long Range Arena runs as Markdown, a table for each task and
-    device; seeds are averaged.
+    """The score of the finished Long Range Arena runs as Markdown, a table for each set of data and
+    machine; seeds are averaged.
 
     Returns:
         "" where no two results can be compared.
@@ -60,12 +62,20 @@ def smat_table(runs: "Sequence[Run]") -> str:
         first = group[0].results
         measured = all(_measured(run) is not None for run in group)
         if group[0].task.startswith("lra-") and measured:
-            place = (group[0].task, first.get("device"), first.get("train_batch_size"))
+            # What a comparison holds fixed: the data, the machine and how it is used.
+            fixed = [first.get(name) for name in _FIXED]
+            fixed += [group[0].settings.get(name) for name in ("source", "task_settings", "model")]
+            fixed += [sorted(first.get("data", {}).items())]
+            place = (group[0].task, json.dumps(fixed, sort_keys=True, default=str))
             by_place.setdefault(place, []).append(group)
     parts = []
-    for (task, device, batch), compared in by_place.items():
+    for (task, _), compared in by_place.items():
         if len(compared) < 2:
             continue
+        first = compared[0][0]
+        device, batch, length = (
+            first.results.get(name) for name in ("device", "train_batch_size", "max_seq_length")
+        )
         means = [np.mean([_measured(run) for run in group], axis=0) for group in compared]
         scores = smat_scores(*np.transpose(means))
         rows = [
@@ -81,7 +91,8 @@ def smat_table(runs: "Sequence[Run]") -> str:
         ]
         columns = ("attention", "n", "examples/s", "peak MB", "test", "score")
         parts.append(
-            f"{task} on {device}, batches of {batch}: training with its evaluations.\n\n"
+            f"{task}, up to {length} tokens, {first.settings.get('task_settings') or 'whole'}; on "
+            f"{device}, batches of {batch}: training with its evaluations.\n\n"
             + markdown_table(columns, rows)
         )
     return "\n".join(parts)

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from transformers import LongformerConfig, NystromformerConfig
 
 from mra_attention import mra2_attention
-from mra_attention.blocks import count_blocks
+from mra_attention.blocks import compute_dtype, count_blocks
 from mra_hf.adamra import AdaMraAttention
-from mra_hf.low_rank_attention import linear, linformer, performer
+from mra_hf.low_rank_attention import linear, linformer, orthogonal_directions, performer
 from mra_hf.lra.configuration import LraConfig
 
 
@@ -45,8 +45,12 @@ class HeadsLayer(nn.Module):
             part(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
         )
-        # In float32, as in the published runs; MRA-2 chooses its own precision.
-        output = self.attend(query, key, value, token_mask)
+        if isinstance(self.attend, Mra2):  # which chooses its own precision
+            output = self.attend(query, key, value, token_mask)
+        else:  # in float32, as in the published runs
+            wide = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
+            with torch.autocast(query.device.type, enabled=False):
+                output = self.attend(*wide, token_mask).to(query.dtype)
         return self.output(output.transpose(1, 2).flatten(2)), None
 
 
@@ -110,20 +114,23 @@ class Linformer(nn.Module):
 
 
 class Performer(nn.Module):
-    """Random features, drawn once for each layer."""
+    """Random features, drawn once for each layer and kept with its weights."""
 
     def __init__(self, config: LraConfig, layer_idx: int):
         super().__init__()
-        self.size, self.layer_idx = config.size, layer_idx
+        dim = config.hidden_size // config.num_attention_heads
+        self.register_buffer("directions", orthogonal_directions(config.size, dim, layer_idx))
 
     def forward(self, query, key, value, token_mask):
-        settings = {"size": self.size, "seed": self.layer_idx, "token_mask": token_mask}
+        directions = self.directions.to(query.dtype)
+        settings = {"size": 0, "directions": directions, "token_mask": token_mask}
         return performer(query, key, value, scale=query.shape[-1] ** -0.5, **settings)
 
 
 class NystromformerLayer(nn.Module):
     """Transformers' Nystromformer attention without its convolution; its landmarks average over
-    padding too, as published.
+    padding too, which is zeros here, as published. The inverse starts from each matrix by itself,
+    where Transformers takes the largest one of the batch, so that neighbours would be seen.
     """
 
     def __init__(self, config: LraConfig):
@@ -142,15 +149,18 @@ class NystromformerLayer(nn.Module):
         )
         self.attend = NystromformerSelfAttention(sizes)
         self.attend.conv_kernel_size = None
+        self.attend.iterative_inv = iterative_inverse
         if hasattr(self.attend, "conv"):
             del self.attend.conv
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
         length = hidden_states.shape[1]
+        if token_mask is not None:
+            hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
         states, mask = _padded(hidden_states, token_mask, self.landmarks)
         self.attend.seq_len = states.shape[1]
-        logits = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
+        logits = states.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(states.dtype).min / 2)
         output = self.attend(states, attention_mask=logits[:, None, None])[0]
         return self.output(output[:, :length]), None
 
@@ -187,6 +197,20 @@ class LongformerLayer(nn.Module):
             is_global_attn=True,
         )[0]
         return self.output(output.view_as(states)[:, :length]), None
+
+
+def iterative_inverse(matrix: Tensor, n_iter: int = 6) -> Tensor:
+    """Pseudo-inverse of `[..., m, m]` by the third-order iteration of Razavi et al. (2014), which
+    Nystromformer uses, started from each matrix alone.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    sums = matrix.abs().sum(-1).amax(-1) * matrix.abs().sum(-2).amax(-1)
+    inverse = matrix.mT / sums[..., None, None]
+    for _ in range(n_iter):
+        product = matrix @ inverse
+        inner = 15 * identity - product @ (7 * identity - product)
+        inverse = inverse @ (13 * identity - product @ inner) / 4
+    return inverse
 
 
 _HEADS = {

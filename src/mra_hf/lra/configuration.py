@@ -117,6 +117,11 @@ class LraConfig(PreTrainedConfig):
                     f"{self.attention_size} with attention={self.attention!r}; drop it."
                 )
             check_int("attention_size", self.attention_size, 1)
+        if self.attention == "longformer" and self.size % 2:
+            raise ValueError(
+                f"attention_size must be even, got {self.size}: half of Longformer's window lies "
+                "on each side."
+            )
         if self.grid is not None:
             self._check_grid()
         check_adamra(self)

@@ -15,6 +15,7 @@ from mra_hf.prenorm import (
     EncoderOutput,
     PreNormEncoder,
     TokenEmbeddings,
+    check_classes,
     initialise,
     pooled,
     refuse_matrices,
@@ -116,6 +117,7 @@ class LraForSequenceClassification(LraPreTrainedModel):
 
     def __init__(self, config: LraConfig):
         super().__init__(config)
+        check_classes(config)
         self.lra = LraModel(config)
         features = config.hidden_size * (4 if config.two_tower else 1)
         self.classifier = Classifier(features, config.classifier_hidden_size, config.num_labels)

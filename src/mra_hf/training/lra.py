@@ -129,6 +129,7 @@ def run_lra(
     if lra_args.config_overrides:
         override(config, lra_args.config_overrides)
         config.check()
+        _check_fits(config, data)
     model = model_class(config)
     accuracy = load_metric("accuracy")
 
@@ -196,8 +197,9 @@ def load_task(task: str, source: str | None, settings: str | None) -> LraData:
                 f"task_settings: task {task} has no {name!r}; it has {', '.join(known)}."
             )
         given[name] = yaml.safe_load(value)
-        kind = type(known[name].default)
-        if known[name].default is not None and type(given[name]) is not kind:
+        default = known[name].default
+        kind = int if default is None else type(default)  # no amount, or one
+        if type(given[name]) is not kind and not (default is None and given[name] is None):
             raise ValueError(
                 f"task_settings: {name} must be of type {kind.__name__}, got {value!r}."
             )
@@ -335,6 +337,19 @@ class LraTrainer(runs.InOrder):
                 for head, share in enumerate(heads):
                     logs[f"share_layer_{layer}_head_{head}"] = round(share, 4)
         super().log(logs, *args, **kwargs)
+
+
+def _check_fits(config: LraConfig | MraImageConfig, data: LraData) -> None:
+    """Raise a `ValueError` where an override made the model too small for its task."""
+    needed = {"num_labels": len(data.labels)}
+    if isinstance(config, LraConfig):
+        needed |= {"vocab_size": data.vocab_size, "max_position_embeddings": data.max_length}
+    for name, least in needed.items():
+        if getattr(config, name) < least:
+            raise ValueError(
+                f"config_overrides: {name} must be at least {least} for this task, got "
+                f"{getattr(config, name)}."
+            )
 
 
 def _warmup(training_args: TrainingArguments, steps: int) -> int:

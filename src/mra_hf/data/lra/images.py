@@ -2,13 +2,15 @@
 
 import gzip
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import LraData, rows
+from mra_hf.data.lra.parts import LraData, check_amounts, drawn, rows
 
 SIDE = 32
+_FASHION_SIDE = 28
 _FASHION = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 _FASHION_TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _CLOTHES = (
@@ -45,6 +47,7 @@ def image(
     Raises:
         ValueError: no such files, or damaged ones.
     """
+    check_amounts(seed=seed, max_train=max_train, max_eval=max_eval)
     if side not in (SIDE // 2, SIDE):
         raise ValueError(f"side must be {SIDE} or {SIDE // 2}, got {side!r}.")
     folder = Path(source).expanduser()
@@ -56,6 +59,11 @@ def image(
         read, labels, name = *_cifar_binary(folder), "CIFAR-10"
     elif (folder / "train").is_dir() and (folder / "test").is_dir():
         read, labels, name = *_class_folders(folder), folder.name
+    elif (folder / "data_batch_1").is_file():
+        raise ValueError(
+            f"{source} holds CIFAR-10 as Python pickles, which may run code and are not read; take "
+            "its binary version (cifar-10-binary.tar.gz)."
+        )
     else:
         raise ValueError(
             f"{source} holds none of CIFAR-10's data_batch_1.bin, train/ and test/ with folders of "
@@ -71,10 +79,11 @@ def image(
         "test": (test_pixels, test_classes, max_eval),
     }
     offset = 0 if mask_zero_pixels else 1
-    made = {
-        part: rows(*_drawn(x.reshape(len(x), -1).astype(np.int16) + offset, y, limit, seed))
-        for part, (x, y, limit) in parts.items()
-    }
+    made = {}
+    for part, (x, y, limit) in parts.items():
+        chosen = drawn(len(x), limit, seed)
+        ids = x[chosen].reshape(len(chosen), side**2).astype(np.int16) + offset
+        made[part] = rows(list(ids), y[chosen].tolist(), len(labels), f"{source} ({part})")
     return LraData(
         **made,
         vocab_size=256 + offset,
@@ -85,13 +94,6 @@ def image(
         masks_zero=mask_zero_pixels,
         grid=(side, side),
     )
-
-
-def _drawn(x: np.ndarray, y: np.ndarray, limit: int | None, seed: int) -> tuple[list, list]:
-    if limit is not None and limit < len(y):
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(y))[:limit])
-        x, y = x[chosen], y[chosen]
-    return list(x), y.tolist()
 
 
 def _of_side(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -108,13 +110,14 @@ def _find(folder: Path, name: str) -> Path | None:
 
 def _fashion_mnist(folder: Path):
     parts = []
+    edge = (SIDE - _FASHION_SIDE) // 2
     for images, labels in (_FASHION, _FASHION_TEST):
         x, y = (_read_idx(folder, name) for name in (images, labels))
-        if len(x) != len(y):
+        if x.shape[1:] != (_FASHION_SIDE, _FASHION_SIDE) or y.shape != x.shape[:1]:
             raise ValueError(
-                f"{folder}: {images} has {len(x)} images and {labels} {len(y)} labels."
+                f"{folder}: {images} must hold images of {_FASHION_SIDE} x {_FASHION_SIDE} and "
+                f"{labels} a label for each, got shapes {x.shape} and {y.shape}."
             )
-        edge = (SIDE - x.shape[1]) // 2
         parts.append((np.pad(x, ((0, 0), (edge, edge), (edge, edge))), y))
     return parts
 
@@ -132,7 +135,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         if zeros or kind != 8:
             raise ValueError("not an array of bytes")
         return values.reshape(shape)
-    except (OSError, EOFError, struct.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise ValueError(f"{path} is no whole idx file ({error}); fetch it again.") from error
 
 
@@ -141,7 +144,7 @@ def _cifar_binary(folder: Path):
         batches = []
         for name in names:
             path = folder / name
-            if not path.is_file() or path.stat().st_size % 3073:
+            if not path.is_file() or not path.stat().st_size or path.stat().st_size % 3073:
                 raise ValueError(f"{path} is missing or cut off; fetch CIFAR-10 again.")
             batches.append(np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 3073))
         all_rows = np.concatenate(batches)
@@ -171,6 +174,10 @@ def _class_folders(folder: Path):
             for path in sorted((folder / part / label).iterdir())
             if path.suffix.lower() in (".png", ".jpg", ".jpeg")
         ]
+        empty = set(range(len(labels))) - {number for _, number in found}
+        if empty:
+            names = [labels[number] for number in sorted(empty)]
+            raise ValueError(f"{folder / part} has no .png or .jpg files in {names}.")
         # The files come class by class; train and dev both need all of them.
         order = np.random.default_rng(0).permutation(len(found))
         pixels = np.empty((len(found), SIDE, SIDE), np.uint8)

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from mra_attention.checks import check_int
-from mra_hf.data.lra.parts import PARTS, LraData, features
+from mra_hf.data.lra.parts import PARTS, LraData, check_amounts, features
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
@@ -64,12 +64,13 @@ def listops(
     sizes = dict(zip(PARTS, (train, dev, test), strict=True))
     for name, size in sizes.items():
         check_int(name, size, 1)
+    check_amounts(seed=seed, num_proc=num_proc)
     check_int("min_length", min_length, 1)
     check_int("max_length", max_length, min_length + 2)
     check_int("max_depth", max_depth, 2)
     check_int("max_arguments", max_arguments, 2)
     total = sum(sizes.values())
-    shards = -(-total // _SHARD)
+    shards = -(-total // _SHARD) + 1  # some for those that are drawn twice
     trees = Dataset.from_generator(
         _shards,
         features=features("input_ids"),

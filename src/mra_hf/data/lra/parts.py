@@ -53,16 +53,39 @@ def features(*columns: str) -> Features:
     return Features({**ids, "label": Value("int8")})
 
 
-def rows(ids: Sequence, labels: Sequence[int], **other: Sequence) -> Dataset:
+def rows(
+    ids: Sequence, labels: Sequence[int], n_classes: int, where: str, **other: Sequence
+) -> Dataset:
     """Rows of `input_ids`, of the other columns, and of labels.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a label that is no class; it says `where`.
     """
     if not len(labels):
-        raise ValueError("there are no rows; is the source the right one?")
+        raise ValueError(f"{where} holds no rows.")
+    if not 0 <= min(labels) <= max(labels) < n_classes:
+        raise ValueError(
+            f"{where} has labels from {min(labels)} to {max(labels)}, and there are {n_classes} "
+            "classes from 0 on."
+        )
     columns = {"input_ids": ids, **other}
     return Dataset.from_dict({**columns, "label": list(labels)}, features=features(*columns))
+
+
+def drawn(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """Places of `limit` among `count` rows at random, in their order; all without a limit."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
+
+
+def check_amounts(**amounts: int | None) -> None:
+    """Raise a `ValueError` unless every amount is a positive integer, or None, and a seed not
+    negative.
+    """
+    for name, amount in amounts.items():
+        if amount is not None:
+            check_int(name, amount, 0 if name == "seed" else 1)
 
 
 def divided(count: int, shares: tuple[float, float], seed: int) -> dict[str, np.ndarray]:

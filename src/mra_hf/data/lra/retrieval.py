@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import PARTS, LraData, divided, rows
+from mra_hf.data.lra.parts import PARTS, LraData, check_amounts, divided, drawn, rows
 from mra_hf.data.lra.texts import to_ids
 
 #: The files of the published set, by part.
@@ -49,13 +49,17 @@ def retrieval(
     Raises:
         ValueError: no such files, damaged ones (with the line), or works that are too short.
     """
+    check_amounts(seed=seed, max_bytes=max_bytes, train=train, dev=dev, test=test)
+    check_amounts(max_train=max_train, max_eval=max_eval)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ValueError(f"source must be a folder, and {source} is none.")
     if (folder / _AAN["train"]).is_file():
         limits = {"train": max_train, "dev": max_eval, "test": max_eval}
         made = {
-            part: _pairs(list(_aan(folder / _AAN[part])), max_bytes, limits[part], seed)
+            part: _pairs(
+                list(_aan(folder / _AAN[part])), max_bytes, limits[part], seed, folder / _AAN[part]
+            )
             for part in PARTS
         }
         labels, split = ("no citation", "citation"), "AAN as published"
@@ -72,7 +76,8 @@ def retrieval(
         for number, (part, count) in enumerate(zip(PARTS, (train, dev, test), strict=True)):
             own = [works[place] for place in places[part]]
             draw = np.random.default_rng((seed, number))
-            made[part] = _pairs(list(_passages(own, count, max_bytes, draw)), max_bytes, None, seed)
+            pairs = list(_passages(own, count, max_bytes, draw))
+            made[part] = _pairs(pairs, max_bytes, None, seed, folder)
         labels = ("two works", "one work")
         split = f"passages of {len(works)} works, a stand-in; works held out, seed {seed}"
     return LraData(
@@ -80,12 +85,17 @@ def retrieval(
     )
 
 
-def _pairs(triples: list[tuple[bytes, bytes, int]], max_bytes: int, limit: int | None, seed: int):
-    if limit is not None and limit < len(triples):
-        chosen = np.random.default_rng(seed).permutation(len(triples))[:limit]
-        triples = [triples[place] for place in np.sort(chosen)]
+def _pairs(
+    triples: list[tuple[bytes, bytes, int]],
+    max_bytes: int,
+    limit: int | None,
+    seed: int,
+    where: Path,
+):
+    triples = [triples[place] for place in drawn(len(triples), limit, seed)]
     first, second = ([to_ids(triple[side], max_bytes) for triple in triples] for side in (0, 1))
-    return rows(first, [label for *_, label in triples], input_ids_2=second)
+    labels = [label for *_, label in triples]
+    return rows(first, labels, 2, str(where), input_ids_2=second)
 
 
 def _aan(path: Path) -> Iterator[tuple[bytes, bytes, int]]:
@@ -104,7 +114,7 @@ def _aan(path: Path) -> Iterator[tuple[bytes, bytes, int]]:
 
 
 def _works(path: Path) -> Iterator[bytes]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield json.loads(line)["text"].encode()

@@ -3,18 +3,20 @@
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import LraData, divided, rows
+from mra_hf.data.lra.parts import LraData, check_amounts, divided, drawn, rows
 
 _SPAM_FOLDERS = {
     "easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1,
 }  # fmt: skip
 _OPEN = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
 _KINDS = ("neg", "pos")
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
 def text(
@@ -41,13 +43,14 @@ def text(
     Raises:
         ValueError: no such files, or damaged ones, with the file and its line.
     """
+    check_amounts(seed=seed, max_bytes=max_bytes, max_train=max_train, max_eval=max_eval)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ValueError(f"source must be a folder of texts, and {source} is none.")
     if (folder / "data" / "spam-1").is_dir():  # as the package comes
         folder = folder / "data"
     if (folder / "spam-1").is_dir():
-        everything = _unique(_spam(folder))
+        everything = _of_both_classes(_unique(_spam(folder)), folder)
         parts = divided(len(everything), (0.1, 0.1), seed)
         texts = {name: [everything[place] for place in places] for name, places in parts.items()}
         labels = ("ham", "spam")
@@ -55,7 +58,10 @@ def text(
             f"SpamAssassin without headers, a stand-in; a tenth each for dev and test, seed {seed}"
         )
     else:
-        texts = {name: list(_reviews(folder, name)) for name in ("train", "test")}
+        texts = {
+            name: _of_both_classes(list(_reviews(folder, name)), folder / name)
+            for name in ("train", "test")
+        }
         labels = ("negative", "positive")
         if test_as_dev:
             texts["dev"] = texts["test"]
@@ -68,7 +74,10 @@ def text(
             split = f"{folder.name}; dev: a tenth of the training texts, drawn by seed {seed}"
     limits = {"train": max_train, "dev": max_eval, "test": max_eval}
     return LraData(
-        **{name: _rows(texts[name], max_bytes, limit, seed) for name, limit in limits.items()},
+        **{
+            name: _rows(texts[name], max_bytes, limit, seed, f"{source} ({name})")
+            for name, limit in limits.items()
+        },
         vocab_size=257,
         max_length=max_bytes,
         labels=labels,
@@ -81,11 +90,16 @@ def to_ids(content: bytes, max_bytes: int) -> np.ndarray:
     return np.frombuffer(content[:max_bytes], np.uint8).astype(np.int16) + 1
 
 
-def _rows(pairs: list[tuple[bytes, int]], max_bytes: int, limit: int | None, seed: int):
-    if limit is not None and limit < len(pairs):
-        chosen = np.random.default_rng(seed).permutation(len(pairs))[:limit]
-        pairs = [pairs[place] for place in np.sort(chosen)]
-    return rows([to_ids(content, max_bytes) for content, _ in pairs], [label for _, label in pairs])
+def _rows(pairs: list[tuple[bytes, int]], max_bytes: int, limit: int | None, seed: int, where: str):
+    pairs = [pairs[place] for place in drawn(len(pairs), limit, seed)]
+    ids = [to_ids(content, max_bytes) for content, _ in pairs]
+    return rows(ids, [label for _, label in pairs], 2, where)
+
+
+def _of_both_classes(pairs: list[tuple[bytes, int]], where: Path) -> list[tuple[bytes, int]]:
+    if len({label for _, label in pairs}) < 2:
+        raise ValueError(f"{where} must hold texts of both classes, got {len(pairs)} of one.")
+    return pairs
 
 
 def _reviews(folder: Path, part: str) -> Iterator[tuple[bytes, int]]:
@@ -117,7 +131,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
                     raise ValueError("label must be 0 or 1, and text a string")
                 yield row["text"].encode("utf-8", "surrogatepass"), row["label"]
                 done += 1
-    except (OSError, EOFError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
+    except (*_UNREADABLE, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f'{path}, line {done + 1}: must be JSON with "text" and "label" 0 or 1 '
             f"({type(error).__name__}: {error})."
