@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from mra_hf import (
@@ -341,3 +342,16 @@ def test_impossible_inputs_are_refused(batch):
     ):
         with pytest.raises(ValueError, match=message):
             model(**arguments)
+
+
+def test_what_a_file_holds_is_kept_beside_what_it_lacks(tmp_path):
+    model = AdaMraModel(AdaMraConfig(**SIZES))
+    model.save_pretrained(tmp_path)
+    missing = "encoder.layers.0.attention.router.weight"
+    kept = {name: x for name, x in load_file(tmp_path / "model.safetensors").items()}
+    del kept[missing]
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    again = AdaMraModel.from_pretrained(tmp_path).state_dict()
+    assert set(again) == {*kept, missing}
+    for name, weight in kept.items():
+        torch.testing.assert_close(again[name], weight)

@@ -48,10 +48,11 @@ class AdaMraAttention(nn.Module):
 
     @torch.no_grad()
     def reset_head_parameters(self) -> None:
-        """Draw the projections of the heads as those of a linear layer."""
+        """Draw the projections of the heads as those of a linear layer (Glorot, uniform)."""
+        bound = (6 / (2 * self.query.in_features)) ** 0.5
         for weights in (self.head_query, self.head_key, self.head_value):
-            for weight in weights:
-                nn.init.xavier_uniform_(weight)
+            # Whole parameters: Transformers marks those that it has loaded, and not their slices.
+            nn.init.uniform_(weights, -bound, bound)
 
     def forward(
         self, hidden_states: Tensor, token_mask: Tensor | None = None
