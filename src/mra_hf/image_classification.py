@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from mra_attention.checks import SELECTION_RULES, check_choice, check_int
@@ -17,8 +17,8 @@ from mra_hf.lra.attention import Dense, HeadsLayer, Mra2
 from mra_hf.prenorm import (
     Classifier,
     PreNormEncoder,
+    PreNormPreTrainedModel,
     check_classes,
-    initialise,
     refuse_matrices,
 )
 
@@ -123,15 +123,12 @@ class MraImageConfig(PreTrainedConfig):
         return math.prod(self.patch_size)
 
 
-class MraForImageClassification(PreTrainedModel):
+class MraForImageClassification(PreNormPreTrainedModel):
     """Convolution, learned positions, pre-norm layers, mean over tokens, classifier."""
 
     config_class = MraImageConfig
     base_model_prefix = "mra_image"
     main_input_name = "pixel_values"
-    supports_gradient_checkpointing = True
-    # The losses are means over a batch, see MraPreTrainedMixin.
-    accepts_loss_kwargs = False
 
     def __init__(self, config: MraImageConfig):
         super().__init__(config)
@@ -155,8 +152,11 @@ class MraForImageClassification(PreTrainedModel):
         )
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module, self.config.initializer_range)
+    def get_input_embeddings(self) -> nn.Conv2d:
+        return self.stem
+
+    def set_input_embeddings(self, value: nn.Conv2d) -> None:
+        self.stem = value
 
     def forward(
         self,

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
+
+from mra_attention.order import inverse_order
 
 
 @dataclass
@@ -243,3 +245,88 @@ def initialise(module: nn.Module, std: float) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+class PreNormPreTrainedModel(PreTrainedModel):
+    """What all models around the encoder share: initial weights, and the table of tokens.
+
+    A module that holds parameters of its own has `reset_own_parameters`.
+    """
+
+    supports_gradient_checkpointing = True
+    # The losses are means over a batch, see MraPreTrainedMixin.
+    accepts_loss_kwargs = False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module, self.config.initializer_range)
+        if hasattr(module, "reset_own_parameters"):
+            module.reset_own_parameters()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.base_model.embeddings.tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.base_model.embeddings.tokens = value
+
+
+class PreNormModel(PreNormPreTrainedModel):
+    """Embeddings and encoder; a subclass says which attention."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.embeddings = TokenEmbeddings(config)
+        layers = range(config.num_hidden_layers)
+        self.encoder = PreNormEncoder(config, [self.attention_layer(layer) for layer in layers])
+        self.post_init()
+
+    def attention_layer(self, layer_idx: int) -> nn.Module:
+        """The attention of a layer."""
+        raise NotImplementedError
+
+    def order(self, length: int, device: torch.device) -> Tensor | None:
+        """The order that tokens are put in for the layers, `[N]` int64; None: as they come."""
+        return None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        output_router_probs: bool = False,
+        return_dict: bool | None = None,
+    ) -> EncoderOutput | tuple:
+        """Encode.
+
+        Args:
+            input_ids: `[B, N]` int64; N is that of the grid where the configuration has one.
+            attention_mask: `[B, N]` bool or integer, nonzero at real tokens; None: all are.
+            inputs_embeds: `[B, N, hidden_size]` in place of input_ids.
+            output_hidden_states: return the states of all layers (of a grid patch by patch).
+            output_attentions: must be off: there are no matrices.
+            output_router_probs: return the router's probabilities of all layers (AdaMRA).
+            return_dict: False for a tuple.
+
+        Raises:
+            ValueError: both or none of input_ids and inputs_embeds, a mask of another shape, more
+                tokens than positions or another number than the grid has, or matrices asked for.
+        """
+        refuse_matrices(output_attentions)
+        states = self.embeddings(input_ids, inputs_embeds)
+        token_mask = to_token_mask(attention_mask, states.shape[:2])
+        order = self.order(states.shape[1], states.device)
+        if order is not None:
+            states = states[:, order]
+            token_mask = None if token_mask is None else token_mask[:, order]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = self.encoder(
+            states,
+            token_mask,
+            output_hidden_states=output_hidden_states,
+            output_router_probs=output_router_probs,
+        )
+        if order is not None:
+            output.last_hidden_state = output.last_hidden_state[:, inverse_order(order)]
+        return output if return_dict is not False else output.to_tuple()

@@ -44,10 +44,10 @@ class AdaMraAttention(nn.Module):
         self.head_query, self.head_key, self.head_value = (
             nn.Parameter(torch.empty(heads, width, width)) for _ in range(3)
         )
-        self.reset_head_parameters()
+        self.reset_own_parameters()
 
     @torch.no_grad()
-    def reset_head_parameters(self) -> None:
+    def reset_own_parameters(self) -> None:
         """Draw the projections of the heads as those of a linear layer (Glorot, uniform)."""
         bound = (6 / (2 * self.query.in_features)) ** 0.5
         for weights in (self.head_query, self.head_key, self.head_value):

@@ -98,10 +98,10 @@ class Linformer(nn.Module):
         super().__init__()
         shape = (config.num_attention_heads, config.size, config.max_position_embeddings)
         self.projection = nn.Parameter(torch.empty(shape))
-        self.reset_projection()
+        self.reset_own_parameters()
 
     @torch.no_grad()
-    def reset_projection(self) -> None:
+    def reset_own_parameters(self) -> None:
         """Draw it anew."""
         nn.init.normal_(self.projection, 0, self.projection.shape[1] ** -0.5)
 

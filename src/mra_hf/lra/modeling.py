@@ -3,113 +3,51 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from mra_attention.order import inverse_order, patch_order
-from mra_hf.adamra import AdaMraAttention
-from mra_hf.lra.attention import Linformer, attention_layer
+from mra_attention.order import patch_order
+from mra_hf.lra.attention import attention_layer
 from mra_hf.lra.configuration import LraConfig
 from mra_hf.prenorm import (
     Classifier,
     ClassifierOutput,
     EncoderOutput,
-    PreNormEncoder,
-    TokenEmbeddings,
+    PreNormModel,
+    PreNormPreTrainedModel,
     check_classes,
-    initialise,
     pooled,
-    refuse_matrices,
     to_token_mask,
 )
 
 
-class LraPreTrainedModel(PreTrainedModel):
-    """What the models share: their configuration and initial weights."""
+class LraPreTrainedModel(PreNormPreTrainedModel):
+    """What the models of the arena share."""
 
     config_class = LraConfig
     base_model_prefix = "lra"
-    supports_gradient_checkpointing = True
-    # The losses are means over a batch, see MraPreTrainedMixin.
-    accepts_loss_kwargs = False
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module, self.config.initializer_range)
-        if isinstance(module, AdaMraAttention):
-            module.reset_head_parameters()
-        elif isinstance(module, Linformer):
-            module.reset_projection()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embeddings.tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embeddings.tokens = value
 
 
-class LraModel(LraPreTrainedModel):
+class LraModel(LraPreTrainedModel, PreNormModel):
     """Encoder: two pre-norm layers, by default."""
 
-    def __init__(self, config: LraConfig):
-        super().__init__(config)
-        self.embeddings = TokenEmbeddings(config)
-        layers = range(config.num_hidden_layers)
-        self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
-        self.post_init()
+    def attention_layer(self, layer_idx: int) -> nn.Module:
+        """The attention of a layer."""
+        return attention_layer(self.config, layer_idx)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        output_router_probs: bool = False,
-        return_dict: bool | None = None,
-    ) -> EncoderOutput | tuple:
-        """Encode.
-
-        Args:
-            input_ids: `[B, N]` int64; with a `grid`, N is its number of places.
-            attention_mask: `[B, N]` bool or integer, nonzero at real tokens; None: all are.
-            inputs_embeds: `[B, N, hidden_size]` in place of input_ids.
-            output_hidden_states: return the states of all layers (of a grid patch by patch).
-            output_attentions: must be off: there are no matrices.
-            output_router_probs: return the router's probabilities of all layers (AdaMRA).
-            return_dict: False for a tuple.
+    def order(self, length: int, device: torch.device) -> Tensor | None:
+        """Patches of 4 x 8 where the configuration has a grid.
 
         Raises:
-            ValueError: both or none of input_ids and inputs_embeds, a mask of another shape, more
-                tokens than positions or another number than the grid has, or matrices asked for.
+            ValueError: another number of tokens than the grid has.
         """
-        refuse_matrices(output_attentions)
-        states = self.embeddings(input_ids, inputs_embeds)
-        token_mask = to_token_mask(attention_mask, states.shape[:2])
-        order = self._order(states)
-        if order is not None:
-            states = states[:, order]
-            token_mask = None if token_mask is None else token_mask[:, order]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = self.encoder(
-            states,
-            token_mask,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-        )
-        if order is not None:
-            output.last_hidden_state = output.last_hidden_state[:, inverse_order(order)]
-        return output if return_dict is not False else output.to_tuple()
-
-    def _order(self, states: Tensor) -> Tensor | None:
         if self.config.grid is None:
             return None
         height, width = self.config.grid
-        if states.shape[1] != height * width:
+        if length != height * width:
             raise ValueError(
                 f"input_ids must hold the {height} x {width} = {height * width} places of the "
-                f"grid, got {states.shape[1]}."
+                f"grid, got {length}."
             )
-        return patch_order(height, width, device=states.device)
+        return patch_order(height, width, device=device)
 
 
 class LraForSequenceClassification(LraPreTrainedModel):
