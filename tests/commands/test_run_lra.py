@@ -175,6 +175,7 @@ def test_images_are_read_in_patches_with_the_priors_of_the_published_runs():
     ("more", "message"),
     [
         (("--attention", "sdpa"), "attention must be one of"),
+        (("--do_train", "false"), "no trained model to evaluate here"),
         (("--task", "maze"), "task must be one of"),
         (("--task_settings", "size=3"), "has no 'size'"),
         (("--config_overrides", "segment_lengths=[0]"), r"segment_lengths[0] must be"),

@@ -110,11 +110,13 @@ def run_lra(
         ValueError: settings that contradict one another, or faulty data.
     """
     runs.check_run(training_args)
+    if not training_args.do_train:
+        raise ValueError("there is no trained model to evaluate here; pass --do_train true.")
     check_choice("task", lra_args.task, tuple(TASKS))
     check_choice("attention", lra_args.attention, tuple(ATTENTIONS))
     check_choice("model", lra_args.model, MODELS)
     runs.check_best_metric(training_args, ("loss", "accuracy"))
-    if training_args.do_train and lra_args.one_cycle and training_args.max_steps > 0:
+    if lra_args.one_cycle and training_args.max_steps > 0:
         _warmup(training_args, training_args.max_steps)
     resume_from = resuming.checkpoint_to_resume(training_args)
     with training_args.main_process_first(desc="data"):
@@ -154,8 +156,7 @@ def run_lra(
     results["controls"] = controls(lra_args.task, data)
 
     def evaluate() -> dict[str, Any]:
-        if training_args.do_train:
-            results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
+        results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
         scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
         predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
         if trainer.is_world_process_zero():
