@@ -241,9 +241,11 @@ class MraConfig(RobertaConfig):
             )
         if {"block_per_row", "max_position_embeddings"} & kwargs.keys():
             config_dict["block_budget"] = None  # else it would silently stand above what is asked
-        config_dict |= one_description(
-            {name: kwargs.pop(name) for name in ATTENTION_DEFAULTS if name in kwargs}
-        )
+        if kwargs.keys() & {*_TWO_SCALES, *_ANY_SCALES}:
+            # What belongs together is set together; other settings may be followed by overrides.
+            config_dict |= one_description(
+                {name: kwargs.pop(name) for name in ATTENTION_DEFAULTS if name in kwargs}
+            )
         return super().from_dict(config_dict, **kwargs)
 
 
