@@ -4,6 +4,7 @@ An attention layer is a module `layer(hidden_states [B, N, C], token_mask [B, N]
 returns `[B, N, C]` and, if it routes its queries, a `Routing`, else None.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -270,18 +271,23 @@ class PreNormPreTrainedModel(PreTrainedModel):
 
 
 class PreNormModel(PreNormPreTrainedModel):
-    """Embeddings and encoder; a subclass says which attention."""
+    """Embeddings and encoder.
 
-    def __init__(self, config: PreTrainedConfig):
+    Args:
+        config: sizes.
+        attention_layer: called as `attention_layer(config, layer_idx)` for each layer.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        attention_layer: Callable[[PreTrainedConfig, int], nn.Module],
+    ):
         super().__init__(config)
         self.embeddings = TokenEmbeddings(config)
         layers = range(config.num_hidden_layers)
-        self.encoder = PreNormEncoder(config, [self.attention_layer(layer) for layer in layers])
+        self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
         self.post_init()
-
-    def attention_layer(self, layer_idx: int) -> nn.Module:
-        """The attention of a layer."""
-        raise NotImplementedError
 
     def order(self, length: int, device: torch.device) -> Tensor | None:
         """The order that tokens are put in for the layers, `[N]` int64; None: as they come."""

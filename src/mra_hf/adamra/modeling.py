@@ -26,9 +26,8 @@ class AdaMraPreTrainedModel(PreNormPreTrainedModel):
 class AdaMraModel(AdaMraPreTrainedModel, PreNormModel):
     """Encoder; its cost is linear in the number of tokens."""
 
-    def attention_layer(self, layer_idx: int) -> AdaMraAttention:
-        """The attention of a layer."""
-        return AdaMraAttention(self.config, layer_idx)
+    def __init__(self, config: AdaMraConfig):
+        super().__init__(config, AdaMraAttention)
 
 
 class AdaMraForSequenceClassification(AdaMraPreTrainedModel):

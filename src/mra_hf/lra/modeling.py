@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mra_attention.order import patch_order
 from mra_hf.lra.attention import attention_layer
@@ -29,9 +29,8 @@ class LraPreTrainedModel(PreNormPreTrainedModel):
 class LraModel(LraPreTrainedModel, PreNormModel):
     """Encoder: two pre-norm layers, by default."""
 
-    def attention_layer(self, layer_idx: int) -> nn.Module:
-        """The attention of a layer."""
-        return attention_layer(self.config, layer_idx)
+    def __init__(self, config: LraConfig):
+        super().__init__(config, attention_layer)
 
     def order(self, length: int, device: torch.device) -> Tensor | None:
         """Patches of 4 x 8 where the configuration has a grid.
