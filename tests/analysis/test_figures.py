@@ -129,6 +129,8 @@ def test_lengths_that_not_every_method_takes_are_drawn(length, tmp_path):
         draw(name, heads, tmp_path)
     with pytest.raises(ValueError, match="128 tokens or more, got 100; raise --length"):
         draw("figure-7", heads.first_tokens(100), tmp_path)
+    assert main(["figures", "--length", "100", "--out", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "none").exists()
 
 
 def test_figure_8_compares_with_the_best(drawn):

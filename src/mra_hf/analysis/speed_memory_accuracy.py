@@ -95,6 +95,10 @@ def smat_table(runs: "Sequence[Run]") -> str:
             f"{device}, batches of {batch}: training with its evaluations.\n\n"
             + markdown_table(columns, rows)
         )
+    if parts:
+        parts.insert(
+            0, "Score: speed, little memory and accuracy, each from 0 to 1 over the models.\n"
+        )
     return "\n".join(parts)
 
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     length = 512 if args.length is None else args.length
     if args.text is None and not is_recorded and args.source != "synthetic":
         raise ValueError(f"--source {args.source} is a checkpoint and needs --text to read.")
-    from mra_hf.analysis.figures import draw  # slow to import; --help stays quick
+    from mra_hf.analysis.figures import check_length, draw  # slow to import; --help stays quick
     from mra_hf.analysis.head_inputs import load_heads, synthetic_heads
     from mra_hf.analysis.recording import record_checkpoint
 
@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         heads = load_heads(args.source)
     else:
         heads = record_checkpoint(args.source, args.text, length=length)
+    check_length(heads)
     args.out.mkdir(parents=True, exist_ok=True)
     names = args.only or NAMES
     for number, name in enumerate(names, 1):

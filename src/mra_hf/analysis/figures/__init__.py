@@ -39,6 +39,14 @@ FIGURES: dict[str, Callable[[HeadInputs], Drawn]] = {
 }
 
 
+def check_length(heads: HeadInputs) -> None:
+    """Raise a `ValueError` if the heads are too short for figures."""
+    if heads.length < SHORTEST:
+        raise ValueError(
+            f"figures need heads of {SHORTEST} tokens or more, got {heads.length}; raise --length."
+        )
+
+
 def draw(name: str, heads: HeadInputs, out: Path) -> str:
     """Write NAME.png, NAME.csv and NAME.txt, the caption, to the folder `out`.
 
@@ -53,10 +61,7 @@ def draw(name: str, heads: HeadInputs, out: Path) -> str:
     Raises:
         ValueError: heads of fewer than 128 tokens.
     """
-    if heads.length < SHORTEST:
-        raise ValueError(
-            f"figures need heads of {SHORTEST} tokens or more, got {heads.length}; raise --length."
-        )
+    check_length(heads)
     drawn = FIGURES[name](heads)
     caption = f"{name}. Source: {heads.source}. {drawn.caption}"
     with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
