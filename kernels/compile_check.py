@@ -183,10 +183,12 @@ def _recorded(
         for name, stand_in in patches.items():
             stack.enter_context(mock.patch.object(launching, name, stand_in))
         scale = dim**-0.5
+        summaries = triton_impl.summarize(query, key, value, mask)
         blocks = triton_impl.select(
             query,
             key,
             mask,
+            summaries=summaries,
             block_per_row=8,
             block_budget=None,
             initial_prior_first_n_blocks=1,
@@ -196,6 +198,7 @@ def _recorded(
         )
         largest_budget = 8 * length // 32  # as of the selection above
         settings = {"scale": scale, "sparse": sparse, "largest_budget": largest_budget}
+        settings["summaries"] = summaries
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
     return launches

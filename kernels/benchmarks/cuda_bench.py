@@ -374,9 +374,10 @@ def time_selection(session: Session, shape: Shape, budget: int, way: str):
     )
     query, key = query.detach(), key.detach()
     stored = {"recompute_from_length": 2**30} if way == "topk" else {}
+    summaries = triton_impl.summarize(query, key, key, None)
 
     def run() -> Tensor:
-        call = problem.Call(query, key, None, None)
+        call = problem.Call(query, key, key, None, summaries)
         ranking = triton_impl.Ranking(
             call, block_per_row=budget, block_budget=None, **dict.fromkeys(_PRIORS, 0)
         )

@@ -295,7 +295,7 @@ def _selections(session: Session, blocks: int) -> Outcome:
 
     def ranking(length: int) -> triton_impl.Ranking:
         with launching.on_device_of(inputs[0]), patched_table(recompute_from_length=length):
-            call = problem.Call(inputs[0], inputs[1], None, mask)
+            call = problem.Call(*inputs[:3], mask)
             ranking = triton_impl.Ranking(
                 call, block_per_row=case.block_per_row, block_budget=None, **_PRIORS
             )

@@ -110,9 +110,11 @@ def _passes(session: Session, dim: int, dtype: str, priors: bool = False) -> Pas
     inputs = attention_inputs(session, length, batch, heads, dim, dtype)
     inputs = tuple(x.detach().roll(_ROLLED, 2) for x in inputs)
     scale = dim**-0.5
+    summaries = triton_impl.summarize(*inputs[:3], None)
     blocks = triton_impl.select(
         *inputs[:2],
         None,
+        summaries=summaries,
         block_per_row=budget,
         block_budget=None,
         initial_prior_first_n_blocks=int(priors),
@@ -121,7 +123,7 @@ def _passes(session: Session, dim: int, dtype: str, priors: bool = False) -> Pas
         scale=scale,
     )
     pairs = blocks.shape[-1] * budget
-    settings = {"scale": scale, "sparse": False, "largest_budget": pairs}
+    settings = {"scale": scale, "sparse": False, "largest_budget": pairs, "summaries": summaries}
     output, lse = triton_impl.forward(*inputs[:3], None, blocks, **settings)
     return Passes(inputs, blocks, settings, output, lse)
 

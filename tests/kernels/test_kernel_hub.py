@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT / "kernels"
 BUILD = tomllib.loads((PROJECT / "build.toml").read_text())
 PACKAGE = PROJECT / "torch-ext" / BUILD["general"]["name"].replace("-", "_")
-OPERATORS = ["mra2_backward", "mra2_forward", "mra2_select"]
+OPERATORS = ["mra2_backward", "mra2_forward", "mra2_select", "mra2_summarize"]
 
 #: What a build has in place of the package's own `_ops.py`.
 GENERATED_OPS = """\

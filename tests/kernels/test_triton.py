@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from triton_cases import (
     BEYOND_A_TILE,
     DEVICE,
+    INTERPRETED,
     TOLERANCES,
     assert_right,
     mask_on_device,
@@ -28,6 +29,7 @@ from triton_cases import (
 )
 
 from mra_attention import BlockSelection, mra2_attention, ops, select_blocks
+from mra_attention.triton_impl import launching
 
 pytestmark = needs_a_place
 
@@ -220,15 +222,43 @@ def test_opcheck():
     mask = mask_on_device("right", 1, 70)
     numbers = (2, None, 32, 1, 1, "row_normalized", 0.3, "triton")
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.mra2_summarize, (query, key, value, mask), test_utils=utilities)
+    summaries = ops.mra2_summarize(query, key, value, mask)
+    numbers += summaries
     torch.library.opcheck(ops.mra2_select, (query, key, mask, *numbers), test_utils=utilities)
     blocks = ops.mra2_select(query, key, mask, *numbers)
     inputs = [x.requires_grad_() for x in (query, key, value)]
-    settings = settings_of_operators(mask, blocks)
+    settings = (*settings_of_operators(mask, blocks), *summaries)
     torch.library.opcheck(ops.mra2_forward, (*inputs, *settings), test_utils=utilities)
     results = [x.detach() for x in ops.mra2_forward(*inputs, *settings)]
     inputs = [x.detach() for x in inputs]
     arguments = (grad, *inputs, *results, *settings)
     torch.library.opcheck(ops.mra2_backward, arguments, test_utils=utilities)
+
+
+def test_summaries_are_computed_once_and_change_nothing(monkeypatch):
+    """For selection, forward and backward of a call; an operator without them computes its own."""
+    query, key, value, grad = on_device(make_inputs(2, 2, 130, 40))
+    mask = mask_on_device("holes", 2, 130)
+    launched = []
+    launch = launching.launch
+
+    def counted(kernel, *arguments, **settings):
+        launched.append(kernel.__name__ if INTERPRETED else kernel.fn.__name__)
+        return launch(kernel, *arguments, **settings)
+
+    monkeypatch.setattr(launching, "launch", counted)
+    given = run("triton", (query, key, value, grad), mask, block_per_row=2)
+    assert launched.count("pool_kernel") == 1
+
+    numbers = (2, None, 32, 0, 0, "row_normalized", 40**-0.5, "triton")
+    blocks = ops.mra2_select(query, key, mask, *numbers)
+    settings = (mask, blocks, 40**-0.5, False, 32, "triton", 10)
+    results = ops.mra2_forward(query, key, value, *settings)
+    grads = ops.mra2_backward(grad, query, key, value, *results, *settings)
+    assert launched.count("pool_kernel") == 4
+    for name, x, y in zip(NAMES, given, (results[0], *grads), strict=True):
+        assert torch.equal(x, y), name
 
 
 def test_compiles_as_one_graph_and_checkpoints():

@@ -109,7 +109,7 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     mask[:, 32:64] = False  # a block that no list may name
     generator = torch.Generator().manual_seed(0)
     blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
-    call = Call(query, key, None, mask)
+    call = Call(query, key, key, mask)
     settings = {"directions": 2, "query_blocks": query_blocks}
     lists = Lists(call, as_bytes(call, blocks), None, **settings)
     live = mask.view(-1)[::32][:rows].cpu()
@@ -213,7 +213,7 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
     mask = mask_on_device("right", 2, 150)
     numbers = {"block_per_row": 2, "block_budget": None}
     priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
-    ranking = triton_impl.Ranking(Call(*inputs, None, mask), **numbers, **priors)
+    ranking = triton_impl.Ranking(Call(*inputs, inputs[1], mask), **numbers, **priors)
     ranking.score(normalized=True, scale=0.2)
     values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=DEVICE)
     for seed in range(3):

@@ -123,13 +123,17 @@ def mra2_attention(
         case "torch" | "triton" as fast:
             _refuse_forward_mode(query, key, value)
             is_chosen = isinstance(selection, BlockSelection)
+            shared = {"impl": fast}
+            if fast == "triton":
+                vectors, counts = _summarize_op(query, key, value, token_mask)
+                shared |= {"vectors": vectors, "counts": counts}
             if not is_chosen and _selects_all(query, settings):
                 blocks = None
             else:
-                chooser = functools.partial(_select_op, impl=fast)
+                chooser = functools.partial(_select_op, **shared)
                 blocks = _choose(chooser, query, key, token_mask, selection, settings)
-            arguments["impl"] = fast
             arguments["largest_budget"] = None if is_chosen else _largest_budget(query, settings)
+            arguments |= shared
             output = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
             return output.to(query.dtype)
         case other:
@@ -371,10 +375,17 @@ def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
     return len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE
 
 
-def _select_op(
-    query: Tensor, key: Tensor, token_mask: Tensor | None, impl: str = "torch", **settings
-) -> Tensor:
-    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings, impl=impl)
+def _summarize_op(
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What selection, forward and backward pass of the kernels share. Without a gradient: that of
+    the coarse part is in the backward pass.
+    """
+    return ops.mra2_summarize(query.detach(), key.detach(), value.detach(), token_mask)
+
+
+def _select_op(query: Tensor, key: Tensor, token_mask: Tensor | None, **settings) -> Tensor:
+    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
 
 
 def _choose(chooser, query, key, token_mask, selection, settings) -> Tensor:

@@ -2,9 +2,12 @@
 
 `impl` is "torch" or "triton"; triton is imported by the first call that asks for it.
 
-`mra2_select` has no gradient. `mra2_forward` returns the output and its log-sum-exp; its gradient
-is `mra2_backward`, which has none of its own. Bodies run with autocast off, forward and backward,
-whatever the context they are called in.
+`mra2_summarize` and `mra2_select` have no gradient. `mra2_forward` returns the output and its
+log-sum-exp; its gradient is `mra2_backward`, which has none of its own. Bodies run with autocast
+off, forward and backward, whatever the context they are called in.
+
+By Triton, `vectors` and `counts` are what `mra2_summarize` returned for the same inputs; where they
+are None, every operator computes them for itself. By torch they are not used.
 """
 
 import torch
@@ -13,6 +16,33 @@ from torch import Tensor
 from . import selection, torch_impl
 from ._ops import add_op_namespace_prefix
 from .blocks import compute_dtype, count_blocks
+
+
+@torch.library.custom_op(add_op_namespace_prefix("mra2_summarize"), mutates_args=())
+def mra2_summarize(
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`triton_impl.summarize` as an operator: block means of query and key and sums of value
+    `[3, B * H, R, D']` float32, and the real tokens of the blocks, `[B, R]` int32.
+    """
+    from . import triton_impl
+
+    return tuple(triton_impl.summarize(query, key, value, token_mask))
+
+
+@mra2_summarize.register_fake
+def _(query, key, value, token_mask):
+    from .triton_impl.problem import summary_shapes
+
+    vectors, counts = summary_shapes(query.shape)
+    return query.new_empty(vectors, dtype=torch.float32), query.new_empty(counts, dtype=torch.int32)
+
+
+def _summaries(vectors: Tensor | None, counts: Tensor | None):
+    """The two tensors as the kernels take them; None for None."""
+    from .triton_impl import Summaries
+
+    return None if vectors is None else Summaries(vectors, counts)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_select"), mutates_args=())
@@ -28,6 +58,8 @@ def mra2_select(
     rule: str,
     scale: float,
     impl: str = "torch",
+    vectors: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """`selection.select` as an operator: `[B, H, R, R]` bool."""
     settings = {
@@ -41,7 +73,8 @@ def mra2_select(
     if impl == "triton" and rule != "refined":  # which torch ranks on every device
         from . import triton_impl
 
-        return triton_impl.select(query, key, token_mask, **settings)
+        summaries = _summaries(vectors, counts)
+        return triton_impl.select(query, key, token_mask, summaries=summaries, **settings)
     return selection.select(query, key, token_mask, block_size=block_size, **settings)
 
 
@@ -58,6 +91,8 @@ def _(
     rule,
     scale,
     impl="torch",
+    vectors=None,
+    counts=None,
 ):
     n_blocks = count_blocks(query.shape[2], block_size)
     return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
@@ -75,6 +110,8 @@ def mra2_forward(
     block_size: int,
     impl: str = "torch",
     largest_budget: int | None = None,
+    vectors: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`torch_impl.forward` or that of Triton as an operator: output `[B, H, N, D]` and log-sum-exp
     `[B, H, N]`.
@@ -95,6 +132,7 @@ def mra2_forward(
             scale=scale,
             sparse=sparse,
             largest_budget=largest_budget,
+            summaries=_summaries(vectors, counts),
         )
     with torch.autocast(query.device.type, enabled=False):
         return torch_impl.forward(
@@ -114,6 +152,8 @@ def _(
     block_size,
     impl="torch",
     largest_budget=None,
+    vectors=None,
+    counts=None,
 ):
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=query.dtype if impl == "triton" else dtype)
@@ -135,6 +175,8 @@ def mra2_backward(
     block_size: int,
     impl: str = "torch",
     largest_budget: int | None = None,
+    vectors: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of `mra2_forward` as an operator: gradients of query, key and value."""
     if impl == "triton":
@@ -152,6 +194,7 @@ def mra2_backward(
             scale=scale,
             sparse=sparse,
             largest_budget=largest_budget,
+            summaries=_summaries(vectors, counts),
         )
     with torch.autocast(query.device.type, enabled=False):
         return torch_impl.backward(
@@ -184,18 +227,21 @@ def _(
     block_size,
     impl="torch",
     largest_budget=None,
+    vectors=None,
+    counts=None,
 ):
     return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, token_mask, blocks, *ctx.settings = inputs
-    ctx.save_for_backward(query, key, value, *output, token_mask, blocks)
+    query, key, value, token_mask, blocks, *ctx.settings, vectors, counts = inputs
+    ctx.save_for_backward(query, key, value, *output, token_mask, blocks, vectors, counts)
 
 
 def _backward(ctx, grad_output, grad_lse):
-    grads = mra2_backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None for _ in range(7))
+    *saved, vectors, counts = ctx.saved_tensors
+    grads = mra2_backward(grad_output, *saved, *ctx.settings, vectors, counts)
+    return *grads, *(None for _ in range(9))
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -216,5 +262,5 @@ def _refuse_vmap(info, in_dims, *args):
 
 mra2_forward.register_autograd(_backward, setup_context=_save_for_backward)
 mra2_backward.register_autograd(_refuse_double_backward)
-for _op in (mra2_select, mra2_forward, mra2_backward):
+for _op in (mra2_summarize, mra2_select, mra2_forward, mra2_backward):
     _op.register_vmap(_refuse_vmap)

@@ -15,11 +15,19 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import launching
 from . import selection as selection_kernels
-from .problem import Call, Lists, as_bytes
+from .problem import Call, Lists, Summaries, as_bytes
 
 _LOG2_E = math.log2(math.e)
 #: Block rows that a program of the selection ranks.
 _STRIP_ROWS = 16
+
+
+def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> Summaries:
+    """What `select`, `forward` and `backward` of one call share; each computes it where it is not
+    given.
+    """
+    with launching.on_device_of(query):
+        return Call(query, key, value, token_mask).summaries
 
 
 def select(
@@ -27,6 +35,7 @@ def select(
     key: Tensor,
     token_mask: Tensor | None,
     *,
+    summaries: Summaries | None = None,
     block_per_row: int,
     block_budget: int | None,
     initial_prior_first_n_blocks: int,
@@ -39,7 +48,7 @@ def select(
     Scores are float32 from float32 means.
     """
     with launching.on_device_of(query):
-        call = Call(query, key, None, token_mask)
+        call = Call(query, key, key, token_mask, summaries)
         ranking = Ranking(
             call,
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
@@ -180,6 +189,7 @@ def forward(
     scale: float,
     sparse: bool,
     largest_budget: int | None,
+    summaries: Summaries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[B, H, N, D]` in the input dtype, and its log-sum-exp `[B, H, N]` in
     float32 (+inf at padding).
@@ -188,7 +198,7 @@ def forward(
     or None for every live pair.
     """
     with launching.on_device_of(query):
-        call = Call(query, key, value, token_mask)
+        call = Call(query, key, value, token_mask, summaries)
         blocks = as_bytes(call, blocks)
         query_blocks = call.config_of("forward").query_blocks
         lists = Lists(call, blocks, largest_budget, directions=1, query_blocks=query_blocks)
@@ -278,10 +288,11 @@ def backward(
     scale: float,
     sparse: bool,
     largest_budget: int | None,
+    summaries: Summaries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     with launching.on_device_of(query):
-        call = Call(query, key, value, token_mask)
+        call = Call(query, key, value, token_mask, summaries)
         blocks = as_bytes(call, blocks)
         query_blocks = call.config_of("query_gradient").query_blocks
         lists = Lists(call, blocks, largest_budget, directions=2, query_blocks=query_blocks)

@@ -29,7 +29,6 @@ def pool_kernel(
     n_blocks,
     heads,
     HAS_MASK: tl.constexpr,
-    HAS_VALUES: tl.constexpr,
     M: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -52,8 +51,7 @@ def pool_kernel(
     start = sample * key_batch + of_sample * key_head
     rows = load_tokens(KEY, start, tokens, key_token, real, D, D_PAD).to(tl.float32)
     tl.store(KEY_MEANS + to, tl.sum(rows, 0) / size)
-    if HAS_VALUES:
-        start = sample * value_batch + of_sample * value_head
-        rows = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD).to(tl.float32)
-        tl.store(VALUE_SUMS + to, tl.sum(rows, 0))
+    start = sample * value_batch + of_sample * value_head
+    rows = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD).to(tl.float32)
+    tl.store(VALUE_SUMS + to, tl.sum(rows, 0))
     tl.store(COUNTS + sample * n_blocks + block, count, mask=of_sample == 0)

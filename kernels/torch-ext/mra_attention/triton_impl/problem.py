@@ -1,5 +1,7 @@
 """One call as the kernels see it: inputs with their strides, block summaries, lists of blocks."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -9,12 +11,37 @@ from ..implementations import BLOCK_SIZE
 from . import block_lists, launching, pooling
 
 
+class Summaries(NamedTuple):
+    """What the coarse part knows of the tokens, float32, computed once for all passes.
+
+    Attributes:
+        vectors: `[3, B * H, R, D_PAD]`: means of query and key, sums of value, over real tokens.
+        counts: `[B, R]` int32, real tokens of the blocks.
+    """
+
+    vectors: Tensor
+    counts: Tensor
+
+
+def summary_shapes(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of both for inputs `[B, H, N, D]`."""
+    batch, heads, length, dim = shape
+    n_blocks = count_blocks(length, BLOCK_SIZE)
+    return (3, batch * heads, n_blocks, launching.padded_dim(dim)), (batch, n_blocks)
+
+
 class Call:
     """Shapes and summaries of one call: what every kernel is told."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor | None, token_mask: Tensor | None):
-        inputs = [query, key, query if value is None else value]
-        self.inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        token_mask: Tensor | None,
+        summaries: Summaries | None = None,
+    ):
+        self.inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
         self.strides = [stride for x in self.inputs for stride in x.stride()[:3]]
         self.batch, self.heads, self.length, self.dim = query.shape
         self.all_heads = self.batch * self.heads
@@ -24,25 +51,27 @@ class Call:
         self.has_mask = token_mask is not None
         mask = token_mask.contiguous().view(torch.uint8) if self.has_mask else query
         self.mask = mask
-        summaries = (3, self.all_heads, self.n_blocks, self.padded_dim)
-        self.query_means, self.key_means, self.value_sums = self.empty(summaries)
-        self.counts = self.empty((self.batch, self.n_blocks), torch.int32)
+        self.summaries = self._summarize() if summaries is None else summaries
+        self.query_means, self.key_means, self.value_sums = self.summaries.vectors
+        self.counts = self.summaries.counts
+
+    def _summarize(self) -> Summaries:
+        vectors, counts = summary_shapes(self.inputs[0].shape)
+        summaries = Summaries(self.empty(vectors), self.empty(counts, torch.int32))
         launching.launch(
             pooling.pool_kernel,
             self.all_heads * self.n_blocks,
             *self.inputs,
             self.mask,
-            self.query_means,
-            self.key_means,
-            self.value_sums,
-            self.counts,
+            *summaries.vectors,
+            summaries.counts,
             *self.strides,
             self.length,
             self.n_blocks,
             self.heads,
-            HAS_VALUES=value is not None,
             **self.of_tokens(),
         )
+        return summaries
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
