@@ -221,3 +221,31 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
         picks = torch.randint(0, len(values), ranking.scores.shape, generator=generator)
         ranking.scores.copy_(values[picks.to(DEVICE)])
         assert torch.equal(ranking.choose_by_radix(), ranking.choose_by_topk())
+
+
+def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
+    """Two digits tell the keys of drawn inputs apart; those of constant inputs take all four."""
+    from mra_attention import triton_impl
+    from mra_attention.triton_impl import launching
+    from mra_attention.triton_impl import selection as selection_kernels
+
+    launch, histograms = launching.launch, []
+
+    def recorded(kernel, programs, *arguments, **settings):
+        if kernel is selection_kernels.digit_kernel:
+            histograms.append(arguments[8])
+        return launch(kernel, programs, *arguments, **settings)
+
+    settings = {"block_per_row": 2, "block_budget": None, "rule": "row_normalized", "scale": 0.2}
+    settings |= {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
+    query, key, *_ = on_device(make_inputs(2, 2, 200, 16))
+    for inputs, last in (((query, key), 2), ((query[:, :, :1].expand_as(query), key * 0), 4)):
+        table(topk_up_to_rows=1000)
+        wanted = triton_impl.select(*inputs, None, **settings)
+        table(topk_up_to_rows=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "launch", recorded)
+            assert torch.equal(triton_impl.select(*inputs, None, **settings), wanted)
+        counted = histograms[-1].sum(-1).cpu()  # [levels, G]
+        assert counted.shape == (4, 4) and (counted[0] == 49).all()
+        assert (counted[:last] > 0).any(1).all() and (counted[last:] == 0).all()

@@ -61,9 +61,11 @@ def assert_right(inputs, mask, tolerance=None, **arguments):
         arguments["selection"] = select_blocks(*inputs[:2], mask, **settings)
     given = run("triton", inputs, mask, **arguments)
     expected = run("reference", [x.double() for x in inputs], mask, **arguments)
+    # Gradients of a single query and key are terms as large as this that cancel to 0.
+    least = inputs[-1].norm().item() if inputs[0].shape[2] == 1 else 1.0
     for name, x, y in zip(NAMES, given, expected, strict=True):
         assert x.dtype == inputs[0].dtype and x.shape == y.shape, name
         assert x.isfinite().all(), f"{name} is not finite"
-        error = (x.double() - y).norm() / y.norm().clamp_min(1.0)
+        error = (x.double() - y).norm() / y.norm().clamp_min(least)
         assert error <= tolerance, f"{name} is off by {error:.1e}"
     return given

@@ -138,13 +138,12 @@ class Ranking:
 
     def choose_by_radix(self) -> Tensor:
         call, rows = self.call, self.call.n_blocks
-        tie_bits = max(1, (2 * rows**2 - 1).bit_length())
+        tie_bits = (2 * rows**2 - 1).bit_length()
         digit_bits = selection_kernels.DIGIT_BITS
         levels = triton.cdiv(1 + 32 + tie_bits, digit_bits)
-        prefixes = call.empty((levels, call.all_heads), torch.int64)
-        wanted = call.empty((levels, call.all_heads), torch.int64)
-        prefixes[0] = 0
-        wanted[0] = self.budgets.repeat_interleave(call.heads, output_size=call.all_heads)
+        # Whole digits, so that the first ones hold as much of the score as they can.
+        tie_bits = min(levels * digit_bits, 63) - (1 + 32)
+        prefixes, wanted = call.empty((2, levels, call.all_heads), torch.int64)
         histograms = call.empty((levels, call.all_heads, 2**digit_bits), torch.int32).zero_()
         diagonal = self.diagonal_blocks
         sources = (call.query_means, call.key_means, self.flags, self.row_largest, self.scores)
@@ -157,6 +156,7 @@ class Ranking:
                 selection_kernels.digit_kernel,
                 call.strips(_STRIP_ROWS),
                 *sources,
+                self.budgets,
                 *found,
                 *shape,
                 half_diagonal,

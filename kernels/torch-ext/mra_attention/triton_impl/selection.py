@@ -2,8 +2,9 @@
 
 The order is that of `choose_blocks`: prior pairs, then the score, then the tie rank, as one integer
 key per pair. Keys differ, so the budget-th largest of them separates chosen pairs from others; it
-is found digit by digit from histograms (integer atomics alone, so two runs agree). Scores are
-stored, or computed again by every pass where the matrix would be large.
+is found digit by digit from histograms (integer atomics alone, so two runs agree). Most often three
+digits tell, and what is launched for the others, which exact ties alone need, does nothing. Scores
+are stored, or computed again by every pass where the matrix would be large.
 """
 
 import triton
@@ -129,14 +130,17 @@ def _sort_keys(
 @triton.jit
 def _narrow(prefix, wanted, HISTOGRAM):
     """Go from the digits found so far to one more: that of the `wanted`-th largest key among those
-    that share the prefix, and how many are wanted among those that share this digit too.
+    that share the prefix, and how many are wanted among those that share this digit too. 0 stands
+    for all of them: digits that follow are 0 then.
     """
     digits = tl.arange(0, _DIGITS)
     sizes = tl.load(HISTOGRAM + digits)
     larger = tl.sum(sizes, 0) - tl.cumsum(sizes, 0)
     hit = (larger < wanted) & (larger + sizes >= wanted)
     digit = tl.sum(tl.where(hit, digits, 0), 0).to(tl.int64)
-    return (prefix << _BITS) + digit, wanted - tl.sum(tl.where(hit, larger, 0), 0)
+    wanted -= tl.sum(tl.where(hit, larger, 0), 0)
+    with_digit = tl.sum(tl.where(hit, sizes, 0), 0)
+    return (prefix << _BITS) + digit, tl.where(wanted == with_digit, 0, wanted)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -146,6 +150,7 @@ def digit_kernel(
     FLAGS,
     ROW_LARGEST,
     SCORES,
+    BUDGETS,
     PREFIXES,
     WANTED,
     HISTOGRAMS,
@@ -164,25 +169,27 @@ def digit_kernel(
 ):
     """Histogram of one digit over the keys that share the digits above it.
 
-    `PREFIXES` and `WANTED` are `[levels + 1, G]`, `HISTOGRAMS` `[levels, G, digits]`, zeros.
+    `PREFIXES` and `WANTED` are `[levels, G]`, `HISTOGRAMS` `[levels, G, digits]`, zeros.
     """
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
     strip = tl.program_id(0) % strips
-    prefix = tl.load(PREFIXES + (level - 1) * all_heads + head, mask=level > 0, other=0)
-    wanted = tl.load(WANTED + tl.maximum(level - 1, 0) * all_heads + head)
+    wanted = tl.load(BUDGETS + head // heads)
+    prefix = wanted * 0
     if level > 0:
-        before = HISTOGRAMS + ((level - 1) * all_heads + head) * _DIGITS
-        prefix, wanted = _narrow(prefix, wanted, before)
-        tl.store(PREFIXES + level * all_heads + head, prefix, mask=strip == 0)
-        tl.store(WANTED + level * all_heads + head, wanted, mask=strip == 0)
+        before = (level - 1) * all_heads + head
+        prefix, wanted = tl.load(PREFIXES + before), tl.load(WANTED + before)
+        prefix, wanted = _narrow(prefix, wanted, HISTOGRAMS + before * _DIGITS)
+    line = level * all_heads + head
+    tl.store(PREFIXES + line, prefix, mask=strip == 0)
+    tl.store(WANTED + line, wanted, mask=strip == 0)
     flags = FLAGS + head // heads * n_blocks
     rows = strip * ROWS + tl.arange(0, ROWS)
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
     query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
     sizes = tl.zeros([_DIGITS], tl.int32)
-    for start in range(0, n_blocks, COLUMNS):
+    for start in range(0, tl.where(wanted > 0, n_blocks, 0), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
             query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
@@ -192,7 +199,7 @@ def digit_kernel(
         digit = ((key >> shift) & (_DIGITS - 1)).to(tl.int32)
         digit = tl.reshape(digit, [ROWS * COLUMNS])
         sizes += tl.histogram(digit, _DIGITS, mask=tl.reshape(counted, [ROWS * COLUMNS]))
-    to = HISTOGRAMS + (level * all_heads + head) * _DIGITS + tl.arange(0, _DIGITS)
+    to = HISTOGRAMS + line * _DIGITS + tl.arange(0, _DIGITS)
     tl.atomic_add(to, sizes, mask=sizes > 0)
 
 
