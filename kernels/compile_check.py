@@ -283,7 +283,7 @@ def compile_launch(launch: Launch) -> Result:
         launch.kernel,
         launch.dtype,
         launch.dim,
-        {True: "swapped", False: "plain"}.get(constants.get("SWAPPED"), ""),
+        _form(launch.kernel, constants),
         _query_blocks(launch),
         constants.get("GROUP", 0),
         launch.num_warps,
@@ -296,6 +296,14 @@ def compile_launch(launch: Launch) -> Result:
     )
     result.finding = "; ".join(_findings(result, shared_limit))
     return result
+
+
+def _form(kernel: str, constants: dict[str, object]) -> str:
+    """How an item kernel lays out its operands, or how another one multiplies."""
+    if "SWAPPED" in constants:
+        return "swapped" if constants["SWAPPED"] else "plain"
+    reads_scores = kernel in ("digit_kernel", "mark_kernel") and constants["STORED"]
+    return "" if reads_scores else str(constants.get("PRECISION", ""))
 
 
 def _findings(result: Result, shared_limit: int) -> list[str]:
@@ -315,7 +323,7 @@ def _findings(result: Result, shared_limit: int) -> list[str]:
         found.append(f"spills {result.spills}, allowed {allowed}")
     if result.shared_bytes > shared_limit:
         found.append(f"shared memory {result.shared_bytes}, limit {shared_limit}")
-    if result.kernel in ITEM_KERNELS:
+    if result.kernel in ITEM_KERNELS or result.form == "tf32x3":
         wanted = _intended(result)
         if result.tensor_core != wanted:
             found.append(f"tensor cores by {result.tensor_core or 'none'}, not {wanted or 'none'}")
@@ -323,7 +331,9 @@ def _findings(result: Result, shared_limit: int) -> list[str]:
 
 
 def _intended(result: Result) -> str:
-    """The tensor-core instructions that an item kernel is meant to use, and no others."""
+    """The tensor-core instructions that a kernel is meant to use, and no others."""
+    if result.form == "tf32x3":
+        return "HMMA"
     if result.target == "gfx942":
         return "MFMA"  # float32 too
     if result.dtype == "fp32":

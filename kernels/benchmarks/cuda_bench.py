@@ -10,7 +10,8 @@ named in the provider; rows of op "model" have their own passes (`cuda_models.py
 
 `ceilings.csv` holds what the card can do: `megabytes` are moved (or `gigaflop` computed) in
 `ms_median`; `rate` is their quotient in GB/s or TFLOP/s. `gather` reads random blocks of 4 KB out
-of a footprint that fits the L2 cache, or does not; `copy` counts what is read and written.
+of a footprint that fits the L2 cache, or does not; `copy` counts what is read and written; float32
+products are IEEE.
 """
 
 import contextlib
@@ -25,11 +26,14 @@ import triton.language as tl
 from cuda_driver import Outcome, Session, Skipped, Step
 from cuda_measure import (
     attention_inputs,
+    coarse_precisions,
     forms,
     graphed,
     patched_table,
     peak_megabytes,
+    pictures,
     time_calls,
+    with_coarse_precision,
     with_configs,
 )
 from records import COLUMNS, CONDITIONS, KEYS, Records
@@ -69,14 +73,8 @@ class Shape:
 def steps(session: Session) -> list[Step]:
     """Ceilings, the table, variants, models: most wanted first."""
     records = Records(session.out / "bench.csv", COLUMNS, KEYS)
-    ceilings = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
     shapes, budgets = _shapes(session)
-    found = [
-        Step(
-            f"ceiling: {name}", lambda s, n=name, f=measure: _ceiling(s, ceilings, n, f), "ceiling"
-        )
-        for name, measure in _ceilings(session)
-    ]
+    found = ceiling_steps(session)
 
     def table(shape: Shape, provider: str, budget: int | None = None, mode: str = "full") -> Step:
         def run(s: Session) -> Outcome | None:
@@ -130,13 +128,25 @@ def gather_kernel(X, INDEX, OUT, blocks_each, WORDS: tl.constexpr):
     tl.store(OUT + program * WORDS + words, sums)
 
 
+def ceiling_steps(session: Session) -> list[Step]:
+    """What `ceilings.csv` holds."""
+    records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
+
+    def step(name: str, measure: Callable[[Session], dict]) -> Step:
+        return Step(f"ceiling: {name}", lambda s: _ceiling(s, records, name, measure), "ceiling")
+
+    return [step(name, measure) for name, measure in _ceilings(session)]
+
+
 def _ceilings(session: Session) -> Iterator[tuple[str, Callable[[Session], dict]]]:
     small = session.dry_run
     for megabytes in (1,) if small else (8, 24, 40, 1024):
         yield f"gather of 4 KB blocks from {megabytes} MB", lambda s, n=megabytes: _gather(s, n)
     yield "copy", _copy
     for size in (64,) if small else (8192, 4096):
-        yield f"matmul bf16 {size}", lambda s, n=size: _matmul(s, n)
+        yield f"matmul bf16 {size}", lambda s, n=size: _matmul(s, n, torch.bfloat16)
+    size = 64 if small else 4096
+    yield f"matmul fp32 {size}", lambda s: _matmul(s, size, torch.float32)
 
 
 def _gather(session: Session, megabytes: int) -> dict:
@@ -168,8 +178,8 @@ def _copy(session: Session) -> dict:
     return numbers | timing.columns() | {"rate": moved / timing.median, "unit": "GB/s"}
 
 
-def _matmul(session: Session, size: int) -> dict:
-    x = torch.randn(size, size, device=session.device, dtype=torch.bfloat16)
+def _matmul(session: Session, size: int, dtype: torch.dtype) -> dict:
+    x = torch.randn(size, size, device=session.device, dtype=dtype)
     out = torch.empty_like(x)
     timing = time_calls(session, lambda: torch.mm(x, x, out=out))
     work = 2 * size**3 / 1e9
@@ -305,7 +315,7 @@ def _relative_error(session: Session, shape: Shape, output: Tensor, inputs) -> f
 
 
 def _variant_steps(session: Session, records: Records, shape: Shape, budget: int) -> Iterator[Step]:
-    """Forms, groups and stages; lengths of work items; topk or radix."""
+    """Forms, groups and stages; coarse products; lengths of work items; topk or radix."""
     small = session.dry_run
 
     def variant(label: str, priors: dict, **change) -> Step:
@@ -320,6 +330,8 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
                 settings = {"swapped": swapped, "group": group, "num_stages": stages}
                 label = f"{'swapped' if swapped else 'plain'} group={group} stages={stages}"
                 yield variant(label, {}, configs=with_configs(**settings))
+    for precision in coarse_precisions(session):
+        yield variant(f"coarse products by {precision}", {}, **with_coarse_precision(precision))
     for blocks in (1, 2) if small else (8, 16, 32):
         yield variant(f"item_blocks={blocks}", {}, item_blocks=blocks)
         yield variant(f"item_blocks={blocks} priors", _PRIORS, item_blocks=blocks)
@@ -386,3 +398,18 @@ def time_selection(session: Session, shape: Shape, budget: int, way: str):
 
     with patched_table(**stored), launching.on_device_of(query):
         return time_calls(session, graphed(session, run))
+
+
+# -- pictures
+
+
+def finish(session: Session, write_table: bool) -> None:
+    """Draw attention, as eager calls and as CUDA graphs."""
+    drawn = pictures(session)
+    if drawn is None:
+        return
+    rows = drawn.drawable(Records(session.out / "bench.csv", COLUMNS, KEYS).rows())
+    rows = [row for row in rows if row["op"] == "attention"]
+    for graph, name in ((False, "bench.png"), (True, "bench_graph.png")):
+        if any(row["pass"].endswith(" graph") == graph for row in rows):
+            drawn.draw_lengths(rows, session.out / name, graph=graph)

@@ -8,17 +8,25 @@ roundings of the largest value; in float32 as far as 2e-5 of it.
 import contextlib
 import importlib.util
 import itertools
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from cuda_driver import ROOT, Outcome, Session, Step
-from cuda_measure import DTYPES, QUERY_KERNELS, as_graph, forms, patched_table, with_configs
+from cuda_driver import Outcome, Session, Step
+from cuda_measure import (
+    DTYPES,
+    QUERY_KERNELS,
+    as_graph,
+    coarse_precisions,
+    forms,
+    patched_table,
+    run_program,
+    with_coarse_precision,
+    with_configs,
+)
 from torch import Tensor
 
 from mra_attention import BlockSelection, mra2_attention, select_blocks, triton_impl
@@ -80,6 +88,8 @@ def steps(session: Session) -> list[Step]:
         changes.append((form, {"configs": with_configs(swapped=swapped)}))
         configs = with_configs(QUERY_KERNELS, swapped=swapped, query_blocks=2)
         changes.append((f"two query blocks, {form}", {"configs": configs}))
+    for precision in coarse_precisions(session):
+        changes.append((f"coarse products by {precision}", with_coarse_precision(precision)))
     if not small:
         changes += [(f"groups of {n}", {"configs": with_configs(group=n)}) for n in (1, 4)]
     cases = (base,) if small else (base, base32, replace(base, length=4096, batch=1, priors=True))
@@ -92,7 +102,9 @@ def steps(session: Session) -> list[Step]:
     for blocks in (2,) if small else (128, 17, 512):
         name = f"selection by topk, radix and on the host, {blocks} block rows"
         found.append(Step(name, lambda s, n=blocks: _selections(s, n), "selection"))
-    found.append(Step("selection agrees with float64 scores", _selection_quality, "selection"))
+    for dtype in ("fp32", "bf16"):
+        name = f"selection agrees with float64 scores, {dtype}"
+        found.append(Step(name, lambda s, d=dtype: _selection_quality(s, d), "selection"))
     on_card: list[tuple[str, Callable]] = [
         ("CUDA graph of forward and backward", _graph),
         ("nothing waits for the host", _no_sync),
@@ -319,11 +331,11 @@ def _selections(session: Session, blocks: int) -> Outcome:
     return Outcome("fail" if wrong else "pass", f"differs: {', '.join(wrong)}" if wrong else "")
 
 
-def _selection_quality(session: Session) -> Outcome:
-    """Float32 scores choose what float64 scores choose, but for ties of rounding."""
-    case = Case("fp32", 64, 4096, "holes", heads=12, block_per_row=8)
+def _selection_quality(session: Session, dtype: str) -> Outcome:
+    """The scores of the kernels choose what float64 scores choose, but for ties of rounding."""
+    case = Case(dtype, 64, 4096, "holes", heads=12, block_per_row=8)
     if session.dry_run:
-        case = Case("fp32", 16, 100, "holes", batch=1, heads=1, block_per_row=2)
+        case = Case(dtype, 16, 100, "holes", batch=1, heads=1, block_per_row=2)
     inputs, mask = make_inputs(session, case), make_mask(session, case)
     chosen = select_by_triton(inputs, mask, case)
     budget = {"block_per_row": case.block_per_row}
@@ -395,7 +407,7 @@ def _sanitizer(session: Session) -> Outcome:
         "-c",
         _SANITIZED,
     ]
-    return _subprocess(session, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return run_program(session, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def _compiled(session: Session) -> Outcome:
@@ -416,25 +428,4 @@ def _pytest(session: Session) -> Outcome:
     if missing:
         return Outcome("skipped", f"skipped: no {' and no '.join(missing)}")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/kernels"]
-    return _subprocess(session, command, {}, nothing=5)
-
-
-def _subprocess(session: Session, command: list[str], extra: dict, nothing: int = -1) -> Outcome:
-    """Run with the packages of this checkout on the path; the end of what it prints is logged."""
-    paths = [ROOT / "src", ROOT / "kernels" / "torch-ext", os.environ.get("PYTHONPATH")]
-    environment = os.environ | extra
-    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,  # without a timeout: the supervisor stops the step with all its processes
-    )
-    text = done.stdout + done.stderr
-    session.log(f"{' '.join(command[:6])} ended with {done.returncode}\n{text[-6000:]}")
-    lines = text.strip().splitlines() or [""]
-    if done.returncode == nothing:
-        return Outcome("skipped", f"skipped: {lines[-1][:150]}")
-    return Outcome("pass" if done.returncode == 0 else "fail", lines[-1][:150])
+    return run_program(session, command, {}, nothing=5)

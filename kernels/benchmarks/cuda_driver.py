@@ -1,4 +1,5 @@
-"""The commands for a card: `check`, `bench` and `tune` as lists of steps, most wanted first.
+"""The commands for a card: `check`, `bench`, `profile` and `tune` as lists of steps, most wanted
+first.
 
 A supervisor, which never touches the card, starts workers that run the steps. A worker that crashes
 or hangs, or whose device no longer answers, costs its step alone: the supervisor notes the step as
@@ -6,8 +7,9 @@ failed and starts a new worker for the rest. Files in the output folder:
 
     COMMAND.log               what happened, with tracebacks
     check.csv                 one row per check: pass, fail or skipped, with the largest error
-    bench_steps.csv, tune_steps.csv   the same for the steps of the other two
-    bench.csv, ceilings.csv, tune.csv, launch_configs.json   what was measured
+    bench_steps.csv, profile_steps.csv, tune_steps.csv        the same for the steps of the others
+    bench.csv, ceilings.csv, launches.csv, counters.csv, tune.csv, launch_configs.json, *.png
+                              what was measured
 
 Steps that have passed are skipped by the next call.
 """
@@ -29,14 +31,14 @@ import cuda_summary
 from records import CONDITIONS, Records, conditions
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("check", "bench", "tune")
+COMMANDS = ("check", "bench", "profile", "tune")
 NO_CARD = "--device cuda, but torch sees no CUDA or ROCm device here"
 
 STEP_COLUMNS = (*CONDITIONS, "step", "status", "max_error", "allowed", "seconds", "detail")
 #: Seconds that the supervisor grants a step that says nothing else.
 STEP_LIMIT = 150
 #: Those that start a program of their own, which may take all the time there is.
-LONG_STEPS = ("pytest", "compute-sanitizer")
+LONG_STEPS = ("pytest", "compute-sanitizer", "counters")
 #: Exit status of a worker whose device no longer answers.
 _BROKEN = 3
 #: Seconds before the time limit at which workers stop starting steps.
@@ -275,7 +277,7 @@ class Supervisor:
         self.rows_before = len(self.records.rows())
         spread = 1 if args.dry_run else max(1, min(8, (os.cpu_count() or 2) // 2))
         self.workers = args.workers or spread
-        self.environment = dict(os.environ)
+        self.environment = {"KINETO_LOG_LEVEL": "99", **os.environ}  # torch's profiler is chatty
         if args.dry_run:
             self.environment["TRITON_INTERPRET"] = "1"
 
@@ -375,6 +377,8 @@ class Supervisor:
             counts[row["status"]] += 1
         if args.command == "bench":
             cuda_summary.print_bench(args.out)
+        if args.command == "profile":
+            cuda_summary.print_profile(args.out)
         left = [name for name in planned if name not in latest]
         for name, row in latest.items():
             if row["status"] == "fail":

@@ -3,6 +3,19 @@
 import csv
 from pathlib import Path
 
+#: Kernels that are none: the sum of a pass, and the pass as a CUDA graph.
+ALL, GRAPH = "(all)", "(graph)"
+#: What is shown of the counters: words that a column's name must all have, and how it is called.
+SHOWN_COUNTERS = (
+    (("gpu__time_duration.sum",), "time"),
+    (("dram__throughput", "pct_of_peak"), "memory, %"),
+    (("lts__throughput", "pct_of_peak"), "L2, %"),
+    (("sm__throughput", "pct_of_peak"), "SM, %"),
+    (("pipe_tensor", "cycles_active", "pct_of_peak"), "tensor cores, %"),
+    (("lts__t_sector_hit_rate.pct",), "L2 hits, %"),
+    (("sm__warps_active", "pct_of_peak"), "warps active, %"),
+    (("launch__registers_per_thread",), "registers"),
+)
 _DENSE = ("sdpa_flash", "sdpa_cudnn")
 _PASSES = ("fwd", "fwd graph", "fwd+bwd", "fwd+bwd graph")
 
@@ -22,6 +35,48 @@ def print_bench(out: Path) -> None:
     others = [row for row in rows if row["op"] != "attention"]
     shown = ("op", "provider", "batch", "length", "block_per_row", "pass", "ms_median", "peak_mb")
     _print_rows(others, shown)
+
+
+def print_profile(out: Path) -> None:
+    """Launches beside their floors, a table per shape, and the counters."""
+    by_shape: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows_of(out / "launches.csv"):
+        by_shape.setdefault((row["length"], row["batch"]), []).append(row)
+    shown = ("pass", "kernel", "launches", "us", "floor_us", "bound")
+    for (length, batch), rows in by_shape.items():
+        total = sum(float(row["us"]) for row in rows if row["kernel"] == ALL)
+        print(f"{length} x {batch}: microseconds of launches, and their share of {total:.0f}")
+        table = [(*shown, "x floor", "share")]
+        for row in rows:
+            us, floor = float(row["us"]), float(row["floor_us"] or 0)
+            over = f"{us / floor:.1f}" if floor else ""
+            share = "" if row["kernel"] == GRAPH else f"{100 * us / total:.0f} %"
+            table.append((*(row[name] for name in shown), over, share))
+        _print_table(table)
+    if (out / "counters.csv").exists():
+        _print_table(shown_counters(out / "counters.csv"))
+
+
+def shown_counters(path: Path) -> list[tuple[str, ...]]:
+    """A line per launch with the counters of `SHOWN_COUNTERS`; several columns that match one of
+    them are given as their largest.
+    """
+    with path.open(newline="") as file:
+        names, units, *launches = csv.reader(file)
+    columns = [
+        [i for i, name in enumerate(names) if all(word in name for word in words)]
+        for words, _ in SHOWN_COUNTERS
+    ]
+    kernel = names.index("Kernel Name")
+    lines = [("kernel", *(title for _, title in SHOWN_COUNTERS))]
+    for launch in launches:
+        cells = []
+        for chosen, (_, title) in zip(columns, SHOWN_COUNTERS, strict=True):
+            numbers = [float(launch[i].replace(",", "")) for i in chosen if launch[i]]
+            unit = f" {units[chosen[0]]}" if chosen and title == "time" else ""
+            cells.append(f"{max(numbers):.4g}{unit}" if numbers else "")
+        lines.append((launch[kernel], *cells))
+    return lines
 
 
 def _print_speedups(rows: list[dict[str, str]]) -> None:

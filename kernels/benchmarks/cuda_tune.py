@@ -17,15 +17,16 @@ from cuda_bench import Shape, time_selection
 from cuda_driver import Outcome, Session, Step
 from cuda_measure import (
     QUERY_KERNELS,
-    attention_inputs,
+    Passes,
+    coarse_precisions,
     forms,
     graphed,
     patched_table,
     time_calls,
+    with_coarse_precision,
 )
 from records import CONDITIONS, Records
 
-from mra_attention import triton_impl
 from mra_attention.triton_impl import launching
 
 #: Kernels, and the query blocks that own a tile of theirs.
@@ -34,10 +35,6 @@ _CONFIG = ("swapped", "group", "num_warps", "num_stages", "query_blocks")
 _KEYS = ("architecture", "kernel", "head_dim", "operand_bytes", *_CONFIG, "setting")
 TUNE_COLUMNS = (*CONDITIONS, *_KEYS, "ms_median", "ms_p20", "ms_p80")
 _DTYPES = {2: "bf16", 4: "fp32"}
-#: Tokens that inputs are rolled by. Their topics last 64 tokens, as long as two blocks: unrolled,
-#: two adjacent query blocks would select the same key blocks, which flatters two query blocks a
-#: tile. Rolled, the union of two lists is 0.82 of their sum; the embedded English model has 0.83.
-_ROLLED = 20
 #: A table-wide setting gives way to another that is faster by more than this factor.
 _WORTH = 0.98
 
@@ -70,6 +67,9 @@ def _shared_steps(session: Session, records: Records) -> list[Step]:
     for n in item_blocks:
         run = lambda s, n=n: _item_blocks(s, records, n)  # noqa: E731
         found.append(Step(f"item_blocks {n}", run, "shared", 8))
+    for precision in coarse_precisions(session):
+        run = lambda s, p=precision: _coarse_precision(s, records, p)  # noqa: E731
+        found.append(Step(f"coarse products by {precision}", run, "shared", 8))
     for n in rows:
         run = lambda s, n=n: _topk(s, records, n)  # noqa: E731
         found.append(Step(f"topk or radix at {n} block rows", run, "shared", 5))
@@ -83,49 +83,12 @@ def candidates(session: Session, query_blocks: int) -> list[launching.LaunchConf
     return [launching.LaunchConfig(*choice) for choice in choices]
 
 
-@dataclasses.dataclass(frozen=True)
-class Passes:
-    """A forward and a backward pass on fixed blocks: the work that settings are compared on."""
-
-    inputs: tuple[torch.Tensor, ...]
-    blocks: torch.Tensor
-    settings: dict
-    output: torch.Tensor
-    lse: torch.Tensor
-
-    def forward(self):
-        return triton_impl.forward(*self.inputs[:3], None, self.blocks, **self.settings)
-
-    def backward(self):
-        *inputs, grad = self.inputs
-        results = (self.output, self.lse, None, self.blocks)
-        return triton_impl.backward(grad, *inputs, *results, **self.settings)
-
-
 def _passes(session: Session, dim: int, dtype: str, priors: bool = False) -> Passes:
     """4096 tokens, 12 heads, 8 blocks per row; batch 8, or 4 in float32."""
     length, batch, heads, budget = (96, 1, 1, 1) if session.dry_run else (4096, 8, 12, 8)
     if dtype == "fp32":
         batch = max(1, batch // 2)
-    inputs = attention_inputs(session, length, batch, heads, dim, dtype)
-    inputs = tuple(x.detach().roll(_ROLLED, 2) for x in inputs)
-    scale = dim**-0.5
-    summaries = triton_impl.summarize(*inputs[:3], None)
-    blocks = triton_impl.select(
-        *inputs[:2],
-        None,
-        summaries=summaries,
-        block_per_row=budget,
-        block_budget=None,
-        initial_prior_first_n_blocks=int(priors),
-        initial_prior_diagonal_n_blocks=5 * priors,
-        rule="row_normalized",
-        scale=scale,
-    )
-    pairs = blocks.shape[-1] * budget
-    settings = {"scale": scale, "sparse": False, "largest_budget": pairs, "summaries": summaries}
-    output, lse = triton_impl.forward(*inputs[:3], None, blocks, **settings)
-    return Passes(inputs, blocks, settings, output, lse)
+    return Passes(session, length, batch, heads, dim, dtype, budget, priors)
 
 
 def _tune(
@@ -186,6 +149,25 @@ def _item_blocks(session: Session, records: Records, n: int) -> Outcome | None:
     return Outcome(detail=f"{sums['ms_median']:.3f} ms")
 
 
+def _coarse_precision(session: Session, records: Records, precision: str) -> Outcome | None:
+    """All passes where the coarse part weighs: 16384 tokens, one sample."""
+    row = session.where | {"setting": f"coarse_precision={precision}"}
+    row |= {"architecture": launching.architecture(session.device)}
+    if records.has(row):
+        return None
+    length, heads, dim, budget = (96, 1, 16, 1) if session.dry_run else (16384, 12, 64, 8)
+    with patched_table(**with_coarse_precision(precision)):
+        passes = Passes(session, length, 1, heads, dim, "bf16", budget)
+
+        def run() -> object:
+            return passes.select(), passes.forward(), passes.backward()
+
+        columns = time_calls(session, graphed(session, run)).columns()
+    if not session.warm:
+        records.add(row | columns)
+    return Outcome(detail=f"{columns['ms_median']:.3f} ms")
+
+
 def _topk(session: Session, records: Records, rows: int) -> Outcome | None:
     details = []
     for way in ("topk", "radix"):
@@ -242,6 +224,8 @@ def tuned(content: dict, rows: list[dict[str, str]]) -> dict:
         f"settings on {_source(measured[-1])}; others: {_without_nesting(content['source'])}",
         "item_blocks": _best_item_blocks(settings, content["item_blocks"]),
         "topk_up_to_rows": _topk_up_to(settings, content["topk_up_to_rows"]),
+        "coarse_precision": content["coarse_precision"]
+        | _best_precision(settings, measured[-1]["architecture"]),
         "configs": configs,
     }
 
@@ -262,6 +246,13 @@ def _best_item_blocks(settings: dict[str, float], shipped: int) -> int:
         return shipped
     best = min(found, key=found.get)
     return best if found[best] < _WORTH * found.get(shipped, float("inf")) else shipped
+
+
+def _best_precision(settings: dict[str, float], architecture: str) -> dict[str, str]:
+    """The faster one for this architecture; nothing where none was measured."""
+    prefix = "coarse_precision="
+    found = {x.removeprefix(prefix): ms for x, ms in settings.items() if x.startswith(prefix)}
+    return {architecture: min(found, key=found.get)} if found else {}
 
 
 def _topk_up_to(settings: dict[str, float], shipped: int) -> int:

@@ -9,12 +9,16 @@ import csv
 import sys
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}
 NAMES = {
     "sdpa": "dense (SDPA)",
+    "sdpa_flash": "dense (SDPA, flash)",
+    "sdpa_cudnn": "dense (SDPA, cuDNN)",
+    "flex_exact_part": "FlexAttention on the same blocks; {} per row",
     "mra2": "MRA-2, {} blocks per row",
     "longformer_64": "Longformer, window 64",
     "longformer_256": "Longformer, window 256",
@@ -25,6 +29,9 @@ NAMES = {
 }
 COLOURS = {
     "sdpa": "#444444",
+    "sdpa_flash": "#444444",
+    "sdpa_cudnn": "#999999",
+    "flex_exact_part": "#66a3d2",
     "mra2 4": "#1b9e77",
     "mra2 8": "#d95f02",
     "mra2 16": "#7570b3",
@@ -37,6 +44,125 @@ COLOURS = {
 }
 
 
+PASS_COLOURS = {
+    "summaries": "#7570b3",
+    "select": "#1b9e77",
+    "forward": "#d95f02",
+    "backward": "#1f5f99",
+}
+
+
+def draw_lengths(
+    rows: list[dict[str, str]], png: Path, *, batches: list[str] | None = None, graph: bool = False
+) -> None:
+    """Milliseconds against tokens: a column of panels per pass, a row per batch.
+
+    Args:
+        rows: of one op and dtype.
+        png: written.
+        batches: those to draw; default is all that were measured at two lengths or more.
+        graph: rows of CUDA graphs instead of eager calls.
+    """
+    suffix = " graph" if graph else ""
+    rows = [row for row in rows if row["pass"].removesuffix(suffix) + suffix == row["pass"]]
+    rows = [row | {"pass": row["pass"].removesuffix(suffix)} for row in rows]
+    passes = [name for name in TITLES if any(row["pass"] == name for row in rows)]
+    sizes = {batch: {r["length"] for r in rows if r["batch"] == batch} for batch in _batches(rows)}
+    most = max(map(len, sizes.values()), default=0)
+    batches = batches or [batch for batch, found in sizes.items() if len(found) >= min(2, most)]
+    rows = [row for row in rows if row["batch"] in batches and row["pass"] in passes]
+    if not rows:
+        raise ValueError(f"no rows to draw into {png}")
+    figure = Figure(figsize=(10, 0.6 + 3.8 * len(batches)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(batches), len(passes), squeeze=False)
+    for line, batch in zip(panels, batches, strict=True):
+        for axes, kind in zip(line, passes, strict=True):
+            chosen = [row for row in rows if row["batch"] == batch and row["pass"] == kind]
+            _draw_panel(axes, chosen)
+            of_batch = f", batch {batch}" if len(batches) > 1 else ""
+            axes.set(xlabel="tokens", ylabel="ms", title=TITLES[kind] + of_batch)
+    first = rows[0]
+    what = {
+        "attention": "attention",
+        "self_attention": "self-attention module",
+        "scales": "two and three scales",
+        "adamra": "attention layers of the Long Range Arena",
+    }
+    of_batch = f"batch {batches[0]}, " if len(batches) == 1 else ""
+    figure.suptitle(
+        f"{what.get(first['op'], 'RoBERTa-base')}{' as CUDA graphs' * graph}, {first['device']}; "
+        f"{first['dtype']}, {of_batch}{first['heads']} heads x {first['head_dim']}; torch "
+        f"{first['torch']}; {first['date']}, {first['commit']}",
+        fontsize=9,
+    )
+    figure.savefig(png, dpi=120)
+
+
+def _batches(rows: list[dict[str, str]]) -> list[str]:
+    return sorted({row["batch"] for row in rows}, key=int)
+
+
+def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
+    for provider, budget in dict.fromkeys((r["provider"], r["block_per_row"]) for r in rows):
+        line = [r for r in rows if (r["provider"], r["block_per_row"]) == (provider, budget)]
+        line.sort(key=lambda row: int(row["length"]))
+        axes.plot(
+            [int(r["length"]) for r in line],
+            [float(r["ms_median"]) for r in line],
+            label=NAMES[provider].format(budget),
+            color=COLOURS.get(f"{provider} {budget}".strip(), COLOURS.get(provider)),
+            linestyle="--" if provider.startswith("sdpa") else "-",
+            marker="o",
+            markersize=4,
+        )
+    lengths = sorted({int(row["length"]) for row in rows})
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
+    """Microseconds of every kernel beside their floor, of the first shape of a `launches.csv`."""
+    first = rows[0]
+    shape = ("length", "batch")
+    bars = [
+        row
+        for row in rows
+        if all(row[name] == first[name] for name in shape) and not row["kernel"].startswith("(")
+    ]
+    figure = Figure(figsize=(9, 1.2 + 0.24 * len(bars)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = range(len(bars))
+    axes.barh(
+        places,
+        [float(row["us"]) for row in bars],
+        color=[PASS_COLOURS[row["pass"]] for row in bars],
+        height=0.8,
+    )
+    floors = [(place, float(row["floor_us"])) for place, row in enumerate(bars) if row["floor_us"]]
+    for place, floor in floors:
+        axes.plot([floor, floor], [place - 0.4, place + 0.4], color="black", linewidth=2)
+    names = [
+        f"{row['pass']}: {row['launches']} x {row['kernel'].removesuffix('_kernel')[:40]}"
+        for row in bars
+    ]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="microseconds; black: the floor by measured ceilings")
+    axes.grid(axis="x", alpha=0.3)
+    figure.suptitle(
+        f"launches of MRA-2, {first['device']}; {first['dtype']}, {first['length']} tokens x "
+        f"{first['batch']}, {first['heads']} heads x {first['head_dim']}, {first['block_per_row']} "
+        f"blocks per row; torch {first['torch']}; {first['date']}, {first['commit']}",
+        fontsize=8,
+    )
+    figure.savefig(png, dpi=120)
+
+
 def main() -> int:
     """Draw one kind of row, a panel per pass."""
     parser = argparse.ArgumentParser(
@@ -47,52 +173,28 @@ def main() -> int:
     parser.add_argument(
         "--op", choices=("attention", "self_attention", "model", "scales", "adamra")
     )
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", help="default: that of the first row")
+    parser.add_argument("--batch", help="default: all that were measured at several lengths")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs, not eager calls")
     args = parser.parse_args()
     with args.csv.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["dtype"] == args.dtype]
+        rows = list(csv.DictReader(file))
+    if rows and "kernel" in rows[0]:
+        draw_launches(rows, args.png)
+        return 0
+    dtype = args.dtype or (rows[0]["dtype"] if rows else None)
     op = args.op or (rows[0]["op"] if rows else None)
-    rows = [row for row in rows if row["op"] == op and row["provider"] in NAMES]
+    rows = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
+    rows = [row for row in drawable(rows) if args.batch in (None, row["batch"])]
     if not rows:
-        parser.error(f"{args.csv} has no rows of op {op} and dtype {args.dtype}")
-    passes = [name for name in TITLES if any(row["pass"] == name for row in rows)]
-    lengths = sorted({int(row["length"]) for row in rows})
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(passes), squeeze=False)[0]
-    for axes, kind in zip(panels, passes, strict=True):
-        for provider, budget in dict.fromkeys((r["provider"], r["block_per_row"]) for r in rows):
-            chosen = (provider, budget, kind)
-            line = [r for r in rows if (r["provider"], r["block_per_row"], r["pass"]) == chosen]
-            axes.plot(
-                [int(r["length"]) for r in line],
-                [float(r["ms_median"]) for r in line],
-                label=NAMES[provider].format(budget),
-                color=COLOURS.get(f"{provider} {budget}".strip()),
-                linestyle="--" if provider == "sdpa" else "-",
-                marker="o",
-                markersize=4,
-            )
-        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title=TITLES[kind])
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    first = rows[0]
-    what = {
-        "attention": "attention",
-        "self_attention": "self-attention module",
-        "scales": "two and three scales",
-        "adamra": "attention layers of the Long Range Arena",
-    }
-    figure.suptitle(
-        f"{what.get(op, 'RoBERTa-base')}, {first['device']}; {args.dtype}, batch {first['batch']}, "
-        f"{first['heads']} heads x {first['head_dim']}; torch {first['torch']}; {first['date']}, "
-        f"{first['commit']}",
-        fontsize=9,
-    )
-    figure.savefig(args.png, dpi=120)
+        parser.error(f"{args.csv} has no rows of op {op} and dtype {dtype}")
+    draw_lengths(rows, args.png, graph=args.graph)
     return 0
+
+
+def drawable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of providers that have a name here; MRA-2-s, which costs about the same, has none."""
+    return [row for row in rows if row["provider"] in NAMES and row["mode"] != "sparse"]
 
 
 if __name__ == "__main__":

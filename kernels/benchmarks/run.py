@@ -5,11 +5,12 @@
 A section (what is timed, dtype, length) is written when it is complete; `--resume` skips those
 that the file already has with the same budgets. `plot.py` draws the CSV.
 
-Three commands are for a card. They write into a folder, row by row, stop before the time limit and
+Four commands are for a card. They write into a folder, row by row, stop before the time limit and
 go on from there when called again:
 
     python kernels/benchmarks/run.py --device cuda check --time-limit 540 --out results/card
     python kernels/benchmarks/run.py --device cuda bench --time-limit 540 --out results/card
+    python kernels/benchmarks/run.py --device cuda profile --time-limit 540 --out results/card
     python kernels/benchmarks/run.py --device cuda tune --time-limit 540 --out results/card
 
 `--device cpu --dry-run` runs the same code at tiny shapes in Triton's interpreter.

@@ -15,9 +15,15 @@ import torch
 
 from mra_attention.triton_impl import launching
 
+PASSES = ("summaries", "select", "forward", "backward")
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "kernels" / "benchmarks" / "run.py"
-STEPS = {"check": "check.csv", "bench": "bench_steps.csv", "tune": "tune_steps.csv"}
+STEPS = {
+    "check": "check.csv",
+    "bench": "bench_steps.csv",
+    "profile": "profile_steps.csv",
+    "tune": "tune_steps.csv",
+}
 
 
 def run(*arguments, path=None, script=RUN):
@@ -98,7 +104,9 @@ def test_bench_writes_the_columns_of_the_benchmark_and_can_be_resumed(tmp_path):
     dense = [float(row["rel_error"]) for row in table if row["provider"] == "sdpa_flash"]
     assert 0 < max(dense) < 0.02
     ceilings = rows_of(tmp_path / "ceilings.csv")
-    assert [row["name"].split()[0] for row in ceilings] == ["gather", "copy", "matmul"]
+    names = [" ".join(row["name"].split()[:2]) for row in ceilings]
+    assert names == ["gather of", "copy", "matmul bf16", "matmul fp32"]
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
 
     # A run that was cut off in the middle: its rows are kept, and only the others are measured.
     lines = (tmp_path / "bench.csv").read_text().splitlines(keepends=True)
@@ -109,6 +117,28 @@ def test_bench_writes_the_columns_of_the_benchmark_and_can_be_resumed(tmp_path):
     after = (tmp_path / "bench.csv").read_text().splitlines(keepends=True)
     assert after[:-3] == lines[:-3] and len(after) == len(lines)
     assert_second_run_measures_nothing("bench", tmp_path)
+
+
+def test_profile_puts_every_launch_beside_its_floor_and_can_be_resumed(tmp_path):
+    printed = dry_run("profile", tmp_path)
+    assert_steps(tmp_path, "profile")
+    rows = rows_of(tmp_path / "launches.csv")
+    assert list(dict.fromkeys(row["pass"] for row in rows)) == list(PASSES)
+    for name in PASSES:
+        of_pass = [row for row in rows if row["pass"] == name and row["length"] == "96"]
+        *kernels, total, graph = of_pass
+        assert (total["kernel"], graph["kernel"]) == ("(all)", "(graph)") and float(graph["us"]) > 0
+        assert float(total["us"]) == pytest.approx(
+            sum(float(row["us"]) for row in kernels), abs=0.1
+        )
+        launches = sum(int(row["launches"]) for row in kernels)
+        assert launches == int(total["launches"])
+        assert launches == {"summaries": 1, "select": 7, "forward": 5, "backward": 8}[name]
+    gathered = {row["kernel"] for row in rows if row["bound"] == "L2"}
+    assert gathered == {"exact_kernel", "exact_query_kernel", "exact_key_kernel"}
+    assert "exact_key_kernel" in printed and "x floor" in printed
+    assert (tmp_path / "launches.png").stat().st_size > 10_000
+    assert_second_run_measures_nothing("profile", tmp_path)
 
 
 def test_tune_writes_a_table_that_parses_and_can_be_resumed(tmp_path):
@@ -123,6 +153,13 @@ def test_tune_writes_a_table_that_parses_and_can_be_resumed(tmp_path):
     same = [key for key in before.configs if key[2:] != (16, 4)]
     assert all(table.configs[key] == before.configs[key] for key in same)
     assert table.item_blocks in (1, 2, before.item_blocks) and table.topk_up_to_rows >= 0
+    timed = {
+        row["setting"].partition("=")[2]: float(row["ms_median"])
+        for row in rows_of(tmp_path / "tune.csv")
+        if row["setting"].startswith("coarse_precision=")
+    }
+    assert table.coarse_precision == before.coarse_precision | {"sm_80": min(timed, key=timed.get)}
+    assert timed.keys() == set(launching.COARSE_PRECISIONS)
     assert Path(launching.__file__).with_name("launch_configs.json").read_text() == shipped
 
     rows = rows_of(tmp_path / "tune.csv")

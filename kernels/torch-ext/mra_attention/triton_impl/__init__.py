@@ -104,8 +104,8 @@ class Ranking:
         """Constants and launch configuration of the kernels: the same for all of them, so that
         passes that compute scores anew see the same bits.
         """
-        dim = self.call.padded_dim
-        sizes = {"ROWS": _STRIP_ROWS, "COLUMNS": 16 if dim == 128 else 32, "D_PAD": dim}
+        columns = 16 if self.call.padded_dim == 128 else 32
+        sizes = {"ROWS": _STRIP_ROWS, "COLUMNS": columns, **self.call.of_coarse_products()}
         return {"STORED": self.stored, "num_warps": 8, **sizes}
 
     def score(self, *, normalized: bool, scale: float) -> None:

@@ -95,6 +95,7 @@ def coarse_query_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -114,11 +115,11 @@ def coarse_query_kernel(
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
         keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
         values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        logits = coarse_logits(query, keys, scale_log2)
+        logits = coarse_logits(query, keys, scale_log2, PRECISION)
         weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
-        sums = tl.dot(grad_logits, keys, sums, input_precision="ieee")
+        sums = tl.dot(grad_logits, keys, sums, input_precision=PRECISION)
     sums *= (scale / tl.maximum(row_counts, 1).to(tl.float32))[:, None]
     to = (head * n_blocks + rows)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
     tl.store(COARSE_QUERY + to, sums, mask=inside[:, None])
@@ -143,6 +144,7 @@ def coarse_key_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The gradients that every key and value of a block get from the coarse part."""
     strips = tl.cdiv(n_blocks, COLUMNS)
@@ -163,12 +165,12 @@ def coarse_key_kernel(
         query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
         grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
-        logits = coarse_logits(query, keys, scale_log2)
+        logits = coarse_logits(query, keys, scale_log2, PRECISION)
         weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
-        value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision="ieee")
-        key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision="ieee")
+        value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision=PRECISION)
+        key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision=PRECISION)
     key_sums *= (scale / tl.maximum(sizes, 1).to(tl.float32))[:, None]
     to = (head * n_blocks + columns)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
     tl.store(COARSE_KEY + to, key_sums, mask=inside[:, None])

@@ -54,6 +54,7 @@ def coarse_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """R and z `[G, R]`, a `[G, R, D_PAD]` of a strip of query blocks."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -70,14 +71,14 @@ def coarse_kernel(
         sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
         keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        logits = tl.where(pairs, coarse_logits(query, keys, scale_log2), LOWEST)
+        logits = tl.where(pairs, coarse_logits(query, keys, scale_log2, PRECISION), LOWEST)
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         rescale = tl.exp2(largest - new_largest)
         weights = tl.where(pairs, tl.exp2(logits - new_largest[:, None]), 0.0)
         sizes = sizes.to(tl.float32)
         denominator = denominator * rescale + tl.sum(weights * sizes[None, :], 1)
         values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        numerator = tl.dot(weights, values, numerator * rescale[:, None], input_precision="ieee")
+        numerator = tl.dot(weights, values, numerator * rescale[:, None], input_precision=PRECISION)
         largest = new_largest
     to = head * n_blocks + rows
     tl.store(LARGEST + to, largest, mask=rows < n_blocks)

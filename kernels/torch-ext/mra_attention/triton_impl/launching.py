@@ -14,6 +14,7 @@ import torch
 import triton
 
 _TABLE = Path(__file__).with_name("launch_configs.json")
+COARSE_PRECISIONS = ("ieee", "tf32x3")
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class Table:
         topk_up_to_rows: selections of up to so many block rows use `torch.topk`.
         recompute_from_length: from so many tokens on coarse scores are computed by every pass
             instead of being stored.
+        coarse_precision: architecture -> Triton's `input_precision` of products of float32
+            summaries: "ieee", or "tf32x3", three products on tensor cores that lose a bit or two.
         configs: (architecture, kernel, padded head dim, bytes of an operand) -> config.
     """
 
     item_blocks: int
     topk_up_to_rows: int
     recompute_from_length: int
+    coarse_precision: dict[str, str]
     configs: dict[tuple[str, str, int, int], LaunchConfig]
 
 
@@ -68,10 +72,17 @@ def parse_table(content: dict) -> Table:
                 f"{row['kernel']}, got {config.query_blocks!r} in the row {key}."
             )
         configs[key] = config
+    for architecture_name, precision in content["coarse_precision"].items():
+        if precision not in COARSE_PRECISIONS:
+            raise ValueError(
+                f"launch configurations: coarse_precision must be one of {COARSE_PRECISIONS}, got "
+                f"{precision!r} for {architecture_name}."
+            )
     return Table(
         content["item_blocks"],
         content["topk_up_to_rows"],
         content["recompute_from_length"],
+        content["coarse_precision"],
         configs,
     )
 
@@ -97,6 +108,11 @@ def config_for(
 ) -> LaunchConfig:
     """Return the shipped configuration of "forward", "query_gradient" or "key_gradient"."""
     return table().configs[architecture(device), kernel, padded_dim, dtype.itemsize]
+
+
+def coarse_precision(device: torch.device, dtype: torch.dtype) -> str:
+    """Triton's name for how summaries of inputs of a dtype are multiplied; float32 exactly."""
+    return table().coarse_precision[architecture(device)] if dtype.itemsize == 2 else "ieee"
 
 
 def float32_precision() -> str:

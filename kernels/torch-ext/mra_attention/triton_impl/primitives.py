@@ -187,8 +187,8 @@ def load_own_summaries(
 
 
 @triton.jit
-def coarse_logits(rows, columns, factor):
+def coarse_logits(rows, columns, factor, PRECISION: tl.constexpr):
     """`[row blocks, column blocks]` from means in float32, always by the same instructions: passes
     that compute them anew must see the same bits.
     """
-    return tl.dot(rows, tl.trans(columns), input_precision="ieee") * factor
+    return tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * factor

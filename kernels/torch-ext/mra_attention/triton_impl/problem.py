@@ -102,14 +102,22 @@ class Call:
         in registers.
         """
         rows, stages = (32, 2) if self.padded_dim == 64 else (16, 1)
-        sizes = {"ROWS": rows, "COLUMNS": 16, "D_PAD": self.padded_dim}
+        sizes = {"ROWS": rows, "COLUMNS": 16, **self.of_coarse_products()}
         return {"num_warps": 8, "num_stages": stages, **sizes}
 
     def of_summary_columns(self) -> dict:
         """The same where each program has a strip of columns and visits all rows."""
-        side = 32 if self.padded_dim == 64 else 16
-        sizes = {"ROWS": side, "COLUMNS": side, "D_PAD": self.padded_dim}
-        return {"num_warps": 8, "num_stages": 1, **sizes}
+        products = self.of_coarse_products()
+        if self.padded_dim == 128:
+            products["PRECISION"] = "ieee"  # three products of that width spill at any tile
+        side = 32 if self.padded_dim == 64 and products["PRECISION"] == "ieee" else 16
+        warps = 4 if self.padded_dim == 16 else 8
+        return {"ROWS": side, "COLUMNS": side, "num_warps": warps, "num_stages": 1, **products}
+
+    def of_coarse_products(self) -> dict:
+        """Constants of kernels that multiply summaries."""
+        precision = launching.coarse_precision(self.device, self.dtype)
+        return {"D_PAD": self.padded_dim, "PRECISION": precision}
 
     def strips(self, rows: int) -> int:
         """Programs of kernels that visit a strip of that many blocks against all others each."""

@@ -58,6 +58,7 @@ def score_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """The largest logit of every row over live columns, and the scores `[G, R, R]` where they are
     to be stored.
@@ -74,7 +75,7 @@ def score_kernel(
             columns = start + tl.arange(0, COLUMNS)
             live = tl.load(flags + columns, mask=columns < n_blocks, other=0) > 0
             keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-            logits = coarse_logits(query, keys, scale)
+            logits = coarse_logits(query, keys, scale, PRECISION)
             largest = tl.maximum(largest, tl.max(tl.where(live[None, :], logits, LOWEST), 1))
     line = head * n_blocks + rows
     tl.store(ROW_LARGEST + line, largest, mask=rows < n_blocks)
@@ -83,7 +84,7 @@ def score_kernel(
             columns = start + tl.arange(0, COLUMNS)
             inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
             keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-            scores = coarse_logits(query, keys, scale) - largest[:, None]
+            scores = coarse_logits(query, keys, scale, PRECISION) - largest[:, None]
             tl.store(SCORES + line[:, None] * n_blocks + columns[None, :], scores, mask=inside)
 
 
@@ -104,6 +105,7 @@ def _sort_keys(
     TIE_BITS: tl.constexpr,
     STORED: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Keys of a tile `[rows, columns]`, -1 where a pair is not live."""
     column_flags = tl.load(flags + columns, mask=columns < n_blocks, other=0)
@@ -113,7 +115,7 @@ def _sort_keys(
         scores = tl.load(at, mask=live, other=0.0)
     else:
         keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        scores = coarse_logits(query, keys, scale) - largest[:, None]
+        scores = coarse_logits(query, keys, scale, PRECISION) - largest[:, None]
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ranks as 0
     bits = scores.to(tl.int32, bitcast=True)
     ordered = tl.where(bits >= 0, bits.to(tl.int64) + 2147483648, (bits ^ -1).to(tl.int64))
@@ -166,6 +168,7 @@ def digit_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Histogram of one digit over the keys that share the digits above it.
 
@@ -193,7 +196,7 @@ def digit_kernel(
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
             query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
-            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD,
+            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD, PRECISION,
         )  # fmt: skip
         counted = (key >= 0) & ((key >> shift >> _BITS) == prefix)
         digit = ((key >> shift) & (_DIGITS - 1)).to(tl.int32)
@@ -225,6 +228,7 @@ def mark_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Write `[G, R, R]`: 1 where the key of a pair is at least the one that was found."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -241,7 +245,7 @@ def mark_kernel(
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
             query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
-            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD,
+            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD, PRECISION,
         )  # fmt: skip
         inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
         to = BLOCKS + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
