@@ -7,7 +7,6 @@ can be captured in a CUDA graph.
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from ..selection import choose_blocks
@@ -95,7 +94,7 @@ class Ranking:
             # Beyond R a budget per row, and beyond R * R one per head, select everything.
             min(block_per_row, rows),
             -1 if block_budget is None else self.largest_budget,
-            R_PAD=triton.next_power_of_2(rows),
+            R_PAD=launching.next_power_of_2(rows),
         )
         self.row_largest = call.empty((call.all_heads, rows))
         self.scores = call.empty((call.all_heads, rows, rows) if self.stored else (1,))
@@ -140,7 +139,7 @@ class Ranking:
         call, rows = self.call, self.call.n_blocks
         tie_bits = (2 * rows**2 - 1).bit_length()
         digit_bits = selection_kernels.DIGIT_BITS
-        levels = triton.cdiv(1 + 32 + tie_bits, digit_bits)
+        levels = launching.ceil_div(1 + 32 + tie_bits, digit_bits)
         # Whole digits, so that the first ones hold as much of the score as they can.
         tie_bits = min(levels * digit_bits, 63) - (1 + 32)
         prefixes, wanted = call.empty((2, levels, call.all_heads), torch.int64)

@@ -136,5 +136,16 @@ def on_device_of(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+# Those of Triton can be called inside kernels too, and take several microseconds outside them.
+
+
+def ceil_div(x: int, y: int) -> int:
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << (x - 1).bit_length()
+
+
 def padded_dim(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))

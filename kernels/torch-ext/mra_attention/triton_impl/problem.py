@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..blocks import count_blocks
@@ -121,7 +120,7 @@ class Call:
 
     def strips(self, rows: int) -> int:
         """Programs of kernels that visit a strip of that many blocks against all others each."""
-        return self.all_heads * triton.cdiv(self.n_blocks, rows)
+        return self.all_heads * launching.ceil_div(self.n_blocks, rows)
 
 
 class Lists:
@@ -141,10 +140,10 @@ class Lists:
         rows, lines = call.n_blocks, (directions, call.all_heads)
         self.capacity = rows**2 if largest_budget is None else min(largest_budget, rows**2)
         # Longer items where so much may be selected that partial sums would outgrow the inputs.
-        longest = triton.next_power_of_2(triton.cdiv(self.capacity, 4 * rows))
+        longest = launching.next_power_of_2(launching.ceil_div(self.capacity, 4 * rows))
         self.item_blocks = max(launching.table().item_blocks, longest if rows > 64 else 1)
         self.own_blocks = (query_blocks, 1)[:directions]
-        self.owners = [triton.cdiv(rows, n) for n in self.own_blocks]
+        self.owners = [launching.ceil_div(rows, n) for n in self.own_blocks]
         # A union of lists is no longer than their sum, so that `capacity` bounds it too.
         self.max_items = [n + self.capacity // self.item_blocks for n in self.owners]
         self.may_split = rows > self.item_blocks
@@ -171,7 +170,7 @@ class Lists:
             self.max_items[0],
             self.max_items[-1],
             QUERY_BLOCKS=query_blocks,
-            R_PAD=triton.next_power_of_2(rows),
+            R_PAD=launching.next_power_of_2(rows),
             ITEM_BLOCKS=self.item_blocks,
         )
         launching.launch(
