@@ -137,3 +137,15 @@ def test_the_script_is_the_same_program(source, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "MraForMaskedLM" in done.stdout and (tmp_path / "out" / "README.md").is_file()
+
+
+def test_the_program_is_a_module_too(source, tmp_path):
+    """As `python -m mra_hf`, for machines and launchers that have no program of that name."""
+    command = [sys.executable, "-m", "mra_hf", "convert", str(source), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "mra_hf", "nonsense"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "mra-hf: error" in done.stderr
