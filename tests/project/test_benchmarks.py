@@ -88,6 +88,31 @@ def test_the_smoke_preset_writes_every_kind_of_row_and_can_be_resumed(tmp_path):
         assert png.stat().st_size > 10_000
 
 
+def test_batches_and_graphs_are_drawn_apart(tmp_path):
+    """A row of panels for every batch that was measured at several lengths."""
+    rows = []
+    for batch, lengths in ((1, (512, 4096)), (8, (512, 4096)), (64, (512,))):
+        for length in lengths:
+            for provider, budget in (("sdpa_cudnn", ""), ("sdpa_flash", ""), ("mra2", 8)):
+                for name in ("fwd", "fwd+bwd", "fwd graph"):
+                    about = {"op": "attention", "provider": provider, "dtype": "bf16"}
+                    shape = {"batch": batch, "length": length, "block_per_row": budget}
+                    rows.append(about | shape | {"pass": name, "ms_median": length * batch})
+    with (tmp_path / "card.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    heights = {}
+    for name, options in (("all", ()), ("one", ("--batch", "8")), ("graph", ("--graph",))):
+        png = tmp_path / f"{name}.png"
+        done = script("plot.py", tmp_path / "card.csv", png, *options)
+        assert done.returncode == 0, done.stderr
+        heights[name] = int.from_bytes(png.read_bytes()[20:24], "big")  # of the PNG's header
+    assert heights["all"] == heights["graph"] > 1.5 * heights["one"]
+    done = script("plot.py", tmp_path / "card.csv", tmp_path / "x.png", "--batch", "3")
+    assert done.returncode == 2 and "no rows" in done.stderr
+
+
 def test_a_plot_of_nothing_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text(",".join(COLUMNS) + "\n")
     done = script("plot.py", tmp_path / "empty.csv", tmp_path / "x.png")
