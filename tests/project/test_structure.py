@@ -119,3 +119,10 @@ def test_ci_runs_the_commands_of_the_readme():
     assert "pip install -c constraints.txt -e . && mra-hf quickstart" in readme
     assert re.search(r'^pip install -q -c constraints.txt -e "\.\[test\]"$', ci, re.M)
     assert re.search(r"^pytest$", ci, re.M) and "mra-hf quickstart" in ci
+
+
+def test_exporting_is_asked_for_in_one_place():
+    """`torch.compiler.is_exporting()` is true in every compiled function before torch 2.13."""
+    for path in [*OPERATOR.rglob("*.py"), *FAMILY.rglob("*.py")]:
+        called = "torch.compiler.is_exporting()" in path.read_text()
+        assert not called or path == OPERATOR / "blocks.py", path

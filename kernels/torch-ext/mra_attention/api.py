@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import multiresolution, ops, reference
-from .blocks import count_blocks
+from .blocks import count_blocks, is_exporting
 from .checks import (
     APPROX_MODES,
     MAX_BLOCK_SIZE,
@@ -114,7 +114,7 @@ def mra2_attention(
         "block_size": block_size,
     }
 
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
     match resolve_impl(impl, query, block_size):
         case "reference":

@@ -22,6 +22,15 @@ _CACHED_BYTES = 2**20
 _HARMLESS = 2.0**40
 
 
+def is_exporting() -> bool:
+    """Whether `torch.export` traces.
+
+    Read from where torch keeps it: Dynamo before torch 2.13 took `torch.compiler.is_exporting()`
+    for true in every function that it compiles, which then ran what is meant for exported graphs.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def parts(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
     """Cut `[B, H, N, D]` into (samples, heads) to work on one after another: one part but on a CPU.
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import count_blocks
+from .blocks import count_blocks, is_exporting
 from .multiresolution import Scheme, fit_scales
 from .selection import MAX_BLOCK_ROWS, BlockSelection
 
@@ -210,7 +210,7 @@ def check_scheme(
             f"use one of {SCHEME_RULES}."
         )
     check_choice("selection", selection, SCHEME_RULES)
-    if not torch.compiler.is_exporting():  # there the length may be any
+    if not is_exporting():  # there the length may be any
         resolutions = fit_scales(resolutions, query.shape[2])
     padded = count_blocks(query.shape[2], resolutions[0]) * resolutions[0]
     ranked = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]

@@ -17,6 +17,7 @@ from .blocks import (
     block_means,
     compute_dtype,
     count_blocks,
+    is_exporting,
     mask_to_blocks,
     to_blocks,
 )
@@ -59,7 +60,7 @@ class Scheme:
 
     def padded_length(self, length: int) -> int:
         blocks = count_blocks(length, self.resolutions[0])
-        if torch.compiler.is_exporting():  # as `select` counts them there
+        if is_exporting():  # as `select` counts them there
             blocks = length // self.resolutions[0] + 2
         return blocks * self.resolutions[0]
 
@@ -76,7 +77,7 @@ class Scheme:
             initial_prior_diagonal_n_blocks=self.initial_prior_diagonal_n_blocks,
             rule=self.rule,
             scale=self.scale,
-            traceable=torch.compiler.is_exporting(),
+            traceable=is_exporting(),
             reads_mask=not torch.compiler.is_compiling(),
         )
 
@@ -169,11 +170,11 @@ class _Children:
         self.live = own[..., None] & (self.column_counts > 0)[..., None, :]
         self.live = self.live & pairs.real[..., None, None]
 
-    def rows(self, x: Tensor, some: slice = slice(None)) -> Tensor:
+    def rows(self, x: Tensor, some: slice) -> Tensor:
         """Rows of some pairs: `[G, R, D]` -> `[G, m, f, D]`."""
         return self._gather(x, self.pairs.row[:, some])
 
-    def columns(self, x: Tensor, some: slice = slice(None)) -> Tensor:
+    def columns(self, x: Tensor, some: slice) -> Tensor:
         return self._gather(x, self.pairs.column[:, some])
 
     def parts(self, dim: int) -> list[slice]:
@@ -268,8 +269,8 @@ def _choose(
     """The best `budget` children per head, and where they are: `[G, m, f, f]` bool."""
     with torch.no_grad():
         dtype = score_dtype(query)
-        own = children.rows(level.means(query, dtype).flatten(0, 1))
-        gathered = children.columns(level.means(key, dtype).flatten(0, 1))
+        own = children.rows(level.means(query, dtype).flatten(0, 1), slice(None))
+        gathered = children.columns(level.means(key, dtype).flatten(0, 1), slice(None))
         scores = (own @ gathered.mT * scheme.scale).float()
         row = children.row[..., :, None].expand(scores.shape)
         column = children.column[..., None, :].expand(scores.shape)

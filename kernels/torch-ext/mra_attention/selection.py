@@ -18,6 +18,7 @@ from torch import Tensor
 from .blocks import (
     block_means,
     count_blocks,
+    is_exporting,
     mask_to_blocks,
     parts,
     to_blocks,
@@ -111,7 +112,7 @@ def refined_mass(
     parts_of_block = counts.shape[-1] // n_blocks
     log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
     mass = []
-    if torch.compiler.is_exporting():  # sizes stay symbolic
+    if is_exporting():  # sizes stay symbolic
         strips = [(query_means, counts)]
     else:
         held = max(1, counts.shape[-1] * query_means.shape[:2].numel())
