@@ -50,6 +50,8 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
+#: Those that subtract the largest logit of a row from logits.
+RANKING_KERNELS = ("score_kernel", "digit_kernel", "mark_kernel")
 #: (sparse, masked) besides (False, True), which everything is compiled with.
 FURTHER_MODES = ((False, False), (True, True), (True, False))
 #: Head dims that are padded inside, and the dtype that they are compiled with, by padded head dim.
@@ -226,7 +228,7 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                 for launch in _recorded(target, dtype, padded, False, True, "ieee", 4096):
                     if "D" in dict(launch.constants):  # the others see the padded head dim alone
                         found[launch] = None
-            # longer sequences: radix select, and scores computed anew by every pass
+            # longer sequences: more digits, and scores computed anew by every pass
             for length in (16384, 65536) if dim >= 64 else ():
                 for launch in _recorded(target, "bf16", dim, False, True, "ieee", length):
                     if launch.kernel not in ITEM_KERNELS:
@@ -273,9 +275,10 @@ def compile_launch(launch: Launch) -> Result:
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "cuda":
         registers, spills = _nvidia_resources(compiled.asm["cubin"])
+        fused = launch.kernel in RANKING_KERNELS and "neg.f32" in compiled.asm["ptx"]
         census = _nvidia_census(compiled.asm["cubin"])
     else:
-        text = compiled.asm["amdgcn"]
+        text, fused = compiled.asm["amdgcn"], False
         registers, spills = _amd_number(text, "vgpr_count"), _amd_number(text, "vgpr_spill_count")
         census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
     result = Result(
@@ -294,7 +297,10 @@ def compile_launch(launch: Launch) -> Result:
         "+".join(name for name, count in census.items() if count),
         "",
     )
-    result.finding = "; ".join(_findings(result, shared_limit))
+    found = _findings(result, shared_limit)
+    if fused:
+        found.append("a score is fused with the product before it, so that equal ones do not tie")
+    result.finding = "; ".join(found)
     return result
 
 

@@ -102,6 +102,9 @@ def steps(session: Session) -> list[Step]:
     for blocks in (2,) if small else (128, 17, 512):
         name = f"selection by topk, radix and on the host, {blocks} block rows"
         found.append(Step(name, lambda s, n=blocks: _selections(s, n), "selection"))
+    for dim, dtype in itertools.product((32,) if small else (128, 32, 80), ("fp32", "bf16")):
+        name = f"the best pair of every row scores 0, {dtype} D{dim}"
+        found.append(Step(name, lambda s, t=dtype, d=dim: _best_scores(s, t, d), "selection"))
     for dtype in ("fp32", "bf16"):
         name = f"selection agrees with float64 scores, {dtype}"
         found.append(Step(name, lambda s, d=dtype: _selection_quality(s, d), "selection"))
@@ -304,17 +307,7 @@ def _selections(session: Session, blocks: int) -> Outcome:
     heads, dim = (1, 16) if session.dry_run else (12, 64)
     case = Case("fp32", dim, 32 * blocks - 7, "holes", batch=1 if blocks > 200 else 2, heads=heads)
     inputs, mask = make_inputs(session, case), make_mask(session, case)
-
-    def ranking(length: int) -> triton_impl.Ranking:
-        with launching.on_device_of(inputs[0]), patched_table(recompute_from_length=length):
-            call = problem.Call(*inputs[:3], mask)
-            ranking = triton_impl.Ranking(
-                call, block_per_row=case.block_per_row, block_budget=None, **_PRIORS
-            )
-            ranking.score(normalized=True, scale=dim**-0.5)
-        return ranking
-
-    stored, recomputed = ranking(2**30), ranking(0)
+    stored, recomputed = (_ranked(inputs, mask, case, length) for length in (2**30, 0))
     with launching.on_device_of(inputs[0]):
         by_topk, by_radix = stored.choose_by_topk(), stored.choose_by_radix()
         again = recomputed.choose_by_radix()
@@ -329,6 +322,35 @@ def _selections(session: Session, blocks: int) -> Outcome:
     found = {"topk": by_topk, "radix": by_radix, "radix on recomputed scores": again}
     wrong = [name for name, x in found.items() if not torch.equal(x.cpu(), by_host)]
     return Outcome("fail" if wrong else "pass", f"differs: {', '.join(wrong)}" if wrong else "")
+
+
+def _ranked(
+    inputs: list[Tensor], mask: Tensor | None, case: Case, recompute_from_length: int
+) -> triton_impl.Ranking:
+    with (
+        launching.on_device_of(inputs[0]),
+        patched_table(recompute_from_length=recompute_from_length),
+    ):
+        call = problem.Call(*inputs[:3], mask)
+        budget = {"block_per_row": case.block_per_row, "block_budget": None}
+        ranking = triton_impl.Ranking(call, **budget, **_PRIORS)
+        ranking.score(normalized=True, scale=case.dim**-0.5)
+    return ranking
+
+
+def _best_scores(session: Session, dtype: str, dim: int) -> Outcome:
+    """Exactly 0 in every row, so that the best pairs of rows tie: no rounding may be between a
+    logit and itself.
+    """
+    case = Case(dtype, dim, 70 if session.dry_run else 4096, "holes")
+    inputs, mask = make_inputs(session, case), make_mask(session, case)
+    ranking = _ranked(inputs, mask, case, 2**30)
+    rows = ranking.flags.shape[-1]
+    live = ranking.flags[:, None] > 0
+    scores = ranking.scores.view(case.batch, case.heads, rows, rows)
+    best = scores.masked_fill(~live[:, :, None], -torch.inf).amax(-1)
+    error = float(best.masked_fill(~live, 0).abs().max())
+    return Outcome("pass" if error == 0 else "fail", "", error, 0.0)
 
 
 def _selection_quality(session: Session, dtype: str) -> Outcome:

@@ -8,7 +8,7 @@ ALL, GRAPH = "(all)", "(graph)"
 #: What is shown of the counters: words that a column's name must all have, and how it is called.
 SHOWN_COUNTERS = (
     (("gpu__time_duration.sum",), "time"),
-    (("dram__throughput", "pct_of_peak"), "memory, %"),
+    (("dram", "throughput", "pct_of_peak"), "memory, %"),
     (("lts__throughput", "pct_of_peak"), "L2, %"),
     (("sm__throughput", "pct_of_peak"), "SM, %"),
     (("pipe_tensor", "cycles_active", "pct_of_peak"), "tensor cores, %"),
@@ -58,8 +58,8 @@ def print_profile(out: Path) -> None:
 
 
 def shown_counters(path: Path) -> list[tuple[str, ...]]:
-    """A line per launch with the counters of `SHOWN_COUNTERS`; several columns that match one of
-    them are given as their largest.
+    """A line per launch with the counters of `SHOWN_COUNTERS`: the largest number in the columns
+    that match one of them, nothing where there is none.
     """
     with path.open(newline="") as file:
         names, units, *launches = csv.reader(file)
@@ -72,11 +72,19 @@ def shown_counters(path: Path) -> list[tuple[str, ...]]:
     for launch in launches:
         cells = []
         for chosen, (_, title) in zip(columns, SHOWN_COUNTERS, strict=True):
-            numbers = [float(launch[i].replace(",", "")) for i in chosen if launch[i]]
+            numbers = [x for x in (_number(launch[i]) for i in chosen) if x is not None]
             unit = f" {units[chosen[0]]}" if chosen and title == "time" else ""
             cells.append(f"{max(numbers):.4g}{unit}" if numbers else "")
         lines.append((launch[kernel], *cells))
     return lines
+
+
+def _number(cell: str) -> float | None:
+    """None for an empty cell and for what could not be counted."""
+    try:
+        return float(cell.replace(",", ""))
+    except ValueError:
+        return None
 
 
 def _print_speedups(rows: list[dict[str, str]]) -> None:

@@ -225,7 +225,7 @@ def tuned(content: dict, rows: list[dict[str, str]]) -> dict:
         "item_blocks": _best_item_blocks(settings, content["item_blocks"]),
         "topk_up_to_rows": _topk_up_to(settings, content["topk_up_to_rows"]),
         "coarse_precision": content["coarse_precision"]
-        | _best_precision(settings, measured[-1]["architecture"]),
+        | _best_precision(settings, content["coarse_precision"], measured[-1]["architecture"]),
         "configs": configs,
     }
 
@@ -248,11 +248,19 @@ def _best_item_blocks(settings: dict[str, float], shipped: int) -> int:
     return best if found[best] < _WORTH * found.get(shipped, float("inf")) else shipped
 
 
-def _best_precision(settings: dict[str, float], architecture: str) -> dict[str, str]:
-    """The faster one for this architecture; nothing where none was measured."""
+def _best_precision(
+    settings: dict[str, float], shipped: dict[str, str], architecture: str
+) -> dict[str, str]:
+    """The faster one for this architecture, the shipped one where that is as good; nothing where
+    none was measured.
+    """
     prefix = "coarse_precision="
     found = {x.removeprefix(prefix): ms for x, ms in settings.items() if x.startswith(prefix)}
-    return {architecture: min(found, key=found.get)} if found else {}
+    if not found:
+        return {}
+    best, before = min(found, key=found.get), shipped[architecture]
+    is_worth_it = found[best] < _WORTH * found.get(before, float("inf"))
+    return {architecture: best if is_worth_it else before}
 
 
 def _topk_up_to(settings: dict[str, float], shipped: int) -> int:

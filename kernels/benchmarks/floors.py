@@ -4,8 +4,9 @@
 
 prints the table of kernels/README.md. The floor of a launch is the largest of what it must move
 through device memory and through the L2 cache and of what it must multiply, each over its ceiling.
-Gathered blocks come out of L2; everything else is counted once, as device memory. Merges depend on
-the selection and are counted as nothing.
+Gathered blocks come out of L2; everything else is counted once, as device memory: a launch that
+finds it in L2, because the one before left it there, can be faster. Merges depend on the selection
+and are counted as nothing.
 """
 
 import argparse
@@ -91,7 +92,6 @@ class Problem:
 
     Args:
         operand_bytes: 2 or 4.
-        digits: launches of `digit_kernel`, of which three have something to do, exact ties aside.
         is_stored: whether coarse scores are kept between the launches of a selection.
     """
 
@@ -101,7 +101,6 @@ class Problem:
     head_dim: int
     block_per_row: int
     operand_bytes: int = 2
-    digits: int = 5
     is_stored: bool = True
 
     def works(self) -> dict[str, dict[str, Work]]:
@@ -113,6 +112,11 @@ class Problem:
             "forward": self._forward(),
             "backward": self._backward(),
         }
+
+    @property
+    def _digits(self) -> int:
+        """Launches of `digit_kernel`: 11 bits each of prior, score and tie rank."""
+        return -(-(1 + 32 + (2 * self._rows**2 - 1).bit_length()) // 11)
 
     @property
     def _all_heads(self) -> int:
@@ -167,14 +171,14 @@ class Problem:
     def _select(self) -> dict[str, Work]:
         scores = self._pairs * _WORD if self.is_stored else 2 * self._summaries
         again = 0 if self.is_stored else self._coarse_product(1)
-        counted = min(3, self.digits)
+        counted = 3  # exact ties aside, the others leave at once
         return {
             "flag_kernel": Work(),
             "score_kernel": Work(
                 memory=2 * self._summaries + self._pairs * _WORD * self.is_stored,
                 coarse=self._coarse_product(1 + self.is_stored),
             ),
-            "digit_kernel": Work(self.digits, counted * scores, coarse=counted * again),
+            "digit_kernel": Work(self._digits, counted * scores, coarse=counted * again),
             "mark_kernel": Work(memory=scores + self._pairs, coarse=again),
         }
 
@@ -238,6 +242,8 @@ _WHAT = {
     "exact_key_kernel": "gradients of keys and values",
     "merge_gradient_kernel": "those of blocks with several items",
 }
+
+KERNELS = tuple(_WHAT)
 
 
 def print_floors(problem: Problem, ceilings: Ceilings, precision: str) -> None:

@@ -72,7 +72,7 @@ def draw_lengths(
     batches = batches or [batch for batch, found in sizes.items() if len(found) >= min(2, most)]
     rows = [row for row in rows if row["batch"] in batches and row["pass"] in passes]
     if not rows:
-        raise ValueError(f"no rows to draw into {png}")
+        raise ValueError("no rows of CUDA graphs" if graph else "no rows of eager calls")
     figure = Figure(figsize=(10, 0.6 + 3.8 * len(batches)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(batches), len(passes), squeeze=False)
@@ -188,7 +188,10 @@ def main() -> int:
     rows = [row for row in drawable(rows) if args.batch in (None, row["batch"])]
     if not rows:
         parser.error(f"{args.csv} has no rows of op {op} and dtype {dtype}")
-    draw_lengths(rows, args.png, graph=args.graph)
+    try:
+        draw_lengths(rows, args.png, graph=args.graph)
+    except ValueError as error:
+        parser.error(f"{args.csv}: {error}")
     return 0
 
 

@@ -312,7 +312,7 @@ def test_full_budget_is_dense_attention():
 
 
 @only_on_a_card
-@pytest.mark.parametrize("length", [4096, 8192])  # top-k and radix select
+@pytest.mark.parametrize("length", [4096, 8192])  # five and six digits
 @pytest.mark.parametrize("mode", MODES)
 def test_forward_and_backward_are_captured_in_a_cuda_graph(mode, length):
     inputs = [x.requires_grad_() for x in on_device(make_inputs(1, 4, length, 64))[:3]]

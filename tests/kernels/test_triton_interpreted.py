@@ -55,6 +55,35 @@ def test_a_table_with_a_number_of_query_blocks_that_does_not_exist_is_refused(ke
         launching.parse_table(content)
 
 
+def test_an_unknown_coarse_precision_is_refused():
+    content = json.loads(Path(launching.__file__).with_name("launch_configs.json").read_text())
+    content["coarse_precision"]["sm_90"] = "tf32"
+    with pytest.raises(ValueError, match=r"coarse_precision must be .*, got 'tf32' for sm_90"):
+        launching.parse_table(content)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_summaries_of_float32_inputs_are_multiplied_exactly(target, dtype, dim, monkeypatch):
+    """And those of 16 bits on tensor cores where the table says so, but for what would spill."""
+    monkeypatch.syspath_prepend(ROOT / "kernels")
+    import compile_check as check
+
+    found = {}
+    for length in (4096, 65536):
+        for launch in check._recorded(target, dtype, dim, False, True, "ieee", length):
+            if launch.kernel not in check.ITEM_KERNELS:
+                found.setdefault(launch.kernel, set()).add(dict(launch.constants).get("PRECISION"))
+    coarse = (*check.RANKING_KERNELS, "coarse_kernel", "coarse_query_kernel", "coarse_key_kernel")
+    for kernel, precisions in found.items():
+        is_exact = target == "gfx942" or dtype == "fp32"
+        is_exact |= kernel == "coarse_key_kernel" and dim == 128
+        wanted = ("ieee" if is_exact else "tf32x3") if kernel in coarse else None
+        assert precisions == {wanted}, kernel
+    assert found.keys() > set(coarse)
+
+
 def compile_check(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, ROOT / "kernels" / "compile_check.py", *arguments],

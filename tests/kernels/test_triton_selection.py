@@ -147,6 +147,8 @@ SELECTIONS = {
     "wide prior": {"initial_prior_diagonal_n_blocks": 5},
     "global": {"rule": "global"},
     "budget": {"block_budget": 7},
+    "fewer than rows": {"block_budget": 3},
+    "negative scale": {"scale": -0.2},
     "everything": {"block_budget": 1000},
 }
 
@@ -248,4 +250,6 @@ def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
             assert torch.equal(triton_impl.select(*inputs, None, **settings), wanted)
         counted = histograms[-1].sum(-1).cpu()  # [levels, G]
         assert counted.shape == (4, 4) and (counted[0] == 49).all()
+        if last == 2:  # the first digit holds prior, sign, exponent and a bit of the mantissa
+            assert (histograms[-last][0] > 0).sum(-1).min() > 5
         assert (counted[:last] > 0).any(1).all() and (counted[last:] == 0).all()

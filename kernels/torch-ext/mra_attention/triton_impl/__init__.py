@@ -105,7 +105,7 @@ class Ranking:
         """
         columns = 16 if self.call.padded_dim == 128 else 32
         sizes = {"ROWS": _STRIP_ROWS, "COLUMNS": columns, **self.call.of_coarse_products()}
-        return {"STORED": self.stored, "num_warps": 8, **sizes}
+        return {"STORED": self.stored, "NEGATIVE": self.scale < 0, "num_warps": 8, **sizes}
 
     def score(self, *, normalized: bool, scale: float) -> None:
         call, self.scale = self.call, scale
@@ -117,7 +117,7 @@ class Ranking:
             self.flags,
             self.row_largest,
             self.scores,
-            scale,
+            abs(scale),
             call.n_blocks,
             call.heads,
             NORMALIZED=normalized,
@@ -147,7 +147,7 @@ class Ranking:
         diagonal = self.diagonal_blocks
         sources = (call.query_means, call.key_means, self.flags, self.row_largest, self.scores)
         found = (prefixes, wanted, histograms)
-        shape = (self.scale, rows, call.heads, call.all_heads)
+        shape = (abs(self.scale), rows, call.heads, call.all_heads)
         half_diagonal = diagonal // 2 if diagonal else -1
         constants = {"TIE_BITS": tie_bits, **self.tile()}
         for level in range(levels):

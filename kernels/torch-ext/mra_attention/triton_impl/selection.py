@@ -3,14 +3,14 @@
 The order is that of `choose_blocks`: prior pairs, then the score, then the tie rank, as one integer
 key per pair. Keys differ, so the budget-th largest of them separates chosen pairs from others; it
 is found digit by digit from histograms (integer atomics alone, so two runs agree). Most often three
-digits tell, and what is launched for the others, which exact ties alone need, does nothing. Scores
-are stored, or computed again by every pass where the matrix would be large.
+digits tell, and the launches for the others, which exact ties need, leave at once. Scores are
+stored, or computed again by every pass where the matrix would be large.
 """
 
 import triton
 import triton.language as tl
 
-from .primitives import LOWEST, SIZES, coarse_logits, load_summaries
+from .primitives import LOWEST, SIZES, load_summaries
 
 DIGIT_BITS = 11
 _BITS = tl.constexpr(DIGIT_BITS)
@@ -43,6 +43,27 @@ def flag_kernel(
     tl.store(BUDGETS + sample, tl.minimum(budget, rows * rows))
 
 
+@triton.jit
+def _products(
+    query, KEY_MEANS, head, columns, n_blocks, D_PAD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Of means `[rows, columns]`, always by the same instructions, so that passes that compute them
+    anew see the same bits. The scale comes when the largest of a row is subtracted: a product of
+    the two would be fused with the subtraction, and the largest less itself would not be 0.
+    """
+    keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+    return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+
+
+@triton.jit
+def _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD: tl.constexpr, NEGATIVE: tl.constexpr):
+    """Means of queries, with the sign of the scale, whose size is what kernels are given."""
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    if NEGATIVE:
+        query = -query
+    return query
+
+
 @triton.jit(do_not_specialize=SIZES)
 def score_kernel(
     QUERY_MEANS,
@@ -59,32 +80,32 @@ def score_kernel(
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
-    """The largest logit of every row over live columns, and the scores `[G, R, R]` where they are
-    to be stored.
+    """The largest product of every row over live columns (0 where not NORMALIZED), and the scores
+    `[G, R, R]` where they are to be stored.
     """
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
     flags = FLAGS + head // heads * n_blocks
     rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
-    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.zeros([ROWS], tl.float32)
     if NORMALIZED:
         largest += LOWEST
         for start in range(0, n_blocks, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             live = tl.load(flags + columns, mask=columns < n_blocks, other=0) > 0
-            keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-            logits = coarse_logits(query, keys, scale, PRECISION)
-            largest = tl.maximum(largest, tl.max(tl.where(live[None, :], logits, LOWEST), 1))
+            products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
+            largest = tl.maximum(largest, tl.max(tl.where(live[None, :], products, LOWEST), 1))
     line = head * n_blocks + rows
     tl.store(ROW_LARGEST + line, largest, mask=rows < n_blocks)
     if STORED:
         for start in range(0, n_blocks, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
-            keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-            scores = coarse_logits(query, keys, scale, PRECISION) - largest[:, None]
+            products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
+            scores = (products - largest[:, None]) * scale
             tl.store(SCORES + line[:, None] * n_blocks + columns[None, :], scores, mask=inside)
 
 
@@ -114,8 +135,8 @@ def _sort_keys(
         at = SCORES + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
         scores = tl.load(at, mask=live, other=0.0)
     else:
-        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        scores = coarse_logits(query, keys, scale, PRECISION) - largest[:, None]
+        products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
+        scores = (products - largest[:, None]) * scale
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ranks as 0
     bits = scores.to(tl.int32, bitcast=True)
     ordered = tl.where(bits >= 0, bits.to(tl.int64) + 2147483648, (bits ^ -1).to(tl.int64))
@@ -169,6 +190,7 @@ def digit_kernel(
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
     """Histogram of one digit over the keys that share the digits above it.
 
@@ -189,7 +211,7 @@ def digit_kernel(
     flags = FLAGS + head // heads * n_blocks
     rows = strip * ROWS + tl.arange(0, ROWS)
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
-    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
     sizes = tl.zeros([_DIGITS], tl.int32)
     for start in range(0, tl.where(wanted > 0, n_blocks, 0), COLUMNS):
@@ -229,6 +251,7 @@ def mark_kernel(
     COLUMNS: tl.constexpr,
     D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
     """Write `[G, R, R]`: 1 where the key of a pair is at least the one that was found."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -239,7 +262,7 @@ def mark_kernel(
     flags = FLAGS + head // heads * n_blocks
     rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
-    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
     for start in range(0, n_blocks, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
