@@ -122,7 +122,7 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def test_exporting_is_asked_for_in_one_place():
-    """`torch.compiler.is_exporting()` is true in every compiled function before torch 2.13."""
+    """`torch.compiler.is_exporting()` is true in every compiled function in torch 2.11."""
     for path in [*OPERATOR.rglob("*.py"), *FAMILY.rglob("*.py")]:
         called = "torch.compiler.is_exporting()" in path.read_text()
         assert not called or path == OPERATOR / "blocks.py", path

@@ -25,8 +25,8 @@ _HARMLESS = 2.0**40
 def is_exporting() -> bool:
     """Whether `torch.export` traces.
 
-    Read from where torch keeps it: Dynamo before torch 2.13 took `torch.compiler.is_exporting()`
-    for true in every function that it compiles, which then ran what is meant for exported graphs.
+    Read from where torch keeps it: Dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for
+    true in every function that it compiles, which then runs what is meant for exported graphs.
     """
     return torch.compiler._is_exporting_flag
 
