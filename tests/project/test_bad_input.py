@@ -292,7 +292,7 @@ CONVERSION = {
     "empty output": Wrong(lambda path: mra_hf.convert_checkpoint("x", ""), ("output_dir",)),
     "text is a number": Wrong(converts(text=3), ("text", "file or a list")),
     "architectures of numbers": Wrong(
-        converts_broken(edit_config(architectures=[3])), ("architectures", "list of class names")
+        converts_broken(edit_config(architectures=[3])), ("architectures", "list")
     ),
     "model_type is a list": Wrong(
         converts_broken(edit_config(model_type=["roberta"])), ("model_type", "allowed")
