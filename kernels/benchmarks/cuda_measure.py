@@ -175,7 +175,13 @@ def forms(session: Session) -> tuple[bool, ...]:
 
 
 class Passes:
-    """The passes of one call, each to be run by itself on what the others gave."""
+    """The passes of one call, each to be run by itself on what the others gave.
+
+    Args:
+        length, batch, heads, dim: of generated inputs `[batch, heads, length, dim]`.
+        dtype: a key of `DTYPES`.
+        priors: force the first block row and column and five diagonals into the selection.
+    """
 
     def __init__(
         self,
@@ -198,7 +204,7 @@ class Passes:
             "rule": "row_normalized",
             "scale": dim**-0.5,
         }
-        self.found = self.summaries()
+        self.pooled = self.summaries()
         self.blocks = self.select()
         pairs = self.blocks.shape[-1] * block_per_row
         self.settings = {"scale": dim**-0.5, "sparse": False, "largest_budget": pairs}
@@ -208,15 +214,15 @@ class Passes:
         return triton_impl.summarize(*self.tensors, None)
 
     def select(self) -> Tensor:
-        return triton_impl.select(*self.tensors[:2], None, summaries=self.found, **self.budget)
+        return triton_impl.select(*self.tensors[:2], None, summaries=self.pooled, **self.budget)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         arguments = (*self.tensors, None, self.blocks)
-        return triton_impl.forward(*arguments, summaries=self.found, **self.settings)
+        return triton_impl.forward(*arguments, summaries=self.pooled, **self.settings)
 
     def backward(self) -> tuple[Tensor, Tensor, Tensor]:
         arguments = (self.grad, *self.tensors, *self.results, None, self.blocks)
-        return triton_impl.backward(*arguments, summaries=self.found, **self.settings)
+        return triton_impl.backward(*arguments, summaries=self.pooled, **self.settings)
 
 
 def run_program(

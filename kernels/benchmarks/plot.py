@@ -52,55 +52,61 @@ PASS_COLOURS = {
 }
 
 
-def draw_lengths(
-    rows: list[dict[str, str]], png: Path, *, batches: list[str] | None = None, graph: bool = False
-) -> None:
-    """Milliseconds against tokens: a column of panels per pass, a row per batch.
+def draw_lengths(rows: list[dict[str, str]], png: Path, *, graph: bool = False) -> None:
+    """Milliseconds against tokens: a column of panels per pass, and a row per batch that was
+    measured at several lengths; one row of panels where none was.
 
     Args:
         rows: of one op and dtype.
         png: written.
-        batches: those to draw; default is all that were measured at two lengths or more.
         graph: rows of CUDA graphs instead of eager calls.
+
+    Raises:
+        ValueError: there are no such rows.
     """
     suffix = " graph" if graph else ""
-    rows = [row for row in rows if row["pass"].removesuffix(suffix) + suffix == row["pass"]]
-    rows = [row | {"pass": row["pass"].removesuffix(suffix)} for row in rows]
-    passes = [name for name in TITLES if any(row["pass"] == name for row in rows)]
-    sizes = {batch: {r["length"] for r in rows if r["batch"] == batch} for batch in _batches(rows)}
-    most = max(map(len, sizes.values()), default=0)
-    batches = batches or [batch for batch, found in sizes.items() if len(found) >= min(2, most)]
-    rows = [row for row in rows if row["batch"] in batches and row["pass"] in passes]
+    names = {title + suffix: title for title in TITLES}
+    rows = [row | {"pass": names[row["pass"]]} for row in rows if row["pass"] in names]
     if not rows:
         raise ValueError("no rows of CUDA graphs" if graph else "no rows of eager calls")
-    figure = Figure(figsize=(10, 0.6 + 3.8 * len(batches)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(batches), len(passes), squeeze=False)
-    for line, batch in zip(panels, batches, strict=True):
+    passes = [name for name in TITLES if any(row["pass"] == name for row in rows)]
+    by_batch: dict[str, list[dict[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["batch"])):
+        by_batch.setdefault(row["batch"], []).append(row)
+    several = [found for found in by_batch.values() if len({row["length"] for row in found}) > 1]
+    groups = several or [rows]
+    figure = _figure(10, 0.6 + 3.8 * len(groups))
+    panels = figure.subplots(len(groups), len(passes), squeeze=False)
+    for line, group in zip(panels, groups, strict=True):
         for axes, kind in zip(line, passes, strict=True):
-            chosen = [row for row in rows if row["batch"] == batch and row["pass"] == kind]
-            _draw_panel(axes, chosen)
-            of_batch = f", batch {batch}" if len(batches) > 1 else ""
+            _draw_panel(axes, [row for row in group if row["pass"] == kind])
+            of_batch = f", batch {group[0]['batch']}" if len(groups) > 1 else ""
             axes.set(xlabel="tokens", ylabel="ms", title=TITLES[kind] + of_batch)
-    first = rows[0]
+    first = groups[0][0]
     what = {
         "attention": "attention",
         "self_attention": "self-attention module",
         "scales": "two and three scales",
         "adamra": "attention layers of the Long Range Arena",
     }
-    of_batch = f"batch {batches[0]}, " if len(batches) == 1 else ""
-    figure.suptitle(
-        f"{what.get(first['op'], 'RoBERTa-base')}{' as CUDA graphs' * graph}, {first['device']}; "
-        f"{first['dtype']}, {of_batch}{first['heads']} heads x {first['head_dim']}; torch "
-        f"{first['torch']}; {first['date']}, {first['commit']}",
-        fontsize=9,
-    )
+    batches = {row["batch"] for group in groups for row in group}
+    of_batch = f"batch {first['batch']}, " if len(batches) == 1 else ""
+    title = f"{what.get(first['op'], 'RoBERTa-base')}{' as CUDA graphs' * graph}, {first['device']}"
+    title += f"; {first['dtype']}, {of_batch}{first['heads']} heads x {first['head_dim']}"
+    _save(figure, png, title, first)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, png: Path, title: str, row: dict[str, str]) -> None:
+    """Write the picture under its title and the conditions of a row."""
+    conditions = f"torch {row['torch']}; {row['date']}, {row['commit']}"
+    figure.suptitle(f"{title}; {conditions}", fontsize=9)
     figure.savefig(png, dpi=120)
-
-
-def _batches(rows: list[dict[str, str]]) -> list[str]:
-    return sorted({row["batch"] for row in rows}, key=int)
 
 
 def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
@@ -133,8 +139,7 @@ def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
         for row in rows
         if all(row[name] == first[name] for name in shape) and not row["kernel"].startswith("(")
     ]
-    figure = Figure(figsize=(9, 1.2 + 0.24 * len(bars)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 1.2 + 0.24 * len(bars))
     axes = figure.subplots()
     places = range(len(bars))
     axes.barh(
@@ -154,13 +159,10 @@ def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="microseconds; black: the floor by measured ceilings")
     axes.grid(axis="x", alpha=0.3)
-    figure.suptitle(
-        f"launches of MRA-2, {first['device']}; {first['dtype']}, {first['length']} tokens x "
-        f"{first['batch']}, {first['heads']} heads x {first['head_dim']}, {first['block_per_row']} "
-        f"blocks per row; torch {first['torch']}; {first['date']}, {first['commit']}",
-        fontsize=8,
-    )
-    figure.savefig(png, dpi=120)
+    title = f"launches of MRA-2, {first['device']}; {first['dtype']}, {first['length']} tokens x "
+    title += f"{first['batch']}, {first['heads']} heads x {first['head_dim']}, "
+    title += f"{first['block_per_row']} blocks per row"
+    _save(figure, png, title, first)
 
 
 def main() -> int:
