@@ -395,16 +395,6 @@ def test_vmap_names_the_remedy(budget):
         torch.vmap(attention)(*inputs)
 
 
-def vmap_views_bits():
-    """Whether `torch.vmap` can see the bits of a float, by which blocks are ranked."""
-    try:
-        torch.vmap(lambda x: x.view(torch.int32))(torch.zeros(2, 3))
-    except RuntimeError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not vmap_views_bits(), reason="torch.vmap has no rule for aten::view.dtype")
 def test_vmap_works_with_the_reference_as_the_refusal_promises():
     inputs = [torch.stack([x, x.flip(2)]) for x in make_inputs(2, 2, 100, 8)[:3]]
 

@@ -161,7 +161,8 @@ def sort_keys(scores: Tensor, row: Tensor, column: Tensor, n_blocks: int) -> Ten
         row, column: blocks of the pairs, int64, that broadcast with `scores`.
         n_blocks: R, at most `MAX_BLOCK_ROWS`.
     """
-    bits = (scores.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
+    # + 0.0 turns -0.0 into 0.0; a copy, because torch.vmap of torch 2.11 cannot make the view.
+    bits = torch.view_copy(scores.float() + 0.0, dtype=torch.int32).long()
     ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
     tie_rank = 2 * ((row - column).abs() * n_blocks + row) + (column > row)
     return (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
