@@ -4,19 +4,16 @@ Importing this package registers its classes with Transformers' Auto classes and
 `"mra2"` and `"mra2_s"` with the attention interface.
 """
 
-from mra_hf.adamra import (
-    AdaMraAttention,
-    AdaMraConfig,
-    AdaMraForSequenceClassification,
-    AdaMraModel,
-)
 from mra_hf.attention import set_attention
 from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
-from mra_hf.conversion import convert_checkpoint
-from mra_hf.conversion_report import ConversionReport
-from mra_hf.image_classification import MraForImageClassification, MraImageConfig
-from mra_hf.lra import LraConfig, LraForSequenceClassification, LraModel
+from mra_hf.conversion import ConversionReport, convert_checkpoint
+from mra_hf.encoders.adamra import AdaMraAttention
+from mra_hf.encoders.adamra_configuration import AdaMraConfig
+from mra_hf.encoders.adamra_modeling import AdaMraForSequenceClassification, AdaMraModel
+from mra_hf.encoders.configuration import LraConfig
+from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
+from mra_hf.encoders.modeling import LraForSequenceClassification, LraModel
 from mra_hf.modeling import (
     MraForMaskedLM,
     MraForMultipleChoice,

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from mra_hf.evaluation import masked_lm_head
-
 
 def predict_masked_places(model: PreTrainedModel) -> None:
     """Make `model` compute logits at the labelled places alone while it trains.
@@ -78,6 +76,11 @@ def _let_predict_labels_alone(model: PreTrainedModel) -> dict[str, bool]:
     forward.labels_alone = wanted
     model.forward = forward
     return wanted
+
+
+def masked_lm_head(model: PreTrainedModel) -> nn.Module | None:
+    """The part of a masked language model that turns hidden states into logits, if it is apart."""
+    return getattr(model, "lm_head", None) or getattr(model, "cls", None)
 
 
 def output_at_labels(

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mra_hf.analysis.baselines import METHODS
-from mra_hf.analysis.baselines.matrices import largest_entries, of_rank
 from mra_hf.analysis.head_inputs import synthetic_heads
-from mra_hf.analysis.measures import attention_weights, dense_attention, relative_errors
-from mra_hf.low_rank_attention import linformer
+from mra_hf.baselines.kernelized import linformer
+from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
+from mra_hf.baselines.methods import METHODS
+from mra_hf.baselines.optimal import largest_entries, of_rank
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import mra_hf
 from mra_attention import mra2_attention
 from mra_hf.analysis.calibration import head_report, propose
 from mra_hf.analysis.head_inputs import synthetic_heads
-from mra_hf.analysis.measures import attention_weights
 from mra_hf.analysis.recording import record_heads
+from mra_hf.baselines.measures import attention_weights
 from mra_hf.commands import main
 from mra_hf.english import english_checkpoint
 from mra_hf.loading import override

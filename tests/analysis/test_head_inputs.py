@@ -7,13 +7,13 @@ from transformers import GPT2Config, GPT2Model, RobertaModel
 import mra_hf
 from mra_attention import mra2_attention
 from mra_hf.analysis.head_inputs import KINDS, load_heads, synthetic_heads
-from mra_hf.analysis.measures import (
+from mra_hf.analysis.recording import record_heads
+from mra_hf.baselines.measures import (
     attention_weights,
     dense_attention,
     relative_errors,
     row_entropies,
 )
-from mra_hf.analysis.recording import record_heads
 from mra_hf.commands import main
 from mra_hf.english import english_checkpoint
 from tiny_models import mra_config, roberta_config

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, pipeline
 from transformers.models.mra import configuration_mra, modeling_mra
 
 import mra_hf
-from mra_hf import MraConfig, checkpoint_files, conversion
-from mra_hf.checkpoint_files import staged_directory
-from mra_hf.conversion import convert_checkpoint
+from mra_hf import MraConfig
+from mra_hf.conversion import REPORT_NAME, convert_checkpoint, files
+from mra_hf.conversion.files import staged_directory
 from mra_hf.evaluation import masked_token_scores
 from sapiens import SPECIALS, letter_tokenizer
 
@@ -488,7 +488,7 @@ def test_a_hub_id_is_fetched_without_what_is_not_needed(kind, tmp_path, monkeypa
         asked.append(allow_patterns)
         return str(tmp_path / "cache" / "abc123")
 
-    monkeypatch.setattr(checkpoint_files, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     report = convert("someone/roberta-tiny", tmp_path / "out")
     assert report.hub_id == report.source_name == "someone/roberta-tiny"
     assert "base_model: someone/roberta-tiny" in (tmp_path / "out" / "README.md").read_text()
@@ -502,7 +502,7 @@ def test_a_hub_id_is_fetched_without_what_is_not_needed(kind, tmp_path, monkeypa
 def test_report_and_card_state_the_facts(tmp_path):
     make_source(tmp_path / "source", "bert")
     report = convert(tmp_path / "source", tmp_path / "out", max_length=512, block_per_row=2)
-    saved = json.loads((tmp_path / "out" / conversion.REPORT_NAME).read_text())
+    saved = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
     assert saved == json.loads(json.dumps(report.to_dict()))
     assert saved["source"] == "source" and saved["counts"] == report.counts()
     card = (tmp_path / "out" / "README.md").read_text()
@@ -821,7 +821,7 @@ def test_an_exception_leaves_nothing(error, tmp_path, monkeypatch):
         assert (tmp_path / f".out.partial-{os.getpid()}").is_dir()
         raise error
 
-    monkeypatch.setattr(conversion, "_write_report", fail)
+    monkeypatch.setattr(convert, "_write_report", fail)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(type(error)):
         convert(tmp_path / "source", tmp_path / "out")
@@ -895,15 +895,15 @@ def test_leftovers_of_dead_processes_are_removed_and_of_living_ones_kept(tmp_pat
 
 SLOW = """
     import sys, time
-    from mra_hf import conversion
+    from mra_hf.conversion import convert
 
     def wait(report, folder):
         assert (folder / "model.safetensors").is_file()
         print("waiting", flush=True)
         time.sleep(60)
 
-    conversion._write_report = wait
-    conversion.convert_checkpoint(sys.argv[1], sys.argv[2], max_length=64, force=True)
+    convert._write_report = wait
+    convert.convert_checkpoint(sys.argv[1], sys.argv[2], max_length=64, force=True)
 """
 
 

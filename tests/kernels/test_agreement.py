@@ -19,8 +19,9 @@ from attention_cases import (
     outputs_and_gradients,
 )
 
-from mra_attention import BlockSelection, mra2_attention, scratch, select_blocks, torch_impl
-from mra_attention.dense_attention import flash_is_available
+from mra_attention import BlockSelection, mra2_attention, select_blocks, torch_impl
+from mra_attention.torch_impl import scratch
+from mra_attention.torch_impl.dense import flash_is_available
 
 LENGTHS = (1, 31, 33, 100, 257, 1000)
 DIMS = (8, 32, 64, 80, 128)

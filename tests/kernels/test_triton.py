@@ -125,7 +125,7 @@ def test_offsets_beyond_2_31_elements():
 def test_what_padding_and_scratch_hold_reaches_no_result(
     query_blocks, table, two_query_blocks, monkeypatch
 ):
-    from mra_attention.triton_impl.problem import Call
+    from mra_attention.triton_impl.call import Call
 
     (table if query_blocks == 1 else two_query_blocks)(item_blocks=1)
     inputs = on_device(make_inputs(1, 1, 150, 16))

@@ -102,7 +102,7 @@ def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_qu
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
-    from mra_attention.triton_impl.problem import Call, Lists, as_bytes
+    from mra_attention.triton_impl.call import Call, Lists, as_bytes
 
     query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
     mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
@@ -209,7 +209,7 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
 
 def test_radix_ranks_equal_scores_like_choose_blocks(table):
     from mra_attention import triton_impl
-    from mra_attention.triton_impl.problem import Call
+    from mra_attention.triton_impl.call import Call
 
     inputs = on_device(make_inputs(2, 2, 150, 16))[:2]
     mask = mask_on_device("right", 2, 150)

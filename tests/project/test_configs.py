@@ -28,11 +28,11 @@ from transformers import (
 )
 
 import mra_hf
-from mra_hf.analysis.paper_results import PAPER_ROWS
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.commands import convert, experiments, main
-from mra_hf.conversion_source import SOURCE_CONFIGS
+from mra_hf.conversion.sources import SOURCE_CONFIGS
 from mra_hf.loading import check_length, override, with_attention
+from mra_hf.results.paper import PAPER_ROWS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -28,10 +28,6 @@ OPERATOR_IMPORTS = {
     "multiresolution": {"blocks", "selection"},
     "multiresolution_reference": {"blocks", "multiresolution", "reference", "selection"},
     "order": {"checks"},
-    "torch_impl": {"batched_attention", "blocks", "dense_attention", "scratch"},
-    "batched_attention": {"blocks", "scratch"},
-    "dense_attention": {"blocks"},
-    "scratch": set(),
 }
 
 

@@ -32,7 +32,7 @@ def mra2_summarize(
 
 @mra2_summarize.register_fake
 def _(query, key, value, token_mask):
-    from .triton_impl.problem import summary_shapes
+    from .triton_impl.call import summary_shapes
 
     vectors, counts = summary_shapes(query.shape)
     return query.new_empty(vectors, dtype=torch.float32), query.new_empty(counts, dtype=torch.int32)

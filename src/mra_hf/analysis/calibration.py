@@ -11,7 +11,7 @@ from torch import Tensor
 from mra_attention import mra2_attention, select_blocks
 from mra_attention.blocks import count_blocks
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.analysis.measures import (
+from mra_hf.baselines.measures import (
     attention_weights,
     dense_attention,
     relative_errors,

@@ -12,8 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mra_attention.checks import check_int
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.analysis.measures import dense_attention
 from mra_hf.attention import refuse_unsuitable
+from mra_hf.baselines.measures import dense_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.loading import check_length
 

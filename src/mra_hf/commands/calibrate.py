@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mra_hf.commands.experiments import quiet_outside_terminals
 from mra_hf.commands.record import add_reading_arguments, check_new_file
-from mra_hf.experiment_files import write_text
+from mra_hf.results.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

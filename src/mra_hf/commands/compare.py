@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mra_hf.analysis.comparison import paired_bootstrap
+from mra_hf.results.comparison import paired_bootstrap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

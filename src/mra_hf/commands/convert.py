@@ -14,7 +14,7 @@ import shlex
 import sys
 
 from mra_hf.conversion import DTYPES, convert_checkpoint
-from mra_hf.conversion_report import ConversionReport
+from mra_hf.conversion.report import ConversionReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from mra_hf.experiment_files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME
+from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from mra_attention import mra2_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
 from mra_hf.analysis.attention_maps import matrices_of_all_heads, plot_two_resolutions
 from mra_hf.conversion import REPORT_NAME, convert_checkpoint
-from mra_hf.conversion_report import ConversionReport
+from mra_hf.conversion.report import ConversionReport
 from mra_hf.english import LENGTHS as ENGLISH_LENGTHS
 from mra_hf.english import english_checkpoint, english_sample
 from mra_hf.evaluation import masked_token_scores, read_texts

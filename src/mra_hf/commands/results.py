@@ -13,16 +13,16 @@ example:
 import argparse
 from pathlib import Path
 
-from mra_hf.analysis.paper_results import paper_table
-from mra_hf.analysis.run_tables import (
+from mra_hf.results.files import write_text
+from mra_hf.results.paper import paper_table
+from mra_hf.results.smat import smat_table
+from mra_hf.results.tables import (
     find_runs,
     plot_curves,
     runs_csv,
     runs_table,
     seeds_table,
 )
-from mra_hf.analysis.speed_memory_accuracy import smat_table
-from mra_hf.experiment_files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ import argparse
 from transformers import TrainingArguments
 
 from mra_hf.commands import experiments
-from mra_hf.training.candidate_choice import WikiHopDataArguments, run_wikihop
 from mra_hf.training.runs import ModelArguments, StoppingArguments
+from mra_hf.training.wikihop import WikiHopDataArguments, run_wikihop
 
 DATACLASSES = (ModelArguments, WikiHopDataArguments, StoppingArguments, TrainingArguments)
 

@@ -20,9 +20,9 @@ from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
 from mra_hf.data import classification as data
-from mra_hf.experiment_files import write_predictions
+from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import check_length, load_model
-from mra_hf.metrics import load_metric
+from mra_hf.results.files import write_predictions
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import resuming, runs
 

@@ -20,12 +20,12 @@ from transformers.trainer_utils import EvalPrediction
 from mra_attention.checks import check_choice
 from mra_hf.data.lra import TASKS, LraData
 from mra_hf.data.lra.listops import root_operators
-from mra_hf.experiment_files import write_predictions
-from mra_hf.image_classification import MraForImageClassification, MraImageConfig
+from mra_hf.encoders.configuration import ATTENTIONS, LraConfig
+from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
+from mra_hf.encoders.modeling import LraForSequenceClassification
+from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import override, split_settings
-from mra_hf.lra import LraConfig, LraForSequenceClassification
-from mra_hf.lra.configuration import ATTENTIONS
-from mra_hf.metrics import load_metric
+from mra_hf.results.files import write_predictions
 from mra_hf.training import resuming, runs
 
 MODELS = ("encoder", "image_classifier")

@@ -23,13 +23,13 @@ from mra_attention.checks import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import check_files, is_unreadable, load_documents, pack
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
-from mra_hf.neighbour_heads import start_with_neighbours
 from mra_hf.sparse_prediction import (
     cross_entropy,
     labelled_logits,
     predict_masked_places,
 )
 from mra_hf.training import resuming, runs
+from mra_hf.training.initialization import start_with_neighbours
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0

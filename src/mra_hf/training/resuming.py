@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from mra_hf.experiment_files import EXPERIMENT_NAME, RESULTS_NAME
+from mra_hf.results.files import EXPERIMENT_NAME, RESULTS_NAME
 
 logger = logging.get_logger(__name__)
 

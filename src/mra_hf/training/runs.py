@@ -29,9 +29,9 @@ from transformers.integrations.integration_utils import (
 
 import mra_hf
 from mra_attention.checks import check_int
-from mra_hf.analysis.training_curve import plot_training_curve
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
-from mra_hf.experiment_files import (
+from mra_hf.results.curves import plot_training_curve
+from mra_hf.results.files import (
     EXPERIMENT_NAME,
     HISTORY_NAME,
     PICTURE_NAME,

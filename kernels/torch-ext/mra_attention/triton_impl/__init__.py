@@ -14,7 +14,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import launching
 from . import selection as selection_kernels
-from .problem import Call, Lists, Summaries, as_bytes
+from .call import Call, Lists, Summaries, as_bytes
 
 _LOG2_E = math.log2(math.e)
 #: Block rows that a program of the selection ranks.

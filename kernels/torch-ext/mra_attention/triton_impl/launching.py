@@ -1,7 +1,7 @@
 """How kernels are launched: the shipped launch configurations, and one door that all launches use.
 
 `launch_configs.json` has one row per (architecture, kernel, padded head dim, operand width), found
-on a card by `kernels/benchmarks/run.py --tune`, or estimated where its `source` says so.
+on a card by `benchmarks/run.py --tune`, or estimated where its `source` says so.
 """
 
 import contextlib

@@ -12,7 +12,7 @@ from mra_attention import BlockSelection, mra2_attention, select_blocks
 from mra_attention.order import attend_in_order, hash_order, random_directions
 from mra_hf.analysis.figures.drawing import Drawn, shape_of, sheet
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.analysis.measures import attention_weights, dense_attention, relative_errors
+from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
 
 _BLOCK = 32
 _RULES = ("row_normalized", "global", "refined", "most mass")

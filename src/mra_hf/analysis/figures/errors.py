@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from mra_attention import mra2_attention
-from mra_hf.analysis.baselines import METHODS, Method
-from mra_hf.analysis.baselines.matrices import optimal_sparse, truncated_svd
 from mra_hf.analysis.figures.drawing import STYLES, Drawn, shape_of, sheet
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.analysis.measures import dense_attention, relative_errors, row_entropies
 from mra_hf.analysis.paper_errors import TABLE_7
+from mra_hf.baselines.measures import dense_attention, relative_errors, row_entropies
+from mra_hf.baselines.methods import METHODS, Method
+from mra_hf.baselines.optimal import optimal_sparse, truncated_svd
 
 #: Factors of the logits by which heads are made more and less diffuse.
 TEMPERATURES = tuple(2.0**power for power in range(-4, 5))

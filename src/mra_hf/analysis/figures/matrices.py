@@ -9,10 +9,10 @@ from torch import Tensor
 
 from mra_attention import multiresolution_attention_matrix, select_blocks
 from mra_hf.analysis import frame
-from mra_hf.analysis.baselines.matrices import of_rank
 from mra_hf.analysis.figures.drawing import Drawn, sheet
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.analysis.measures import attention_weights
+from mra_hf.baselines.measures import attention_weights
+from mra_hf.baselines.optimal import of_rank
 
 #: Sides that pictures of whole matrices are cut to; a transform of one takes a power of 2.
 _LARGEST_SIDE = 1024

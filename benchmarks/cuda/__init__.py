@@ -1,0 +1,1 @@
+"""The commands for a GPU: check, bench, profile and tune."""

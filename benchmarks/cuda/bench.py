@@ -1,0 +1,416 @@
+"""Ceilings of the card, the table against dense attention, variants of the kernels, whole models.
+
+`bench.csv` has the columns of `run.py`. `pass` is "fwd" or "fwd+bwd", with " graph" behind it where
+a CUDA graph is replayed. Providers: `mra2`; `sdpa_flash` and `sdpa_cudnn`, dense; and
+`flex_exact_part`, FlexAttention over the blocks that MRA-2 chose, without the choice and without
+the coarse part.
+`peak_mb` is taken above inputs and the gradient of the output, `rel_error` against dense attention
+in float32 on the first sample. Rows of op "variant" and "selection" time one part or one setting,
+named in the provider; rows of op "model" have their own passes (`models.py`).
+
+`ceilings.csv` holds what the card can do: `megabytes` are moved (or `gigaflop` computed) in
+`ms_median`; `rate` is their quotient in GB/s or TFLOP/s. `gather` reads random blocks of 4 KB out
+of a footprint that fits the L2 cache, or does not; `copy` counts what is read and written; float32
+products are IEEE.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from benchmarks.cuda import models
+from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
+from benchmarks.cuda.measure import (
+    attention_inputs,
+    coarse_precisions,
+    forms,
+    graphed,
+    patched_table,
+    peak_megabytes,
+    pictures,
+    time_calls,
+    with_coarse_precision,
+    with_configs,
+)
+from benchmarks.records import COLUMNS, CONDITIONS, KEYS, Records
+from mra_attention import mra2_attention, triton_impl
+from mra_attention.triton_impl import launching
+from mra_attention.triton_impl.call import Call
+
+CEILING_COLUMNS = (
+    *CONDITIONS,
+    *("name", "megabytes", "footprint_mb", "gigaflop"),
+    *("ms_median", "ms_p20", "ms_p80", "rate", "unit"),
+)
+#: What the released 4096-token checkpoints force into the selection: uneven rows.
+_PRIORS = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 5}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens, samples and heads of a table row; bf16."""
+
+    length: int
+    batch: int
+    heads: int = 12
+    dim: int = 64
+
+    def row(self, **columns) -> dict:
+        shape = {"batch": self.batch, "heads": self.heads, "length": self.length}
+        return {"dtype": "bf16", **shape, "head_dim": self.dim, **columns}
+
+    def __str__(self) -> str:
+        return f"{self.length} x {self.batch}"
+
+
+def steps(session: Session) -> list[Step]:
+    """Ceilings, the table, variants, models: most wanted first."""
+    records = Records(session.out / "bench.csv", COLUMNS, KEYS)
+    shapes, budgets = _shapes(session)
+    found = ceiling_steps(session)
+
+    def table(shape: Shape, provider: str, budget: int | None = None, mode: str = "full") -> Step:
+        def run(s: Session) -> Outcome | None:
+            return _table(s, records, shape, provider, budget, mode)
+
+        name = f"table: {shape} {provider}" + (f" {budget} {mode}" if budget else "")
+        kind = "flex" if provider == "flex_exact_part" else "table"
+        return Step(name, run, kind, 25 if kind == "flex" else 4)
+
+    first, *others = budgets
+    for shape in shapes:
+        found.append(table(shape, "mra2", first))
+        found += [table(shape, provider) for provider in ("sdpa_flash", "sdpa_cudnn")]
+    found += [table(shape, "flex_exact_part", first) for shape in shapes[:2]]
+    found += [table(shape, "mra2", n) for shape in shapes for n in others]
+    found += [table(shape, "mra2", first, "sparse") for shape in shapes[:2]]
+    found += _variant_steps(session, records, shapes[0], first)
+    found += models.steps(session, records)
+    flexible = [x for x in shapes[2:] if x.length >= 2048 and x.batch == 1]
+    return found + [table(shape, "flex_exact_part", first) for shape in flexible]
+
+
+def _shapes(session: Session) -> tuple[list[Shape], tuple[int, ...]]:
+    """Shapes, most informative first; budgets, likewise."""
+    if session.dry_run:
+        return [Shape(96, 1, 1, 16), Shape(64, 2, 1, 16)], (1, 2)
+    first = [(4096, 8), (16384, 1), (8192, 1), (2048, 8), (65536, 1), (512, 8)]
+    first += [(4096, 1), (1024, 8), (512, _largest_batch(512)), (16384, 8), (8192, 8)]
+    first += [(2048, 1), (1024, 1), (512, 1), (65536, 8)]
+    return [Shape(*x) for x in first], (8, 4, 16)
+
+
+def _largest_batch(length: int) -> int:
+    """The largest power of 2 for which 16 tensors `[B, 12, length, 64]` in bf16 fit the card."""
+    samples = torch.cuda.get_device_properties(0).total_memory // (16 * 12 * length * 64 * 2)
+    return 1 << (int(samples).bit_length() - 1)
+
+
+# -- ceilings
+
+
+@triton.jit
+def gather_kernel(X, INDEX, OUT, blocks_each, WORDS: tl.constexpr):
+    """One program adds `blocks_each` blocks of WORDS numbers, listed in INDEX."""
+    program = tl.program_id(0)
+    words = tl.arange(0, WORDS)
+    sums = tl.zeros([WORDS], tl.float32)
+    for i in range(0, blocks_each):
+        block = tl.load(INDEX + program * blocks_each + i).to(tl.int64)
+        sums += tl.load(X + block * WORDS + words)
+    tl.store(OUT + program * WORDS + words, sums)
+
+
+def ceiling_steps(session: Session) -> list[Step]:
+    """What `ceilings.csv` holds."""
+    records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
+
+    def step(name: str, measure: Callable[[Session], dict]) -> Step:
+        return Step(f"ceiling: {name}", lambda s: _ceiling(s, records, name, measure), "ceiling")
+
+    return [step(name, measure) for name, measure in _ceilings(session)]
+
+
+def _ceilings(session: Session) -> Iterator[tuple[str, Callable[[Session], dict]]]:
+    small = session.dry_run
+    for megabytes in (1,) if small else (8, 24, 40, 1024):
+        yield f"gather of 4 KB blocks from {megabytes} MB", lambda s, n=megabytes: _gather(s, n)
+    yield "copy", _copy
+    for size in (64,) if small else (8192, 4096):
+        yield f"matmul bf16 {size}", lambda s, n=size: _matmul(s, n, torch.bfloat16)
+    size = 64 if small else 4096
+    yield f"matmul fp32 {size}", lambda s: _matmul(s, size, torch.float32)
+
+
+def _gather(session: Session, megabytes: int) -> dict:
+    words = 1024  # float32: 4 KB
+    programs, each = (2, 3) if session.dry_run else (132 * 16, 64)
+    blocks = megabytes * 2**20 // (4 * words)
+    device = session.device
+    x = torch.ones(blocks, words, device=device)
+    index = torch.randint(0, blocks, (programs, each), device=device, dtype=torch.int32)
+    out = torch.empty(programs, words, device=device)
+
+    def run() -> None:
+        gather_kernel[(programs,)](x, index, out, each, WORDS=words, num_warps=4)
+
+    timing = time_calls(session, run)
+    assert bool((out == each).all()), "the gathered sums are wrong"
+    moved = programs * each * 4 * words / 1e6
+    numbers = {"megabytes": moved, "footprint_mb": blocks * 4 * words / 1e6}
+    return numbers | timing.columns() | {"rate": moved / timing.median, "unit": "GB/s"}
+
+
+def _copy(session: Session) -> dict:
+    size = 2**10 if session.dry_run else 2**30
+    x = torch.ones(size, dtype=torch.uint8, device=session.device)
+    out = torch.empty_like(x)
+    timing = time_calls(session, lambda: out.copy_(x))
+    moved = 2 * size / 1e6
+    numbers = {"megabytes": moved, "footprint_mb": moved}
+    return numbers | timing.columns() | {"rate": moved / timing.median, "unit": "GB/s"}
+
+
+def _matmul(session: Session, size: int, dtype: torch.dtype) -> dict:
+    x = torch.randn(size, size, device=session.device, dtype=dtype)
+    out = torch.empty_like(x)
+    timing = time_calls(session, lambda: torch.mm(x, x, out=out))
+    work = 2 * size**3 / 1e9
+    numbers = {"gigaflop": work, "footprint_mb": 3 * x.nbytes / 1e6}
+    return numbers | timing.columns() | {"rate": work / timing.median, "unit": "TFLOP/s"}
+
+
+def _ceiling(session: Session, records: Records, name: str, measure) -> Outcome | None:
+    if records.has({"name": name}):
+        return None
+    row = session.where | {"name": name} | measure(session)
+    row = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+    records.add(row)
+    return Outcome(detail=f"{row['rate']} {row['unit']}")
+
+
+# -- the table
+
+
+def _provider(
+    session: Session, name: str, inputs: tuple[Tensor, ...], budget: int | None, mode: str
+) -> tuple[Callable[..., Tensor], contextlib.AbstractContextManager]:
+    """Attention of query, key and value, and the context it is to be timed in."""
+    backends = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
+    if name in backends:
+        backend = SDPBackend.MATH if session.dry_run else backends[name]
+        return F.scaled_dot_product_attention, sdpa_kernel(backend)
+    if name == "flex_exact_part":
+        return _flex(session, inputs, budget), contextlib.nullcontext()
+    settings = {"block_per_row": budget, "approx_mode": mode, "impl": "triton"}
+    return lambda q, k, v: mra2_attention(q, k, v, **settings), contextlib.nullcontext()
+
+
+def _flex(session: Session, inputs: tuple[Tensor, ...], budget: int) -> Callable[..., Tensor]:
+    """FlexAttention over the lists of 32-token blocks that MRA-2 would choose."""
+    query, key = (x.detach() for x in inputs[:2])
+    settings = {"block_budget": None, "rule": "row_normalized", "scale": query.shape[-1] ** -0.5}
+    settings |= dict.fromkeys(_PRIORS, 0)
+    blocks = triton_impl.select(query, key, None, block_per_row=budget, **settings)
+    counts = blocks.sum(-1, dtype=torch.int32)  # [B, H, R]
+    listed = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
+    lists = (torch.zeros_like(counts), torch.zeros_like(listed), counts, listed)
+    length = query.shape[2]
+    mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=32, seq_lengths=(length, length))
+    if session.dry_run:  # it has no backward on a CPU, and ignores the lists where not compiled
+        raise Skipped("dry run")
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+    options = dict.fromkeys(names, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
+
+
+def _table(
+    session: Session,
+    records: Records,
+    shape: Shape,
+    provider: str,
+    budget: int | None,
+    mode: str,
+) -> Outcome | None:
+    """Forward and forward+backward, eager and as a graph: up to four rows."""
+    if provider == "mra2" or provider == "flex_exact_part":
+        about = {"block_per_row": budget, "mode": "sparse" if provider != "mra2" else mode}
+    else:
+        about = {"block_per_row": None, "mode": ""}
+    about = shape.row(op="attention", provider=provider, **about)
+    names = ("fwd", "fwd+bwd", "fwd graph", "fwd+bwd graph")
+    missing = [name for name in names if not records.has(about | {"pass": name})]
+    if not missing:
+        return None
+    *inputs, grad = attention_inputs(
+        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
+    )
+    function, context = _provider(session, provider, inputs, budget, mode)
+    with context:
+        passes = {"fwd": _forward(function, inputs), "fwd+bwd": _both(function, inputs, grad)}
+        error = f"{_relative_error(session, shape, passes['fwd'](), inputs):.3e}"
+        shown, failed = [], []
+        for name in missing:
+            run = passes[name.removesuffix(" graph")]
+            row = session.where | about | {"pass": name, "rel_error": error}
+            try:
+                if not name.endswith(" graph"):
+                    row["peak_mb"] = peak_megabytes(session, run)
+                elif session.dry_run:
+                    session.log(f"{provider} {shape} {name}: skipped: dry run")
+                    continue
+                else:
+                    run = graphed(session, run)
+                timing = time_calls(session, run)
+            except Exception as problem_found:
+                session.log(f"{provider} {shape} {name}: {problem_found!r}")
+                shown.append(f"{name}: {type(problem_found).__name__}")
+                failed.append(problem_found)
+                if session.device.type == "cuda":
+                    torch.cuda.synchronize()  # raises where the device is broken
+                    torch.cuda.empty_cache()
+                continue
+            records.add(row | timing.columns())
+            shown.append(f"{name} {timing.median:.3f}")
+    detail = ", ".join(shown)
+    if any(not isinstance(x, torch.OutOfMemoryError) for x in failed):
+        return Outcome("fail", detail)
+    return Outcome("skipped" if failed else "pass", detail)
+
+
+def _forward(function: Callable[..., Tensor], inputs) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return run
+
+
+def _both(function: Callable[..., Tensor], inputs, grad: Tensor) -> Callable[[], tuple]:
+    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+
+
+@torch.no_grad()
+def _relative_error(session: Session, shape: Shape, output: Tensor, inputs) -> float:
+    """Of the first sample, against dense attention in float32, by Frobenius norms."""
+    if session.kept.get("exact_of") != shape:
+        # Without the contexts of providers, whose backends take no float32.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            exact = F.scaled_dot_product_attention(*(x[:1].float() for x in inputs))
+        session.kept |= {"exact_of": shape, "exact": exact}
+    exact = session.kept["exact"]
+    return float((output[:1].float() - exact).norm() / exact.norm())
+
+
+# -- variants
+
+
+def _variant_steps(session: Session, records: Records, shape: Shape, budget: int) -> Iterator[Step]:
+    """Forms, groups and stages; coarse products; lengths of work items; topk or radix."""
+    small = session.dry_run
+
+    def variant(label: str, priors: dict, **change) -> Step:
+        def run(s: Session) -> Outcome | None:
+            return _variant(s, records, shape, budget, f"mra2[{label}]", priors, change)
+
+        return Step(f"variant: {label}", run, "variant", 6)
+
+    for swapped in forms(session):
+        for group in (2,) if small else (2, 4):
+            for stages in (2,) if small else (2, 3):
+                settings = {"swapped": swapped, "group": group, "num_stages": stages}
+                label = f"{'swapped' if swapped else 'plain'} group={group} stages={stages}"
+                yield variant(label, {}, configs=with_configs(**settings))
+    for precision in coarse_precisions(session):
+        yield variant(f"coarse products by {precision}", {}, **with_coarse_precision(precision))
+    for blocks in (1, 2) if small else (8, 16, 32):
+        yield variant(f"item_blocks={blocks}", {}, item_blocks=blocks)
+        yield variant(f"item_blocks={blocks} priors", _PRIORS, item_blocks=blocks)
+    for rows in (3,) if small else (128, 512, 2048):
+        one = Shape(32 * rows, 1, shape.heads, shape.dim)
+        for way in ("topk", "radix"):
+
+            def run(s: Session, one: Shape = one, way: str = way) -> Outcome | None:
+                return _selection(s, records, one, budget, way)
+
+            yield Step(f"selection: {rows} block rows by {way}", run, "variant", 4)
+
+
+def _variant(session, records, shape, budget, provider, priors, change) -> Outcome | None:
+    about = shape.row(op="variant", provider=provider, block_per_row=budget, mode="full")
+    *inputs, grad = attention_inputs(
+        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
+    )
+    settings = {"block_per_row": budget, "impl": "triton", **priors}
+    shown = []
+    with patched_table(**change):
+        for name in ("fwd", "fwd+bwd"):
+            row = session.where | about | {"pass": name + " graph" * (not session.dry_run)}
+            if records.has(row):
+                continue
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return mra2_attention(q, k, v, **settings)
+
+            run = _forward(attend, inputs) if name == "fwd" else _both(attend, inputs, grad)
+            timing = time_calls(session, graphed(session, run))
+            records.add(row | timing.columns())
+            shown.append(f"{name} {timing.median:.3f}")
+    return Outcome(detail=", ".join(shown))
+
+
+def _selection(session, records, shape, budget, way) -> Outcome | None:
+    """Choosing alone, from stored scores for topk, else as the length asks for."""
+    about = shape.row(op="selection", provider=way, block_per_row=budget, mode="")
+    row = session.where | about | {"pass": "select"}
+    if records.has(row):
+        return None
+    timing = time_selection(session, shape, budget, way)
+    records.add(row | timing.columns())
+    return Outcome(detail=f"{timing.median:.3f} ms")
+
+
+def time_selection(session: Session, shape: Shape, budget: int, way: str):
+    """Time scores and choice of block pairs by "topk" or "radix"."""
+    query, key, *_ = attention_inputs(
+        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
+    )
+    query, key = query.detach(), key.detach()
+    stored = {"recompute_from_length": 2**30} if way == "topk" else {}
+    summaries = triton_impl.summarize(query, key, key, None)
+
+    def run() -> Tensor:
+        call = Call(query, key, key, None, summaries)
+        ranking = triton_impl.Ranking(
+            call, block_per_row=budget, block_budget=None, **dict.fromkeys(_PRIORS, 0)
+        )
+        ranking.score(normalized=True, scale=shape.dim**-0.5)
+        return ranking.choose_by_topk() if way == "topk" else ranking.choose_by_radix()
+
+    with patched_table(**stored), launching.on_device_of(query):
+        return time_calls(session, graphed(session, run))
+
+
+# -- pictures
+
+
+def finish(session: Session, write_table: bool) -> None:
+    """Draw attention, as eager calls and as CUDA graphs."""
+    drawn = pictures(session)
+    if drawn is None:
+        return
+    rows = drawn.drawable(Records(session.out / "bench.csv", COLUMNS, KEYS).rows())
+    rows = [row for row in rows if row["op"] == "attention"]
+    for graph, name in ((False, "bench.png"), (True, "bench_graph.png")):
+        if any(row["pass"].endswith(" graph") == graph for row in rows):
+            drawn.draw_lengths(rows, session.out / name, graph=graph)

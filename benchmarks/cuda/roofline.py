@@ -1,0 +1,290 @@
+"""The least time that each launch of the Triton kernels can take: bytes and FLOP over ceilings.
+
+    python benchmarks/cuda/roofline.py --length 4096 --batch 1
+
+prints the table of kernels/README.md. The floor of a launch is the largest of what it must move
+through device memory and through the L2 cache and of what it must multiply, each over its ceiling.
+Gathered blocks come out of L2; everything else is counted once, as device memory: a launch that
+finds it in L2, because the one before left it there, can be faster. Merges depend on the selection
+and are counted as nothing.
+"""
+
+import argparse
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Tokens in a block.
+_M = 32
+#: Bytes of a 32-bit number: summaries, log-sum-exps, scores, list entries.
+_WORD = 4
+#: As in `launch_configs.json`, which a machine without Triton cannot ask for.
+RECOMPUTE_FROM_LENGTH = 32768
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass has its launches of one kernel do.
+
+    Args:
+        launches: how many there are.
+        memory: bytes of device memory.
+        gather: bytes gathered out of the L2 cache.
+        exact: FLOP of products of tokens.
+        coarse: FLOP of products of float32 summaries.
+    """
+
+    launches: int = 1
+    memory: float = 0
+    gather: float = 0
+    exact: float = 0
+    coarse: float = 0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Bytes per second, FLOP per second. The defaults are assumptions about one H100.
+
+    Args:
+        copy: device memory.
+        gather: random blocks of 4 KB out of L2.
+        bf16: products on tensor cores.
+        fp32: IEEE products.
+    """
+
+    copy: float = 3.0e12
+    gather: float = 5.5e12
+    bf16: float = 800e12
+    fp32: float = 60e12
+
+    @classmethod
+    def measured(cls, path: Path) -> "Ceilings":
+        """Those of a `ceilings.csv`, the best row of each; what it does not hold stays assumed."""
+        found: dict[str, float] = {}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                kind, *words = row["name"].split()
+                name = words[0] if kind == "matmul" else kind
+                rate = float(row["rate"]) * {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
+                found[name] = max(rate, found.get(name, 0))
+        return cls(**found)
+
+    def floor(self, work: Work, precision: str = "tf32x3") -> tuple[float, str]:
+        """Microseconds, and the ceiling that they come from ("" where there is nothing to do).
+
+        `precision` is that of coarse products: "ieee", or "tf32x3", which is three products at half
+        the rate of bf16.
+        """
+        times = {
+            "memory": work.memory / self.copy,
+            "L2": work.gather / self.gather,
+            "tensor cores": work.exact / self.bf16,
+            precision: work.coarse / (self.fp32 if precision == "ieee" else self.bf16 / 6),
+        }
+        bound = max(times, key=times.get)
+        return 1e6 * times[bound], bound if times[bound] else ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shape and budget of a call of MRA-2 without a mask, as the kernels run it: summaries are
+    computed once, by the pass "summaries", and serve all others.
+
+    Args:
+        operand_bytes: 2 or 4.
+        is_stored: whether coarse scores are kept between the launches of a selection.
+    """
+
+    length: int
+    batch: int
+    heads: int
+    head_dim: int
+    block_per_row: int
+    operand_bytes: int = 2
+    is_stored: bool = True
+
+    def works(self) -> dict[str, dict[str, Work]]:
+        """Pass -> kernel -> what it does, both in order of launch."""
+        pool = Work(memory=3 * self._tokens + 3 * self._summaries)
+        return {
+            "summaries": {"pool_kernel": pool},
+            "select": self._select(),
+            "forward": self._forward(),
+            "backward": self._backward(),
+        }
+
+    @property
+    def _digits(self) -> int:
+        """Launches of `digit_kernel`: 11 bits each of prior, score and tie rank."""
+        return -(-(1 + 32 + (2 * self._rows**2 - 1).bit_length()) // 11)
+
+    @property
+    def _all_heads(self) -> int:
+        return self.batch * self.heads
+
+    @property
+    def _rows(self) -> int:
+        return -(-self.length // _M)
+
+    @property
+    def _tokens(self) -> float:
+        """Bytes of a tensor of the shape of the query."""
+        return self._all_heads * self.length * self.head_dim * self.operand_bytes
+
+    @property
+    def _numbers(self) -> float:
+        """Bytes of a float32 per token, such as the log-sum-exp."""
+        return self._all_heads * self.length * _WORD
+
+    @property
+    def _summaries(self) -> float:
+        """Bytes of one float32 vector per block."""
+        return self._all_heads * self._rows * self.head_dim * _WORD
+
+    @property
+    def _pairs(self) -> int:
+        return self._all_heads * self._rows**2
+
+    @property
+    def _selected(self) -> int:
+        return self._all_heads * self._rows * min(self.block_per_row, self._rows)
+
+    def _coarse_product(self, products: int) -> float:
+        return products * 2 * self._pairs * self.head_dim
+
+    def _exact_product(self, products: int) -> float:
+        return products * 2 * self._selected * _M * _M * self.head_dim
+
+    @property
+    def _gathered(self) -> float:
+        """Bytes of two tensors' blocks, one of each per selected pair."""
+        return self._selected * 2 * _M * self.head_dim * self.operand_bytes
+
+    def _lists(self, directions: int) -> dict[str, Work]:
+        entries = directions * self._selected * _WORD
+        return {
+            "count_kernel": Work(memory=self._pairs),
+            "plan_kernel": Work(),
+            "fill_kernel": Work(memory=self._pairs + entries),
+        }
+
+    def _select(self) -> dict[str, Work]:
+        scores = self._pairs * _WORD if self.is_stored else 2 * self._summaries
+        again = 0 if self.is_stored else self._coarse_product(1)
+        counted = 3  # exact ties aside, the others leave at once
+        return {
+            "flag_kernel": Work(),
+            "score_kernel": Work(
+                memory=2 * self._summaries + self._pairs * _WORD * self.is_stored,
+                coarse=self._coarse_product(1 + self.is_stored),
+            ),
+            "digit_kernel": Work(self._digits, counted * scores, coarse=counted * again),
+            "mark_kernel": Work(memory=scores + self._pairs, coarse=again),
+        }
+
+    def _forward(self) -> dict[str, Work]:
+        return {
+            **self._lists(1),
+            "coarse_kernel": Work(
+                memory=4 * self._summaries + self._pairs, coarse=self._coarse_product(2)
+            ),
+            "exact_kernel": Work(
+                memory=2 * self._tokens + self._numbers + self._summaries,
+                gather=self._gathered,
+                exact=self._exact_product(2),
+            ),
+            "merge_kernel": Work(),
+        }
+
+    def _backward(self) -> dict[str, Work]:
+        return {
+            **self._lists(2),
+            "reduce_rows_kernel": Work(
+                memory=2 * self._tokens + 2 * self._numbers + self._summaries
+            ),
+            "coarse_query_kernel": Work(
+                memory=5 * self._summaries + self._pairs, coarse=self._coarse_product(3)
+            ),
+            "coarse_key_kernel": Work(
+                memory=6 * self._summaries + self._pairs, coarse=self._coarse_product(4)
+            ),
+            "exact_query_kernel": Work(
+                memory=3 * self._tokens + 2 * self._numbers + self._summaries,
+                gather=self._gathered,
+                exact=self._exact_product(3),
+            ),
+            "exact_key_kernel": Work(
+                memory=4 * self._tokens + 2 * self._summaries,
+                gather=self._gathered + self._selected * 2 * _M * _WORD,
+                exact=self._exact_product(4),
+            ),
+            "merge_gradient_kernel": Work(3),
+        }
+
+
+#: What a launch of each kernel makes.
+_WHAT = {
+    "pool_kernel": "means and sums of blocks, for all passes",
+    "flag_kernel": "live blocks, budget of each sample",
+    "score_kernel": "coarse logits less the largest of their row",
+    "digit_kernel": "the key of the last pair that is chosen, by 11 bits",
+    "mark_kernel": "the pairs that are chosen",
+    "count_kernel": "sizes of the lists",
+    "plan_kernel": "where they start, work items",
+    "fill_kernel": "lists of blocks",
+    "coarse_kernel": "softmax state over what is not selected",
+    "exact_kernel": "output",
+    "merge_kernel": "output of blocks with several items",
+    "reduce_rows_kernel": "delta, and its sums over blocks",
+    "coarse_query_kernel": "gradients at R rows",
+    "coarse_key_kernel": "the same of keys and values",
+    "exact_query_kernel": "gradients of queries",
+    "exact_key_kernel": "gradients of keys and values",
+    "merge_gradient_kernel": "those of blocks with several items",
+}
+
+KERNELS = tuple(_WHAT)
+
+
+def print_floors(problem: Problem, ceilings: Ceilings, precision: str) -> None:
+    """The works of a problem and their floors, as a table in Markdown."""
+    print("| pass | launch | what | MB of memory | MB gathered | GFLOP | floor, us | bound by |")
+    print("|---|---|---|---|---|---|---|---|")
+    totals = {}
+    for name, works in problem.works().items():
+        totals[name] = sum(ceilings.floor(work, precision)[0] for work in works.values())
+        for kernel, work in works.items():
+            floor, bound = ceilings.floor(work, precision)
+            flop = work.exact + work.coarse
+            numbers = (work.memory / 1e6, work.gather / 1e6, flop / 1e9, floor)
+            cells = " | ".join(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in numbers)
+            times = f"{work.launches} x " if work.launches > 1 else ""
+            launch = f"{times}`{kernel.removesuffix('_kernel')}`"
+            print(f"| {name} | {launch} | {_WHAT[kernel]} | {cells} | {bound} |")
+            name = ""
+    both = sum(totals.values())
+    forward = both - totals["backward"]
+    print(f"\nSum of the floors: {forward:.0f} us forward, {both:.0f} with the backward pass.")
+
+
+def main() -> None:
+    """Print the floors of one shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--block-per-row", type=int, default=8)
+    parser.add_argument("--coarse-precision", choices=("tf32x3", "ieee"), default="tf32x3")
+    parser.add_argument("--ceilings", type=Path, help="a ceilings.csv that `run.py bench` wrote")
+    args = parser.parse_args()
+    ceilings = Ceilings.measured(args.ceilings) if args.ceilings else Ceilings()
+    shape = (args.length, args.batch, args.heads, args.head_dim, args.block_per_row)
+    is_stored = args.length < RECOMPUTE_FROM_LENGTH
+    print_floors(Problem(*shape, is_stored=is_stored), ceilings, args.coarse_precision)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Draw milliseconds against length from a CSV of `run.py`.
+
+python benchmarks/plot.py results/cpu.csv results/cpu.png
+python benchmarks/plot.py results/cpu.csv results/cpu_modules.png --op self_attention
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}
+NAMES = {
+    "sdpa": "dense (SDPA)",
+    "sdpa_flash": "dense (SDPA, flash)",
+    "sdpa_cudnn": "dense (SDPA, cuDNN)",
+    "flex_exact_part": "FlexAttention on the same blocks; {} per row",
+    "mra2": "MRA-2, {} blocks per row",
+    "longformer_64": "Longformer, window 64",
+    "longformer_256": "Longformer, window 256",
+    "bigbird": "BigBird",
+    "mra_1024_32_1": "scales 1024, 32, 1; {} blocks per row",
+    "adamra": "AdaMRA, segments of 2, 8, 32",
+    "linear": "linear attention",
+}
+COLOURS = {
+    "sdpa": "#444444",
+    "sdpa_flash": "#444444",
+    "sdpa_cudnn": "#999999",
+    "flex_exact_part": "#66a3d2",
+    "mra2 4": "#1b9e77",
+    "mra2 8": "#d95f02",
+    "mra2 16": "#7570b3",
+    "longformer_64": "#66a3d2",
+    "longformer_256": "#1f5f99",
+    "bigbird": "#b5a642",
+    "mra_1024_32_1 4": "#d95f02",
+    "adamra": "#1b9e77",
+    "linear": "#66a3d2",
+}
+
+
+PASS_COLOURS = {
+    "summaries": "#7570b3",
+    "select": "#1b9e77",
+    "forward": "#d95f02",
+    "backward": "#1f5f99",
+}
+
+
+def draw_lengths(rows: list[dict[str, str]], png: Path, *, graph: bool = False) -> None:
+    """Milliseconds against tokens: a column of panels per pass, and a row per batch that was
+    measured at several lengths; one row of panels where none was.
+
+    Args:
+        rows: of one op and dtype.
+        png: written.
+        graph: rows of CUDA graphs instead of eager calls.
+
+    Raises:
+        ValueError: there are no such rows.
+    """
+    suffix = " graph" if graph else ""
+    names = {title + suffix: title for title in TITLES}
+    rows = [row | {"pass": names[row["pass"]]} for row in rows if row["pass"] in names]
+    if not rows:
+        raise ValueError("no rows of CUDA graphs" if graph else "no rows of eager calls")
+    passes = [name for name in TITLES if any(row["pass"] == name for row in rows)]
+    by_batch: dict[str, list[dict[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["batch"])):
+        by_batch.setdefault(row["batch"], []).append(row)
+    several = [found for found in by_batch.values() if len({row["length"] for row in found}) > 1]
+    groups = several or [rows]
+    figure = _figure(10, 0.6 + 3.8 * len(groups))
+    panels = figure.subplots(len(groups), len(passes), squeeze=False)
+    for line, group in zip(panels, groups, strict=True):
+        for axes, kind in zip(line, passes, strict=True):
+            _draw_panel(axes, [row for row in group if row["pass"] == kind])
+            of_batch = f", batch {group[0]['batch']}" if len(groups) > 1 else ""
+            axes.set(xlabel="tokens", ylabel="ms", title=TITLES[kind] + of_batch)
+    first = groups[0][0]
+    what = {
+        "attention": "attention",
+        "self_attention": "self-attention module",
+        "scales": "two and three scales",
+        "adamra": "attention layers of the Long Range Arena",
+    }
+    batches = {row["batch"] for group in groups for row in group}
+    of_batch = f"batch {first['batch']}, " if len(batches) == 1 else ""
+    title = f"{what.get(first['op'], 'RoBERTa-base')}{' as CUDA graphs' * graph}, {first['device']}"
+    title += f"; {first['dtype']}, {of_batch}{first['heads']} heads x {first['head_dim']}"
+    _save(figure, png, title, first)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, png: Path, title: str, row: dict[str, str]) -> None:
+    """Write the picture under its title and the conditions of a row."""
+    conditions = f"torch {row['torch']}; {row['date']}, {row['commit']}"
+    figure.suptitle(f"{title}; {conditions}", fontsize=9)
+    figure.savefig(png, dpi=120)
+
+
+def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
+    for provider, budget in dict.fromkeys((r["provider"], r["block_per_row"]) for r in rows):
+        line = [r for r in rows if (r["provider"], r["block_per_row"]) == (provider, budget)]
+        line.sort(key=lambda row: int(row["length"]))
+        axes.plot(
+            [int(r["length"]) for r in line],
+            [float(r["ms_median"]) for r in line],
+            label=NAMES[provider].format(budget),
+            color=COLOURS.get(f"{provider} {budget}".strip(), COLOURS.get(provider)),
+            linestyle="--" if provider.startswith("sdpa") else "-",
+            marker="o",
+            markersize=4,
+        )
+    lengths = sorted({int(row["length"]) for row in rows})
+    axes.set(xscale="log", yscale="log")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
+    """Microseconds of every kernel beside their floor, of the first shape of a `launches.csv`."""
+    first = rows[0]
+    shape = ("length", "batch")
+    bars = [
+        row
+        for row in rows
+        if all(row[name] == first[name] for name in shape) and not row["kernel"].startswith("(")
+    ]
+    figure = _figure(10, 1.2 + 0.24 * len(bars))
+    axes = figure.subplots()
+    places = range(len(bars))
+    axes.barh(
+        places,
+        [float(row["us"]) for row in bars],
+        color=[PASS_COLOURS[row["pass"]] for row in bars],
+        height=0.8,
+    )
+    floors = [(place, float(row["floor_us"])) for place, row in enumerate(bars) if row["floor_us"]]
+    for place, floor in floors:
+        axes.plot([floor, floor], [place - 0.4, place + 0.4], color="black", linewidth=2)
+    names = [
+        f"{row['pass']}: {row['launches']} x {row['kernel'].removesuffix('_kernel')[:40]}"
+        for row in bars
+    ]
+    axes.set_yticks(places, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="microseconds; black: the floor by measured ceilings")
+    axes.grid(axis="x", alpha=0.3)
+    title = f"launches of MRA-2, {first['device']}; {first['dtype']}, {first['length']} tokens x "
+    title += f"{first['batch']}, {first['heads']} heads x {first['head_dim']}, "
+    title += f"{first['block_per_row']} blocks per row"
+    _save(figure, png, title, first)
+
+
+def main() -> int:
+    """Draw one kind of row, a panel per pass."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("csv", type=Path)
+    parser.add_argument("png", type=Path)
+    parser.add_argument(
+        "--op", choices=("attention", "self_attention", "model", "scales", "adamra")
+    )
+    parser.add_argument("--dtype", help="default: that of the first row")
+    parser.add_argument("--batch", help="default: all that were measured at several lengths")
+    parser.add_argument("--graph", action="store_true", help="CUDA graphs, not eager calls")
+    args = parser.parse_args()
+    with args.csv.open() as file:
+        rows = list(csv.DictReader(file))
+    if rows and "kernel" in rows[0]:
+        draw_launches(rows, args.png)
+        return 0
+    dtype = args.dtype or (rows[0]["dtype"] if rows else None)
+    op = args.op or (rows[0]["op"] if rows else None)
+    rows = [row for row in rows if (row["op"], row["dtype"]) == (op, dtype)]
+    rows = [row for row in drawable(rows) if args.batch in (None, row["batch"])]
+    if not rows:
+        parser.error(f"{args.csv} has no rows of op {op} and dtype {dtype}")
+    try:
+        draw_lengths(rows, args.png, graph=args.graph)
+    except ValueError as error:
+        parser.error(f"{args.csv}: {error}")
+    return 0
+
+
+def drawable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of providers that have a name here; MRA-2-s, which costs about the same, has none."""
+    return [row for row in rows if row["provider"] in NAMES and row["mode"] != "sparse"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

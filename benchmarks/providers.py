@@ -1,0 +1,144 @@
+"""Other attentions of Transformers as whole modules, and whole models; RoBERTa-base's shape."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import BigBirdConfig, LongformerConfig, RobertaConfig, RobertaForMaskedLM
+from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
+from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
+
+import mra_hf
+from mra_hf.encoders.layers import attention_layer
+from mra_hf.sparse_prediction import predict_masked_places
+
+_SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
+
+#: Longformer's `attention_window`, both sides together.
+_WINDOWS = (64, 256)
+
+
+def self_attention_modules(
+    length: int, dtype: torch.dtype, budgets: tuple[int, ...], device: str
+) -> dict[tuple[str, int | None], Callable[[Tensor], Tensor]]:
+    """(provider, block_per_row) -> hidden states `[1, N, 768]` to the same, projections included.
+
+    BigBird needs more than 704 tokens for its sparse form and is left out below.
+    """
+
+    def build(module: torch.nn.Module) -> torch.nn.Module:
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        return module.to(device, dtype).eval()
+
+    def roberta(attention: str, **settings) -> Callable[[Tensor], Tensor]:
+        config = RobertaConfig(**_SHAPE)
+        config._attn_implementation = attention
+        config.mra = settings
+        module = build(RobertaSelfAttention(config))
+        return lambda hidden: module(hidden)[0]
+
+    modules = {("sdpa", None): roberta("sdpa")}
+    for block_per_row in budgets:
+        modules["mra2", block_per_row] = roberta("mra2", block_per_row=block_per_row)
+    for window in _WINDOWS:
+        if length % window == 0:
+            modules[f"longformer_{window}", None] = _longformer(window, length, build, dtype)
+    if length > 704 and length % 64 == 0:
+        modules["bigbird", None] = _bigbird(length, build, dtype, device)
+    return modules
+
+
+def _longformer(window: int, length: int, build, dtype) -> Callable[[Tensor], Tensor]:
+    config = LongformerConfig(**_SHAPE, attention_window=[window], num_hidden_layers=1)
+    module = build(LongformerSelfAttention(config, 0))
+
+    def run(hidden: Tensor) -> Tensor:
+        nothing = torch.zeros(1, length, dtype=torch.bool, device=hidden.device)
+        return module(
+            hidden,
+            attention_mask=torch.zeros(1, length, dtype=dtype, device=hidden.device),
+            is_index_masked=nothing,
+            is_index_global_attn=nothing,
+            is_global_attn=False,
+        )[0]
+
+    return run
+
+
+def _bigbird(length: int, build, dtype, device) -> Callable[[Tensor], Tensor]:
+    config = BigBirdConfig(**_SHAPE, block_size=64, num_random_blocks=3)
+    module = build(BigBirdBlockSparseAttention(config, seed=0))
+    mask = torch.ones(1, length, dtype=dtype, device=device)
+    blocked, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(mask, 64)
+
+    def run(hidden: Tensor) -> Tensor:
+        return module(
+            hidden,
+            band_mask=band,
+            from_mask=rows,
+            to_mask=columns,
+            from_blocked_mask=blocked,
+            to_blocked_mask=blocked,
+        )[0]
+
+    return run
+
+
+def whole_models(length: int, budgets: tuple[int, ...], device: str, training: bool):
+    """RoBERTa-base with a masked-LM head, dense and MRA-2, and its input.
+
+    Returns:
+        (provider, block_per_row) -> function of the token ids `[1, N]`: a forward pass to the
+        hidden states, or a training step (15 % of the tokens predicted, AdamW); and the ids.
+    """
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(5, 50265, (1, length), generator=generator).to(device)
+    labelled = (torch.rand(1, length, generator=generator) < 0.15).to(device)
+    labels = torch.where(labelled, input_ids, -100)
+
+    def build(attention: str, **settings) -> Callable[[Tensor], Tensor]:
+        torch.manual_seed(0)
+        config = RobertaConfig(
+            **_SHAPE, vocab_size=50265, max_position_embeddings=length + 2, type_vocab_size=1
+        )
+        model = RobertaForMaskedLM(config).to(device).train(training)
+        if attention == "sdpa":
+            model.set_attn_implementation(attention)
+        else:
+            mra_hf.set_attention(model, attention, **settings)
+        if not training:
+            return lambda ids: model.roberta(ids).last_hidden_state
+        predict_masked_places(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step(ids: Tensor) -> Tensor:
+            with torch.enable_grad():
+                loss = model(ids, labels=labels).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    providers = {("sdpa", None): build("sdpa")}
+    for block_per_row in budgets:
+        providers["mra2", block_per_row] = build("mra2", block_per_row=block_per_row)
+    return providers, (input_ids,)
+
+
+def arena_layers(budgets: tuple[int, ...], device: str) -> dict:
+    """Attention layers of the Long Range Arena encoder, projections included, in evaluation."""
+    names = [("sdpa", "dense", None), ("adamra", "adamra", None), ("linear", "linear", None)]
+    names += [("mra2", "mra2", block_per_row) for block_per_row in budgets]
+    layers = {}
+    for provider, attention, block_per_row in names:
+        torch.manual_seed(0)
+        settings = {} if block_per_row is None else {"block_per_row": block_per_row}
+        config = mra_hf.LraConfig(attention=attention, **settings)
+        layer = attention_layer(config, 0).to(device).eval()
+        layers[provider, block_per_row] = lambda hidden, layer=layer: layer(hidden, None)[0]
+    return layers

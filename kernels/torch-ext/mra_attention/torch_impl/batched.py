@@ -1,0 +1,99 @@
+"""Softmax attention of many small problems at once: n query blocks, each with K keys of its own.
+
+Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]` or None, the log-sum-exp
+`[n, M]`. Logits are powers of 2 in place of e, which CPUs compute several times faster. Operands
+are multiplied in their own dtype; logits, softmax and log-sum-exp are in the compute dtype always.
+Outputs and gradients lie in scratch memory: they are valid until the next call in that thread.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..blocks import compute_dtype
+from .scratch import convert, scratch
+
+_LOG2_E = math.log2(math.e)
+
+
+def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype in which inputs of `dtype` are multiplied: bfloat16 as it is on a CPU, everything
+    else in the compute dtype.
+    """
+    return dtype if dtype == torch.bfloat16 and device_type == "cpu" else compute_dtype(dtype)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp in the compute dtype."""
+    wide = compute_dtype(query.dtype)
+    weights = _logits(query, keys, bias, wide, scale, None)  # [n, M, K]
+    largest = weights.amax(-1, keepdim=True)
+    total = weights.sub_(largest).exp2_().sum(-1, keepdim=True)
+    output = scratch("output", query.shape, values.dtype, query.device)
+    torch.bmm(convert("operand", weights, values.dtype), values, out=output)
+    lse = total.log2().add_(largest).div_(_LOG2_E)[..., 0]
+    return convert("wide output", output, wide).div_(total), lse
+
+
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, keys and values in the compute dtype.
+
+    `grad`, `delta` (the row sums of grad times output) and `lse`, in the compute dtype, may be
+    those of a softmax over more keys than are given here.
+    """
+    dtype, wide, device = query.dtype, grad.dtype, grad.device
+    weights = _logits(query, keys, bias, wide, scale, lse).exp2_()
+    # Both factors are differences of nearly equal numbers: they stay wide until they are done.
+    grad_logits = scratch("grad_logits", weights.shape, wide, device)
+    wide_values = convert("wide", values, wide)
+    torch.baddbmm(delta[..., None], grad, wide_values.mT, beta=-1, out=grad_logits)
+    grad_logits.mul_(weights)
+
+    operand = convert("operand", weights, dtype)
+    d_values = scratch("d_values", values.shape, dtype, device)
+    torch.bmm(operand.mT, convert("grad operand", grad, dtype), out=d_values)
+    operand = convert("operand", grad_logits, dtype)
+    d_query = scratch("d_query", query.shape, dtype, device)
+    d_query.baddbmm_(operand, keys, beta=0, alpha=scale)
+    d_keys = scratch("d_keys", keys.shape, dtype, device)
+    d_keys.baddbmm_(operand.mT, query, beta=0, alpha=scale)
+    return (
+        convert("wide d_query", d_query, wide),
+        convert("wide d_keys", d_keys, wide),
+        convert("wide d_values", d_values, wide),
+    )
+
+
+def _logits(
+    query: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    wide: torch.dtype,
+    scale: float,
+    lse: Tensor | None,
+) -> Tensor:
+    """Logits `[n, M, K]` to base 2, less the log-sum-exp where it is given.
+
+    In the compute dtype: a product rounded to bfloat16 would be no logit.
+    """
+    shape = (*query.shape[:2], keys.shape[1])
+    logits = scratch("logits", shape, wide, query.device)
+    factors = (convert("wide query", query, wide), convert("wide", keys, wide).mT)
+    if lse is None:
+        logits.baddbmm_(*factors, beta=0, alpha=scale * _LOG2_E)
+    else:
+        lse = lse[..., None] * _LOG2_E
+        torch.baddbmm(lse, *factors, beta=-1, alpha=scale * _LOG2_E, out=logits)
+    return logits if bias is None else logits.add_(bias)

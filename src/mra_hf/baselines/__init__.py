@@ -1,0 +1,1 @@
+"""Other ways to approximate softmax attention, to compare MRA-2 with."""

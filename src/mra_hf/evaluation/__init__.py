@@ -1,0 +1,5 @@
+"""How well a model does on held-out text, and the metrics of the commands."""
+
+from mra_hf.evaluation.masked_tokens import MaskedTokenScores, masked_token_scores, read_texts
+
+__all__ = ["MaskedTokenScores", "masked_token_scores", "read_texts"]

@@ -1,0 +1,1 @@
+"""Run directories and what is read from them: tables, curves, comparisons."""
