@@ -43,7 +43,7 @@ from benchmarks.cuda.measure import (
 from benchmarks.records import COLUMNS, CONDITIONS, KEYS, Records
 from mra_attention import mra2_attention, triton_impl
 from mra_attention.triton_impl import launching
-from mra_attention.triton_impl.call import Call
+from mra_attention.triton_impl.call import KernelCall
 
 CEILING_COLUMNS = (
     *CONDITIONS,
@@ -390,7 +390,7 @@ def time_selection(session: Session, shape: Shape, budget: int, way: str):
     summaries = triton_impl.summarize(query, key, key, None)
 
     def run() -> Tensor:
-        call = Call(query, key, key, None, summaries)
+        call = KernelCall(query, key, key, None, summaries)
         ranking = triton_impl.Ranking(
             call, block_per_row=budget, block_budget=None, **dict.fromkeys(_PRIORS, 0)
         )

@@ -32,7 +32,7 @@ from benchmarks.cuda.measure import (
 from mra_attention import BlockSelection, mra2_attention, select_blocks, triton_impl
 from mra_attention.selection import choose_blocks
 from mra_attention.triton_impl import launching
-from mra_attention.triton_impl.call import Call
+from mra_attention.triton_impl.call import KernelCall
 
 SKIPPED = Outcome("skipped", "skipped: dry run")
 #: Length, mask and mode of a case, in turn for every dtype and head dim.
@@ -261,17 +261,17 @@ def _same_bits(given: list[Tensor], expected: list[Tensor]) -> Outcome:
 @contextlib.contextmanager
 def scratch_of_nan() -> Iterator[None]:
     """Everything that the kernels get to fill holds NaN before."""
-    empty = Call.empty
+    empty = KernelCall.empty
 
     def filled(self, shape, dtype=torch.float32):
         x = empty(self, shape, dtype)
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
-    Call.empty = filled
+    KernelCall.empty = filled
     try:
         yield
     finally:
-        Call.empty = empty
+        KernelCall.empty = empty
 
 
 def _nan_scratch(session: Session, case: Case) -> Outcome:
@@ -332,7 +332,7 @@ def _ranked(
         launching.on_device_of(inputs[0]),
         patched_table(recompute_from_length=recompute_from_length),
     ):
-        call = Call(*inputs[:3], mask)
+        call = KernelCall(*inputs[:3], mask)
         budget = {"block_per_row": case.block_per_row, "block_budget": None}
         ranking = triton_impl.Ranking(call, **budget, **_PRIORS)
         ranking.score(normalized=True, scale=case.dim**-0.5)

@@ -184,7 +184,7 @@ def set_attention(
             f'approx_mode={settings["approx_mode"]!r} disagrees with name="mra2_s", which is the '
             'sparse mode; use name="mra2".'
         )
-    attention_modules = refuse_unsuitable(model)
+    attention_modules = supported_attention_modules(model)
     if "block_per_row" in settings:
         settings.setdefault("block_budget", None)
     settings = one_description(settings)
@@ -213,7 +213,7 @@ def set_attention(
     return model
 
 
-def refuse_unsuitable(model: PreTrainedModel) -> list[nn.Module]:
+def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the modules of `model` that call the attention function.
 
     Raises:

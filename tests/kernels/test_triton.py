@@ -125,20 +125,20 @@ def test_offsets_beyond_2_31_elements():
 def test_what_padding_and_scratch_hold_reaches_no_result(
     query_blocks, table, two_query_blocks, monkeypatch
 ):
-    from mra_attention.triton_impl.call import Call
+    from mra_attention.triton_impl.call import KernelCall
 
     (table if query_blocks == 1 else two_query_blocks)(item_blocks=1)
     inputs = on_device(make_inputs(1, 1, 150, 16))
     mask = mask_on_device("holes", 1, 150)
     expected = run("triton", inputs, mask, block_per_row=2)
     dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
-    original = Call.empty
+    original = KernelCall.empty
 
     def filled(self, shape, dtype=torch.float32):
         x = original(self, shape, dtype)
         return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
 
-    monkeypatch.setattr(Call, "empty", filled)
+    monkeypatch.setattr(KernelCall, "empty", filled)
     for x, y in zip(run("triton", dirty, mask, block_per_row=2), expected, strict=True):
         assert torch.equal(x, y)
 

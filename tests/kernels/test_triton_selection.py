@@ -102,16 +102,16 @@ def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_qu
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
-    from mra_attention.triton_impl.call import Call, Lists, as_bytes
+    from mra_attention.triton_impl.call import BlockLists, KernelCall, as_bytes
 
     query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
     mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
     mask[:, 32:64] = False  # a block that no list may name
     generator = torch.Generator().manual_seed(0)
     blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
-    call = Call(query, key, key, mask)
+    call = KernelCall(query, key, key, mask)
     settings = {"directions": 2, "query_blocks": query_blocks}
-    lists = Lists(call, as_bytes(call, blocks), None, **settings)
+    lists = BlockLists(call, as_bytes(call, blocks), None, **settings)
     live = mask.view(-1)[::32][:rows].cpu()
     chosen = blocks[0].cpu() & live[:, None] & live[None, :]
     for direction in (0, 1):
@@ -209,13 +209,13 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
 
 def test_radix_ranks_equal_scores_like_choose_blocks(table):
     from mra_attention import triton_impl
-    from mra_attention.triton_impl.call import Call
+    from mra_attention.triton_impl.call import KernelCall
 
     inputs = on_device(make_inputs(2, 2, 150, 16))[:2]
     mask = mask_on_device("right", 2, 150)
     numbers = {"block_per_row": 2, "block_budget": None}
     priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
-    ranking = triton_impl.Ranking(Call(*inputs, inputs[1], mask), **numbers, **priors)
+    ranking = triton_impl.Ranking(KernelCall(*inputs, inputs[1], mask), **numbers, **priors)
     ranking.score(normalized=True, scale=0.2)
     values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=DEVICE)
     for seed in range(3):

@@ -31,7 +31,7 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def parts(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
+def chunks(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
     """Cut `[B, H, N, D]` into (samples, heads) to work on one after another: one part but on a CPU.
 
     Every (sample, head) is a problem of its own, so cutting changes no result.
@@ -73,7 +73,7 @@ def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: i
     return x.unflatten(2, (n_blocks, block_size))
 
 
-def without_full_mask(token_mask: Tensor | None) -> Tensor | None:
+def drop_trivial_mask(token_mask: Tensor | None) -> Tensor | None:
     """None for a mask that hides nothing, which is read on a CPU alone: no device waits for it."""
     if token_mask is None or (token_mask.device.type == "cpu" and bool(token_mask.all())):
         return None
@@ -117,7 +117,7 @@ def mask_to_blocks(
     )
 
 
-def without_harmful_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
+def zero_unsafe_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """`x` itself where its padding is finite and moderate, so that a weight of 0 hides it; else a
     copy with zeros there. Read on a CPU alone; elsewhere always a copy.
     """

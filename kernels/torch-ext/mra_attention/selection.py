@@ -17,13 +17,13 @@ from torch import Tensor
 
 from .blocks import (
     block_means,
+    chunks,
     count_blocks,
+    drop_trivial_mask,
     is_exporting,
     mask_to_blocks,
-    parts,
     to_blocks,
-    without_full_mask,
-    without_harmful_padding,
+    zero_unsafe_padding,
 )
 
 _TIE_BITS = 30
@@ -141,7 +141,7 @@ def _means(
     def means(x: Tensor) -> Tensor:
         if not reads_values:
             return block_means(to_blocks(x, token_mask, block_size, n_blocks), counts, dtype)
-        blocks = to_blocks(without_harmful_padding(x, token_mask), None, block_size, n_blocks)
+        blocks = to_blocks(zero_unsafe_padding(x, token_mask), None, block_size, n_blocks)
         real = None if token_mask is None else mask_blocks
         return block_means(blocks, counts, dtype, real)
 
@@ -285,9 +285,9 @@ def select(
         if traceable:
             return choose(query, key, token_mask)
         if reads_mask:
-            token_mask = without_full_mask(token_mask)
+            token_mask = drop_trivial_mask(token_mask)
         blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
-        for part in parts(query.shape, query.device.type):
+        for part in chunks(query.shape, query.device.type):
             mask_part = None if token_mask is None else token_mask[part[0]]
             blocks[part] = choose(query[part], key[part], mask_part)
         return blocks

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from mra_attention.checks import check_int
 from mra_hf.analysis.head_inputs import HeadInputs
-from mra_hf.attention import refuse_unsuitable
+from mra_hf.attention import supported_attention_modules
 from mra_hf.baselines.measures import dense_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.loading import check_length
@@ -102,7 +102,7 @@ def record_checkpoint(
 @contextlib.contextmanager
 def _recording(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
     """Record every call of the attention function; yields its modules in the order of layers."""
-    modules = refuse_unsuitable(model)
+    modules = supported_attention_modules(model)
     AttentionInterface.register(_NAME, _record)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     before = model.config._attn_implementation

@@ -37,9 +37,9 @@ from mra_hf.configuration import (
 )
 from mra_hf.conversion.files import (
     check_output,
-    locate,
     read_json,
     read_weights,
+    resolve_checkpoint,
     staged_directory,
 )
 from mra_hf.conversion.report import ConversionReport, ScoreRow, TensorRecord
@@ -148,7 +148,7 @@ def convert_checkpoint(
     check_output(output, force=force, source=local.resolve() if local.is_dir() else None)
 
     say(f"finding {os.fspath(source)}")
-    found = locate(source)
+    found = resolve_checkpoint(source)
     raw_config = read_json(found.folder / "config.json")
     source_config = read_config(found, raw_config)
     saved_tokenizer = open_tokenizer(found, tokenizer, source_config)

@@ -50,7 +50,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _active: set[Path] = set()
 
 
-class Source(NamedTuple):
+class CheckpointLocation(NamedTuple):
     """Where a checkpoint was found: the name to show, its folder here, its hub id if it has one."""
 
     label: str
@@ -58,7 +58,9 @@ class Source(NamedTuple):
     hub_id: str | None
 
 
-def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
+def resolve_checkpoint(
+    source: str | os.PathLike[str], *, weights: bool = True
+) -> CheckpointLocation:
     """Return where `source`, a directory or hub id, lies on this machine.
 
     A hub repository is downloaded through the cache of `huggingface_hub`: small files, and with
@@ -73,7 +75,7 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
     folder = Path(given).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
-        return Source(folder.name, folder, None)
+        return CheckpointLocation(folder.name, folder, None)
     if folder.exists():
         raise ValueError(
             f"SOURCE must be a directory with config.json and weights, got the file {given}; "
@@ -93,7 +95,7 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Source:
             f"hub ({type(error).__name__}: {_first_line(error)}). Check the name and the "
             "connection, or pass a directory."
         ) from error
-    return Source(given, folder, given)
+    return CheckpointLocation(given, folder, given)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.models.mra.configuration_mra import MraConfig as BuiltinConfig
 
 from mra_attention.checks import check_int
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
-from mra_hf.conversion.files import VOCABULARY_NAMES, Source, locate
+from mra_hf.conversion.files import VOCABULARY_NAMES, CheckpointLocation, resolve_checkpoint
 from mra_hf.conversion.report import PIPELINE_TAGS
 from mra_hf.modeling import BUILTIN_KEYS, GELU_NAMES
 
@@ -38,7 +38,7 @@ _ARCHITECTURE = re.compile(r"(?:Roberta|XLMRoberta|Camembert|Bert|Mra)(Model|For
 _DECODERS = ("LMHeadModel", "ForCausalLM")
 
 
-def read_config(found: Source, raw: dict[str, Any]) -> PreTrainedConfig:
+def read_config(found: CheckpointLocation, raw: dict[str, Any]) -> PreTrainedConfig:
     """The source's config, with the defaults of its own type; refuses what cannot be converted."""
     source_type = raw.get("model_type")
     if not isinstance(source_type, str) or source_type not in SOURCE_CONFIGS:
@@ -96,7 +96,7 @@ def learned_rows(config: PreTrainedConfig) -> int:
 
 
 def open_tokenizer(
-    found: Source, tokenizer: str | os.PathLike[str] | None, config: PreTrainedConfig
+    found: CheckpointLocation, tokenizer: str | os.PathLike[str] | None, config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase:
     """Open the tokenizer of the source, or the one in the directory or hub id `tokenizer`.
 
@@ -104,7 +104,7 @@ def open_tokenizer(
         OSError: there are no tokenizer files, or they cannot be opened.
         ValueError: the vocabulary is larger than the model's.
     """
-    given = found if tokenizer is None else locate(tokenizer, weights=False)
+    given = found if tokenizer is None else resolve_checkpoint(tokenizer, weights=False)
     remedy = "pass the directory of a fitting one as tokenizer (--tokenizer)."
     if not any((given.folder / name).is_file() for name in VOCABULARY_NAMES):
         raise OSError(f"{given.label} has no tokenizer files; {remedy}")

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from mra_attention.checks import SELECTION_RULES, check_choice, check_int
 from mra_attention.order import patch_order
-from mra_hf.encoders.layers import Dense, HeadsLayer, Mra2
+from mra_hf.encoders.layers import DenseAttention, HeadsLayer, Mra2Attention
 from mra_hf.encoders.prenorm import (
     Classifier,
     PreNormEncoder,
@@ -142,7 +142,7 @@ class MraForImageClassification(PreNormPreTrainedModel):
         )
         self.positions = nn.Embedding(config.grid_side**2, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        attend = Dense if config.attention == "dense" else Mra2
+        attend = DenseAttention if config.attention == "dense" else Mra2Attention
         layers = range(config.num_hidden_layers)
         self.encoder = PreNormEncoder(
             config, [HeadsLayer(config, attend(config, layer)) for layer in layers]

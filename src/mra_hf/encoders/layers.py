@@ -45,7 +45,7 @@ class HeadsLayer(nn.Module):
             part(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.query, self.key, self.value)
         )
-        if isinstance(self.attend, Mra2):  # which chooses its own precision
+        if isinstance(self.attend, Mra2Attention):  # which chooses its own precision
             output = self.attend(query, key, value, token_mask)
         else:  # in float32, as in the published runs
             wide = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
@@ -54,7 +54,7 @@ class HeadsLayer(nn.Module):
         return self.output(output.transpose(1, 2).flatten(2)), None
 
 
-class Dense(nn.Module):
+class DenseAttention(nn.Module):
     def __init__(self, config: LraConfig, layer_idx: int):
         super().__init__()
         self.dropout = config.attention_probs_dropout_prob
@@ -67,7 +67,7 @@ class Dense(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
 
 
-class Mra2(nn.Module):
+class Mra2Attention(nn.Module):
     def __init__(self, config: LraConfig, layer_idx: int):
         super().__init__()
         self.settings = {
@@ -83,7 +83,7 @@ class Mra2(nn.Module):
         return mra2_attention(query, key, value, token_mask, **self.settings)
 
 
-class Linear(nn.Module):
+class LinearAttention(nn.Module):
     def __init__(self, config: LraConfig, layer_idx: int):
         super().__init__()
 
@@ -91,7 +91,7 @@ class Linear(nn.Module):
         return linear(query, key, value, token_mask)
 
 
-class Linformer(nn.Module):
+class LinformerAttention(nn.Module):
     """Learned projections of the length, one for each head, shared by keys and values."""
 
     def __init__(self, config: LraConfig, layer_idx: int):
@@ -113,7 +113,7 @@ class Linformer(nn.Module):
         return linformer(query, key, value, scale=scale, size=0, projection=projection)
 
 
-class Performer(nn.Module):
+class PerformerAttention(nn.Module):
     """Random features, drawn once for each layer and kept with its weights."""
 
     def __init__(self, config: LraConfig, layer_idx: int):
@@ -214,12 +214,12 @@ def iterative_inverse(matrix: Tensor, n_iter: int = 6) -> Tensor:
 
 
 _HEADS = {
-    "dense": Dense,
-    "mra2": Mra2,
-    "mra2_s": Mra2,
-    "linear": Linear,
-    "linformer": Linformer,
-    "performer": Performer,
+    "dense": DenseAttention,
+    "mra2": Mra2Attention,
+    "mra2_s": Mra2Attention,
+    "linear": LinearAttention,
+    "linformer": LinformerAttention,
+    "performer": PerformerAttention,
 }
 
 

@@ -154,7 +154,7 @@ def run_classification(
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.conditions("classification", model, training_args, data_args.max_seq_length)
+    results = runs.run_metadata("classification", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["labels"] = list(names)
     results["rows_without_label"] = without_label

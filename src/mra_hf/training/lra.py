@@ -149,7 +149,7 @@ def run_lra(
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.conditions(f"lra-{lra_args.task}", model, training_args, data.max_length)
+    results = runs.run_metadata(f"lra-{lra_args.task}", model, training_args, data.max_length)
     results |= _conditions_of_attention(config)
     results["split"] = data.split
     results["labels"] = list(data.labels)

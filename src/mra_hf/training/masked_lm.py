@@ -29,7 +29,7 @@ from mra_hf.sparse_prediction import (
     predict_masked_places,
 )
 from mra_hf.training import resuming, runs
-from mra_hf.training.initialization import start_with_neighbours
+from mra_hf.training.initialization import init_previous_token_heads
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0
@@ -42,7 +42,7 @@ class MaskedLMModelArguments(runs.ModelArguments):
     model_type: str = field(
         default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
     )
-    start_with_neighbours: bool = field(
+    init_previous_token_heads: bool = field(
         default=False,
         metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
     )
@@ -153,7 +153,7 @@ def run_masked_lm(
     trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
     if model_args.sparse_prediction:
         predict_masked_places(model)
-    results = runs.conditions("masked-lm", model, training_args, data_args.max_seq_length)
+    results = runs.run_metadata("masked-lm", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["vocabulary"] = len(tokenizer)
     settings = (model_args, data_args, stopping_args, training_args)
@@ -232,8 +232,8 @@ def _check(model_args, data_args, training_args) -> None:
         )
     if model_args.model_name_or_path is None and not training_args.do_train:
         raise ValueError("there is no model to evaluate; pass --model_name_or_path.")
-    if model_args.model_name_or_path and model_args.start_with_neighbours:
-        raise ValueError("start_with_neighbours is for training from scratch; drop it.")
+    if model_args.model_name_or_path and model_args.init_previous_token_heads:
+        raise ValueError("init_previous_token_heads is for training from scratch; drop it.")
     if model_args.sparse_prediction and training_args.n_gpu > 1:
         raise ValueError(
             "one process cannot train on several GPUs with sparse_prediction; start it with "
@@ -292,8 +292,8 @@ def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel
     if model_args.config_overrides:
         override(config, model_args.config_overrides)
     model = AutoModelForMaskedLM.from_config(config)
-    if model_args.start_with_neighbours:
-        start_with_neighbours(model)
+    if model_args.init_previous_token_heads:
+        init_previous_token_heads(model)
     return with_attention(model, model_args.attn_implementation)
 
 

@@ -152,7 +152,7 @@ def check_run(training_args: TrainingArguments) -> None:
             )
 
 
-def conditions(
+def run_metadata(
     task: str, model: PreTrainedModel, training_args: TrainingArguments, max_seq_length: int
 ) -> dict[str, Any]:
     """What the numbers of a run depend on, the first part of its `results.json`."""

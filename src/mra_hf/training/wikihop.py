@@ -131,7 +131,7 @@ def run_wikihop(
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.conditions("wikihop", model, training_args, data_args.max_seq_length)
+    results = runs.run_metadata("wikihop", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["lengths"] = {
         name: _lengths(data)

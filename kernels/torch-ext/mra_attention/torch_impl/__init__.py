@@ -27,14 +27,14 @@ from torch import Tensor
 
 from ..blocks import (
     block_sums,
+    chunks,
     compute_dtype,
     count_blocks,
+    drop_trivial_mask,
     fill_padding_,
     mask_to_blocks,
-    parts,
     to_blocks,
-    without_full_mask,
-    without_harmful_padding,
+    zero_unsafe_padding,
 )
 from .batched import attend, attend_backward, operand_dtype
 from .dense import dense_backward, dense_forward, flash_is_available
@@ -69,7 +69,7 @@ def forward(
     """
     if blocks is None and flash_is_available(query.device.type):
         return dense_forward(query, key, value, token_mask, scale)
-    token_mask = without_full_mask(token_mask)
+    token_mask = drop_trivial_mask(token_mask)
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
@@ -112,7 +112,7 @@ def backward(
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
         return dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
-    token_mask = without_full_mask(token_mask)
+    token_mask = drop_trivial_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
     settings = (scale, sparse, block_size)
     for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
@@ -150,7 +150,7 @@ def _backward_part(
 
 def _problems(query, key, value, token_mask, blocks, *settings):
     """Yield (samples, heads) as slices, and the part of the call they are."""
-    for part in parts(query.shape, query.device.type):
+    for part in chunks(query.shape, query.device.type):
         mask_part = None if token_mask is None else token_mask[part[0]]
         blocks_part = None if blocks is None else blocks[part]
         yield part, _Problem(query[part], key[part], value[part], mask_part, blocks_part, *settings)
@@ -189,7 +189,7 @@ class _Problem:
 
     def to_rows(self, x: Tensor) -> Tensor:
         """`[B, H, N, D]` -> contiguous `[G * R, M, D]`; padding holds numbers that do no harm."""
-        x = without_harmful_padding(x, self.token_mask)
+        x = zero_unsafe_padding(x, self.token_mask)
         blocks = to_blocks(x, None, self.block_size, self.n_blocks)
         return blocks.reshape(-1, self.block_size, x.shape[-1]).contiguous()
 

@@ -14,7 +14,7 @@ from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import launching
 from . import selection as selection_kernels
-from .call import Call, Lists, Summaries, as_bytes
+from .call import BlockLists, KernelCall, Summaries, as_bytes
 
 _LOG2_E = math.log2(math.e)
 #: Block rows that a program of the selection ranks.
@@ -26,7 +26,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
     given.
     """
     with launching.on_device_of(query):
-        return Call(query, key, value, token_mask).summaries
+        return KernelCall(query, key, value, token_mask).summaries
 
 
 def select(
@@ -47,7 +47,7 @@ def select(
     Scores are float32 from float32 means.
     """
     with launching.on_device_of(query):
-        call = Call(query, key, key, token_mask, summaries)
+        call = KernelCall(query, key, key, token_mask, summaries)
         ranking = Ranking(
             call,
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
@@ -67,7 +67,7 @@ class Ranking:
 
     def __init__(
         self,
-        call: Call,
+        call: KernelCall,
         *,
         initial_prior_first_n_blocks: int,
         initial_prior_diagonal_n_blocks: int,
@@ -197,10 +197,10 @@ def forward(
     or None for every live pair.
     """
     with launching.on_device_of(query):
-        call = Call(query, key, value, token_mask, summaries)
+        call = KernelCall(query, key, value, token_mask, summaries)
         blocks = as_bytes(call, blocks)
         query_blocks = call.config_of("forward").query_blocks
-        lists = Lists(call, blocks, largest_budget, directions=1, query_blocks=query_blocks)
+        lists = BlockLists(call, blocks, largest_budget, directions=1, query_blocks=query_blocks)
         sizes, _, _, first_items, *_ = lists.of(0)
         has_coarse = not sparse
         states = (call.all_heads, call.n_blocks)
@@ -291,10 +291,10 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     with launching.on_device_of(query):
-        call = Call(query, key, value, token_mask, summaries)
+        call = KernelCall(query, key, value, token_mask, summaries)
         blocks = as_bytes(call, blocks)
         query_blocks = call.config_of("query_gradient").query_blocks
-        lists = Lists(call, blocks, largest_budget, directions=2, query_blocks=query_blocks)
+        lists = BlockLists(call, blocks, largest_budget, directions=2, query_blocks=query_blocks)
         grad_output, output, lse = (x.contiguous() for x in (grad_output, output, lse))
         has_coarse = not sparse
         sizes = (call.length, call.n_blocks, call.heads)

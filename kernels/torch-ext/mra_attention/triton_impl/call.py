@@ -29,7 +29,7 @@ def summary_shapes(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (3, batch * heads, n_blocks, launching.padded_dim(dim)), (batch, n_blocks)
 
 
-class Call:
+class KernelCall:
     """Shapes and summaries of one call: what every kernel is told."""
 
     def __init__(
@@ -123,14 +123,14 @@ class Call:
         return self.all_heads * launching.ceil_div(self.n_blocks, rows)
 
 
-class Lists:
+class BlockLists:
     """The selected pairs as lists in one or both directions, cut into work items. Those of
     direction 0 belong to bundles of `query_blocks` adjacent query blocks.
     """
 
     def __init__(
         self,
-        call: Call,
+        call: KernelCall,
         blocks: Tensor,
         largest_budget: int | None,
         *,
@@ -192,14 +192,14 @@ class Lists:
         first = [x[direction] for x in (self.sizes, self.starts, self.lists, self.first_items)]
         return [*first, items, self.item_counts[direction]]
 
-    def parts(self, call: Call, direction: int, channels: int) -> Tensor:
+    def parts(self, call: KernelCall, direction: int, channels: int) -> Tensor:
         """Partial sums of owners that have several items, `[G, items, own tokens, channels]`."""
         items = self.max_items[direction] if self.may_split else 0
         tokens = self.own_blocks[direction] * BLOCK_SIZE
         return call.empty((call.all_heads, items, tokens, channels))
 
 
-def as_bytes(call: Call, blocks: Tensor | None) -> Tensor:
+def as_bytes(call: KernelCall, blocks: Tensor | None) -> Tensor:
     """The selection as int8 `[G, R, R]`; every pair for None."""
     shape = (call.batch, call.heads, call.n_blocks, call.n_blocks)
     if blocks is None:
