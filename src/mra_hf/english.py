@@ -1,8 +1,8 @@
 """The embedded default: a small English RoBERTa, its continuation to 4096 tokens, a long text.
 
-Both checkpoints were trained by this package on public-domain text (`docs/english/README.md`);
-the sample is from a novel that neither has seen. Weights are stored in half precision and load in
-float32.
+Both checkpoints were trained by this package on public-domain text
+(`docs/experiments/english/README.md`); the sample is from a novel that neither has seen. Weights
+are stored in half precision and load in float32.
 """
 
 from pathlib import Path

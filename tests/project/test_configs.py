@@ -289,7 +289,7 @@ def test_accelerate_reads_its_configurations(name):
         assert config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == layer.__name__
     if kind == "DEEPSPEED":
         assert config.deepspeed_config["zero_stage"] == int(name[4])
-    assert name in (ROOT / "docs" / "training" / "several-machines.md").read_text()
+    assert name in (ROOT / "docs" / "guide" / "several-machines.md").read_text()
 
     (command,) = commands_in(ACCELERATE[name], "accelerate launch")
     assert command[command.index("--config_file") + 1] == f"configs/accelerate/{name}"

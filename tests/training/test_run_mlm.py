@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     word_tokenizer().save_pretrained(tmp_path / "tokenizer")
     settings = {
         "config_overrides": SCRATCH,
-        "init_previous_token_heads": True,
+        "start_with_neighbours": True,
         "tokenizer_name": "tokenizer",
         "train_file": ["train.jsonl"],
         "validation_file": ["held-out.jsonl"],
@@ -157,7 +157,7 @@ def test_an_mra_checkpoint_is_trained_and_evaluated(folder):
     model = mra_hf.MraForMaskedLM(mra_config(block_per_row=2))
     model.save_pretrained("mra")
     arguments = ["--model_name_or_path", "mra", "--tokenizer_name", "tokenizer"]
-    arguments += ["--init_previous_token_heads", "false", "--max_seq_length", "256"]
+    arguments += ["--start_with_neighbours", "false", "--max_seq_length", "256"]
     settings = yaml.safe_load((folder / "mlm.yaml").read_text())
     settings.pop("config_overrides", None)
     (folder / "mlm.yaml").write_text(yaml.safe_dump(settings))
@@ -258,7 +258,7 @@ def test_an_evaluation_computes_no_logits_but_those_it_scores(folder, monkeypatc
 def test_sizes_are_chosen_from_scratch_alone(folder, capsys):
     RobertaForMaskedLM(roberta_config()).save_pretrained("whole")
     arguments = ["run-mlm", "mlm.yaml", "--model_name_or_path", "whole"]
-    arguments += ["--init_previous_token_heads", "false", "--config_overrides"]
+    arguments += ["--start_with_neighbours", "false", "--config_overrides"]
     assert main([*arguments, "hidden_size=64"]) == 2
     assert "change the shape of weights" in capsys.readouterr().err
     assert main([*arguments, "hidden_dropout_prob=0.0", "--max_steps", "1"]) == 0
@@ -281,7 +281,7 @@ def test_a_finished_run_is_not_trained_on_by_accident(folder, capsys):
     settings = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
     assert "resume_from_checkpoint" not in settings
     only_evaluate = ["--do_train", "false", "--model_name_or_path", "run"]
-    only_evaluate += ["--init_previous_token_heads", "false"]
+    only_evaluate += ["--start_with_neighbours", "false"]
     assert main(["run-mlm", "mlm.yaml", *only_evaluate]) == 2
     assert "not empty; name another folder" in capsys.readouterr().err
 

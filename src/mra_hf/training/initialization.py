@@ -26,12 +26,12 @@ def init_previous_token_heads(model: PreTrainedModel) -> None:
     table = getattr(embeddings, "position_embeddings", None)
     if table is None:
         raise ValueError(
-            f"init_previous_token_heads needs learned positions; {type(model).__name__} has none."
+            f"start_with_neighbours needs learned positions, and {type(model).__name__} has none."
         )
     rows, hidden = table.weight.shape
     head_dim = hidden // model.config.num_attention_heads
     if head_dim % 2 or hidden % 2:
-        raise ValueError(f"init_previous_token_heads needs an even head size, got {head_dim}.")
+        raise ValueError(f"start_with_neighbours needs an even head size, got {head_dim}.")
     waves = hidden // 2
     frequencies = _FASTEST_WAVE * _WAVE_RANGE ** (torch.arange(waves) / max(1, waves - 1))
     angles = torch.arange(rows)[:, None] * frequencies

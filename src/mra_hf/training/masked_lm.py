@@ -42,7 +42,7 @@ class MaskedLMModelArguments(runs.ModelArguments):
     model_type: str = field(
         default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
     )
-    init_previous_token_heads: bool = field(
+    start_with_neighbours: bool = field(
         default=False,
         metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
     )
@@ -232,8 +232,8 @@ def _check(model_args, data_args, training_args) -> None:
         )
     if model_args.model_name_or_path is None and not training_args.do_train:
         raise ValueError("there is no model to evaluate; pass --model_name_or_path.")
-    if model_args.model_name_or_path and model_args.init_previous_token_heads:
-        raise ValueError("init_previous_token_heads is for training from scratch; drop it.")
+    if model_args.model_name_or_path and model_args.start_with_neighbours:
+        raise ValueError("start_with_neighbours is for training from scratch; drop it.")
     if model_args.sparse_prediction and training_args.n_gpu > 1:
         raise ValueError(
             "one process cannot train on several GPUs with sparse_prediction; start it with "
@@ -292,7 +292,7 @@ def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel
     if model_args.config_overrides:
         override(config, model_args.config_overrides)
     model = AutoModelForMaskedLM.from_config(config)
-    if model_args.init_previous_token_heads:
+    if model_args.start_with_neighbours:
         init_previous_token_heads(model)
     return with_attention(model, model_args.attn_implementation)
 
