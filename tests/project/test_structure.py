@@ -1,7 +1,9 @@
-"""The layout: which module may import which, and what must not exist."""
+"""The layout: which module may import which, read from the sources, and what must not exist."""
 
 import ast
 import re
+import shutil
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,85 +12,226 @@ ROOT = Path(__file__).resolve().parents[2]
 OPERATOR = ROOT / "kernels" / "torch-ext" / "mra_attention"
 FAMILY = ROOT / "src" / "mra_hf"
 
-#: What each module of the operator may import from its own package.
+#: Folder of every package, below the root of the repository.
+PACKAGES = {
+    "mra_attention": "kernels/torch-ext/mra_attention",
+    "mra_hf": "src/mra_hf",
+    "benchmarks": "benchmarks",
+    "scripts": "scripts",
+}
+#: What each room (module or subpackage) of the operator may import from other rooms.
 OPERATOR_IMPORTS = {
-    "__init__": {"api", "selection"},
-    "api": {
-        *("ops", "reference", "multiresolution", "multiresolution_reference"),
-        *("blocks", "checks", "implementations", "selection"),
-    },
-    "checks": {"blocks", "multiresolution", "selection"},
-    "implementations": set(),
-    "ops": {"_ops", "selection", "torch_impl", "triton_impl", "blocks"},
     "_ops": set(),
     "benchmarking": set(),
     "blocks": set(),
+    "implementations": set(),
     "selection": {"blocks"},
+    "scheme": {"blocks", "selection"},
     "reference": {"blocks"},
-    "multiresolution": {"blocks", "selection"},
-    "multiresolution_reference": {"blocks", "multiresolution", "reference", "selection"},
+    "multiresolution_reference": {"blocks", "scheme", "selection", "reference"},
+    "multiresolution": {"blocks", "scheme", "selection"},
+    "torch_impl": {"blocks", "implementations", "selection"},
+    "triton_impl": {"blocks", "implementations", "selection"},
+    "ops": {"_ops", "blocks", "implementations", "selection", "torch_impl", "triton_impl"},
+    "checks": {"blocks", "implementations", "scheme", "selection"},
     "order": {"checks"},
+    "api": {
+        *("blocks", "checks", "implementations", "ops", "scheme", "selection"),
+        *("reference", "multiresolution", "multiresolution_reference"),
+    },
+    "": {"api", "selection"},
 }
+#: Rooms of the family from the bottom up: a room imports its own layer and those below.
+FAMILY_LAYERS = (
+    {
+        *("configuration", "attention", "modeling", "heads", "candidate_choice"),
+        *("sparse_prediction", "loading", "english"),
+    },
+    {"baselines", "encoders", "evaluation", "data"},
+    {"training", "conversion", "analysis", "results", "registration", ""},
+    {"commands"},
+    {"__main__"},
+)
+LAYER_OF = {room: layer for layer, rooms in enumerate(FAMILY_LAYERS) for room in rooms}
 
 
-def imports(path: Path) -> set[tuple[int, str]]:
-    """(level, module) of every import statement, wherever it stands in the file."""
-    found = set()
+def sources(root: Path) -> dict[str, Path]:
+    """Module name -> file, for every module of the packages below `root`."""
+    modules = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = (package, *path.relative_to(root / folder).with_suffix("").parts)
+            if "assets" in parts:  # the stub that a saved checkpoint carries
+                continue
+            modules[".".join(part for part in parts if part != "__init__")] = path
+    return modules
+
+
+def imported_names(module: str, path: Path) -> set[str]:
+    """The dotted name of everything that a file imports, wherever the statement stands in it."""
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {(0, alias.name) for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.module is None:
-                found |= {(node.level, alias.name) for alias in node.names}
-            else:
-                found.add((node.level, node.module))
-    return found
+            start = package[: len(package) - node.level + 1] if node.level else []
+            start = [*start, *([node.module] if node.module else [])]
+            names |= {".".join([*start, alias.name]) for alias in node.names}
+    return names
 
 
-def names_with_from_dot(path: Path) -> set[str]:
-    return {module.split(".")[0] for level, module in imports(path) if level}
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Module -> the modules of the same repository that it imports."""
+    modules = sources(root)
+
+    def module_of(name: str) -> str | None:
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        return next((prefix for prefix in prefixes if prefix in modules), None)
+
+    return {
+        module: {module_of(name) for name in imported_names(module, path)} - {None, module}
+        for module, path in modules.items()
+    }
 
 
-def test_every_module_of_the_operator_is_listed():
-    assert {path.stem for path in OPERATOR.glob("*.py")} == set(OPERATOR_IMPORTS)
+def split_room(module: str) -> tuple[str, str]:
+    """`"mra_hf.data.lra.images"` -> `("mra_hf", "data")`; the package itself is the room `""`."""
+    package, _, rest = module.partition(".")
+    return package, rest.split(".")[0]
 
 
-@pytest.mark.parametrize("module", OPERATOR_IMPORTS)
-def test_the_operator_imports_in_one_direction(module):
-    path = OPERATOR / f"{module}.py"
-    assert names_with_from_dot(path) <= OPERATOR_IMPORTS[module]
-    outside = {name.split(".")[0] for level, name in imports(path) if not level}
-    assert not outside & {"transformers", "mra_hf", "mra_attention", "numpy"}
+def violations(root: Path) -> list[str]:
+    """What is wrong with the imports below `root`, a sentence each."""
+    graph = import_graph(root)
+    faults = []
+    for module, targets in sorted(graph.items()):
+        package, room = split_room(module)
+        for target in sorted(targets):
+            target_package, target_room = split_room(target)
+            if fault := _fault(package, room, target_package, target_room):
+                faults.append(f"{module} imports {target}: {fault}")
+    for module, path in sources(root).items():
+        faults += _outside_faults(module, path)
+    rooms: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        room = ".".join(split_room(module))
+        rooms.setdefault(room, set()).update(".".join(split_room(x)) for x in targets)
+        rooms[room].discard(room)
+    for what, edges in (("modules", graph), ("rooms", rooms)):
+        try:
+            TopologicalSorter(edges).prepare()
+        except CycleError as error:
+            faults.append(f"a circle of {what}: {' <- '.join(error.args[1])}")
+    return faults
 
 
-def test_the_triton_kernels_import_what_all_implementations_share():
-    for path in (OPERATOR / "triton_impl").glob("*.py"):
-        from_package = {name for level, name in imports(path) if level == 2}
-        assert from_package <= {"blocks", "implementations", "selection"}, path.name
-        outside = {name.split(".")[0] for level, name in imports(path) if not level}
-        assert not outside & {"transformers", "mra_hf", "mra_attention", "numpy"}
+def _fault(package: str, room: str, target_package: str, target_room: str) -> str:
+    """Why one room may not import another; empty where it may."""
+    if target_package == "benchmarks" and package != "benchmarks":
+        return "nothing sees benchmarks"
+    if target_package == "scripts":
+        return "nothing sees scripts"
+    if package == "scripts" and (target_package, target_room) != ("mra_hf", "commands"):
+        return "a script runs its command"
+    if package == "mra_attention":
+        if target_package != package:
+            return "the operator has never heard of the model family"
+        if room not in OPERATOR_IMPORTS:
+            return f"the room {room} of the operator is not listed in OPERATOR_IMPORTS"
+        if target_room != room and target_room not in OPERATOR_IMPORTS[room]:
+            return "not listed in OPERATOR_IMPORTS"
+    if package == "mra_hf" and target_package == "mra_hf":
+        if room not in LAYER_OF or target_room not in LAYER_OF:
+            return "a room that is not listed in FAMILY_LAYERS"
+        if LAYER_OF[target_room] > LAYER_OF[room]:
+            return "this runs upwards"
+        if target_room == "registration" and room != "":
+            return "only `import mra_hf` registers"
+    return ""
 
 
-def test_triton_is_imported_by_its_implementation_alone():
-    for path in OPERATOR.glob("*.py"):
-        assert not {name for level, name in imports(path) if name.split(".")[0] == "triton"}
+def _outside_faults(module: str, path: Path) -> list[str]:
+    """Imports of libraries that a module must not know."""
+    package, room = split_room(module)
+    libraries = {name.split(".")[0] for name in imported_names(module, path)}
+    forbidden = set()
+    if package == "mra_attention":
+        forbidden = {"transformers", "mra_hf", "numpy", "datasets", "accelerate"}
+        if room != "triton_impl":
+            forbidden |= {"triton"}
+    if package == "mra_hf":
+        forbidden = {"triton", "tests", "kernels"}
+    return [f"{module} imports {library}" for library in sorted(libraries & forbidden)]
 
 
-def test_the_family_imports_the_operator_and_never_scripts_or_tests():
-    for path in FAMILY.rglob("*.py"):
-        for level, name in imports(path):
-            assert level == 0, f"{path.name} uses a relative import"
-            assert name.split(".")[0] not in {"scripts", "tests", "kernels"}
-            inside = path.relative_to(FAMILY).parts[0]
-            if name.startswith("mra_hf.commands"):
-                assert inside in {"commands", "__main__.py"}, f"{path.name} imports a command"
-            if name.startswith("mra_hf.registration"):
-                assert path.name == "__init__.py"
+def test_imports_run_one_way():
+    assert not violations(ROOT)
 
 
-def test_the_family_does_not_import_triton():
-    for path in FAMILY.rglob("*.py"):
-        assert not {name for _, name in imports(path) if name.split(".")[0] == "triton"}
+@pytest.fixture
+def copy_of_sources(tmp_path):
+    for folder in PACKAGES.values():
+        shutil.copytree(
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__", "assets", "results", "*.json"),
+        )
+    # The folder `results` of the family is code.
+    shutil.copytree(
+        FAMILY / "results",
+        tmp_path / PACKAGES["mra_hf"] / "results",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "file, line, words",
+    [
+        ("src/mra_hf/modeling.py", "import mra_hf.training.runs", "this runs upwards"),
+        ("src/mra_hf/data/mlm.py", "from mra_hf.conversion import files", "this runs upwards"),
+        ("src/mra_hf/training/runs.py", "from mra_hf import commands", "this runs upwards"),
+        ("src/mra_hf/training/lra.py", "import mra_hf.registration", "only `import mra_hf`"),
+        ("src/mra_hf/results/files.py", "from benchmarks import plot", "nothing sees benchmarks"),
+        ("src/mra_hf/attention.py", "import triton", "mra_hf.attention imports triton"),
+        ("src/mra_hf/other.py", "import mra_hf.attention", "not listed in FAMILY_LAYERS"),
+        ("scripts/compare.py", "import mra_hf.training.runs", "a script runs its command"),
+        ("benchmarks/records.py", "from benchmarks import run", "a circle of modules"),
+        ("src/mra_hf/results/files.py", "from mra_hf.training import wikihop", "circle of rooms"),
+        (f"{PACKAGES['mra_attention']}/blocks.py", "from . import api", "OPERATOR_IMPORTS"),
+        (f"{PACKAGES['mra_attention']}/new.py", "from . import api", "room new of the operator"),
+        (f"{PACKAGES['mra_attention']}/api.py", "import transformers", "imports transformers"),
+        (f"{PACKAGES['mra_attention']}/ops.py", "import mra_hf", "never heard of the model family"),
+        (f"{PACKAGES['mra_attention']}/torch_impl/dense.py", "import triton", "imports triton"),
+        (
+            f"{PACKAGES['mra_attention']}/reference.py",
+            "from .torch_impl import dense",
+            "not listed in OPERATOR_IMPORTS",
+        ),
+        (
+            f"{PACKAGES['mra_attention']}/torch_impl/dense.py",
+            "from .. import reference",
+            "not listed in OPERATOR_IMPORTS",
+        ),
+        (
+            f"{PACKAGES['mra_attention']}/multiresolution_reference.py",
+            "from .multiresolution import attention",
+            "not listed in OPERATOR_IMPORTS",
+        ),
+    ],
+)
+def test_a_wrong_import_is_seen_even_inside_a_function(file, line, words, copy_of_sources):
+    path = copy_of_sources / file
+    text = path.read_text() if path.exists() else '"""A new module."""\n'
+    path.write_text(f"{text}\n\ndef _violation():\n    {line}\n")
+    faults = violations(copy_of_sources)
+    assert any(words in fault for fault in faults), faults
+
+
+def test_the_root_of_the_family_is_small():
+    assert len(list(FAMILY.glob("*.py"))) <= 12
 
 
 def test_the_kernels_folder_is_no_package():
@@ -104,9 +247,22 @@ def test_scripts_are_thin():
 
 
 def test_files_are_short_enough_to_read():
-    for path in [*OPERATOR.rglob("*.py"), *FAMILY.rglob("*.py")]:
+    for path in sources(ROOT).values():
         limit = 700 if path.name == "modeling.py" else 500
         assert len(path.read_text().splitlines()) <= limit, path.name
+
+
+def test_functions_of_the_conversion_fit_on_a_page():
+    for path in (FAMILY / "conversion").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name}"
+
+
+def test_tests_mirror_the_packages():
+    rooms = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} - {"__pycache__"}
+    packages = {path.name for path in FAMILY.iterdir() if (path / "__init__.py").exists()}
+    assert rooms <= packages | {"kernels", "benchmarks", "model", "project"}
 
 
 def test_ci_runs_the_commands_of_the_readme():
@@ -119,6 +275,6 @@ def test_ci_runs_the_commands_of_the_readme():
 
 def test_exporting_is_asked_for_in_one_place():
     """`torch.compiler.is_exporting()` is true in every compiled function in torch 2.11."""
-    for path in [*OPERATOR.rglob("*.py"), *FAMILY.rglob("*.py")]:
+    for path in sources(ROOT).values():
         called = "torch.compiler.is_exporting()" in path.read_text()
         assert not called or path == OPERATOR / "blocks.py", path
