@@ -236,11 +236,11 @@ def test_a_file_says_what_the_paper_says(row):
         assert config._attn_implementation in ATTENTION_NAMES
         settings = attention_settings(config, config._attn_implementation)
         mode = {"mra2": "full", "mra2_s": "sparse"}[wanted.attention]
-        assert (settings["approx_mode"], settings["block_per_row"]) == (mode, wanted.blocks)
+        assert (settings.approx_mode, settings.block_per_row) == (mode, wanted.blocks)
         first, diagonal = PAPER_PRIORS[wanted.tokens, wanted.blocks]
-        assert settings["initial_prior_first_n_blocks"] == first
-        assert settings["initial_prior_diagonal_n_blocks"] == diagonal
-        assert settings["block_size"] == 32 and settings["block_budget"] is None
+        assert settings.initial_prior_first_n_blocks == first
+        assert settings.initial_prior_diagonal_n_blocks == diagonal
+        assert settings.block_size == 32 and settings.block_budget is None
         if wanted.result == "wikihop":
             assert args.initial_prior_first_n_blocks == first
 
