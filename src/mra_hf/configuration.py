@@ -18,6 +18,7 @@ from mra_attention.checks import (
     APPROX_MODES,
     SCHEME_RULES,
     SELECTION_RULES,
+    check_choice,
     check_int,
     check_scales,
 )
@@ -70,9 +71,7 @@ class AttentionSettings:
         Raises:
             ValueError: `config.mra` has an unknown setting.
         """
-        settings = explicit_settings(config)
-        _check_names(settings)
-        return cls(**settings)
+        return cls(**explicit_settings(config))
 
     def replace(self, **changes: Any) -> "AttentionSettings":
         """Return a copy with `changes` and what follows from them, see `complete_changes`.
@@ -176,9 +175,8 @@ class AttentionSettings:
 
     def check(self) -> None:
         """Raise a `ValueError` unless these settings can be run."""
-        for name, allowed in (("approx_mode", APPROX_MODES), ("selection", SELECTION_RULES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        check_choice("approx_mode", self.approx_mode, APPROX_MODES)
+        check_choice("selection", self.selection, SELECTION_RULES)
         check_int("initial_prior_first_n_blocks", self.initial_prior_first_n_blocks, 0)
         check_int("initial_prior_diagonal_n_blocks", self.initial_prior_diagonal_n_blocks, 0)
         if self.resolutions is None and self.block_budgets is None:
@@ -228,10 +226,7 @@ class AttentionSettings:
             )
 
     def check_priors_at(self, length: int) -> None:
-        """Refuse priors that take the whole budget of the coarsest scale at `length` tokens.
-
-        With two scales the budget grows with the length, and `check` has compared them.
-        """
+        """Refuse priors that take the whole budget of the coarsest of `resolutions` there."""
         first, diagonal = self.initial_prior_first_n_blocks, self.initial_prior_diagonal_n_blocks
         if not self.block_budgets or not (first or diagonal):
             return
@@ -256,10 +251,16 @@ SETTING_NAMES = tuple(field.name for field in fields(AttentionSettings))
 
 
 def explicit_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what `config` itself says: fields of a `MraConfig`, else a copy of `config.mra`."""
+    """Return what `config` itself says: fields of a `MraConfig`, else a copy of `config.mra`.
+
+    Raises:
+        ValueError: `config.mra` has an unknown setting.
+    """
     if isinstance(config, MraConfig):
         return {name: getattr(config, name) for name in SETTING_NAMES}
-    return dict(getattr(config, "mra", None) or {})
+    settings = dict(getattr(config, "mra", None) or {})
+    _check_names(settings)
+    return settings
 
 
 def complete_changes(changes: dict[str, Any]) -> dict[str, Any]:
@@ -388,11 +389,7 @@ class MraConfig(RobertaConfig):
             raise ValueError(
                 f"sparse_prediction must be True or False, got {self.sparse_prediction!r}."
             )
-        if self.candidate_pooling not in CANDIDATE_POOLING:
-            raise ValueError(
-                f"candidate_pooling must be one of {CANDIDATE_POOLING}, "
-                f"got {self.candidate_pooling!r}."
-            )
+        check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()
         settings.check_priors_at(self.max_tokens)
         for name in ("is_decoder", "add_cross_attention"):
@@ -422,9 +419,7 @@ class MraConfig(RobertaConfig):
 
     @property
     def output_attentions(self) -> bool | None:
-        """Whether to return the matrices. Ask per call: set here, the attention function refuses
-        the first forward.
-        """
+        """To be passed per call; the attention function refuses a model that has it set here."""
         return self._output_attentions
 
     @output_attentions.setter
@@ -433,9 +428,7 @@ class MraConfig(RobertaConfig):
         self._output_attentions = value
 
     def density(self, length: int | None = None) -> float:
-        """Return the share of the matrix that the finest scale covers, for `length` real tokens
-        (default: the longest sequence); the mean over layers where they differ.
-        """
+        """Return `AttentionSettings.density` at `length` real tokens (default: the longest)."""
         return AttentionSettings.of(self).density(length or self.max_tokens)
 
     @classmethod
