@@ -80,7 +80,8 @@ def mra2_attention_forward(
         ValueError: dropout, a causal or windowed module, a mask that is not `[B, N]`, or matrices
             of more than 2048 tokens.
     """
-    return _attend("mra2", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    kwargs |= {"dropout": dropout, "scaling": scaling}
+    return _attend("mra2", module, query, key, value, attention_mask, **kwargs)
 
 
 def mra2_s_attention_forward(
@@ -89,13 +90,10 @@ def mra2_s_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function `"mra2_s"`: as `mra2_attention_forward` with `approx_mode="sparse"`."""
-    return _attend("mra2_s", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return _attend("mra2_s", module, query, key, value, attention_mask, **kwargs)
 
 
 def mra2_mask(
@@ -108,9 +106,8 @@ def mra2_mask(
     """
     if mask_function not in (None, bidirectional_mask_function):
         raise ValueError(
-            'attn_implementation="mra2" is for bidirectional encoders, but this model asked for '
-            "a causal, sliding-window or otherwise structured mask; "
-            'use attn_implementation="sdpa" for it.'
+            'attn_implementation="mra2" is for bidirectional encoders, but this model asked for a '
+            'causal, sliding-window or other structured mask; use attn_implementation="sdpa".'
         )
     return attention_mask
 
@@ -209,9 +206,8 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     attention_modules = [m for m in model.modules() if _calls_attention_interface(type(m))]
     if not type(model)._can_set_attn_implementation() or not attention_modules:
         raise ValueError(
-            f"{kind} does not use Transformers' attention interface, "
-            "so it would ignore the request; mra2 needs a model that does, "
-            "such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
+            f"{kind} does not use Transformers' attention interface and would ignore the request; "
+            "mra2 needs one that does, such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
         )
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -224,8 +220,7 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             getattr(config, "layer_types", None) or ()
         ):
             raise ValueError(
-                f"{kind} has layers with a sliding window, "
-                "which mra2 would replace by full attention; "
+                f"{kind} has sliding windows, which mra2 would replace by full attention; "
                 "it is for encoders whose layers all attend to the whole sequence."
             )
         biased = [name for name in _RELATIVE_BIAS if getattr(config, name, None)]
@@ -234,8 +229,7 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         ]
         if biased:
             raise ValueError(
-                f"{kind} adds a relative position bias to its logits ({biased[0]}), "
-                "which mra2 would drop; "
+                f"{kind} adds relative position biases ({biased[0]}), which mra2 would drop; "
                 "it is for encoders with positions in their embeddings or rotations."
             )
         heads = getattr(config, "num_attention_heads", None)
@@ -279,26 +273,15 @@ def _for_module(settings: AttentionSettings, module: nn.Module) -> AttentionSett
     )
 
 
-def _attend(
-    name,
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout,
-    scaling,
-    output_attentions=False,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    _refuse(module, dropout, kwargs)
+def _attend(name, module, query, key, value, attention_mask, **kwargs):
+    _refuse(module, kwargs)
     settings = _for_module(attention_settings(module.config, name), module)
+    scaling, output_attentions = kwargs.get("scaling"), kwargs.get("output_attentions")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask reached {type(module).__name__} as {tuple(attention_mask.shape)}, "
             "but mra2 needs it as [batch, tokens]: pass the tokenizer's 2-D mask; a model that "
-            "expands its mask itself or adds a bias there "
-            'needs attn_implementation="sdpa".'
+            'expands its mask itself or adds a bias there needs attn_implementation="sdpa".'
         )
     if output_attentions and query.shape[2] > MAX_MATRIX_TOKENS:
         raise ValueError(
@@ -313,26 +296,22 @@ def _attend(
     matrices = None
     if output_attentions:
         if settings.resolutions is None:  # choose once, for the matrices and the output
-            arguments = {
-                "selection": select_blocks(
-                    query, key, attention_mask, scale=scaling, **settings.for_selection()
-                ),
-                "block_size": settings.block_size,
-                "approx_mode": settings.approx_mode,
-                "scale": scaling,
-            }
+            arguments["selection"] = select_blocks(
+                query, key, attention_mask, scale=scaling, **settings.for_selection()
+            )
         matrices = matrix_of(query, key, attention_mask, **arguments)
     impl = getattr(module, "mra_impl", "auto")
     output = attend(query, key, value, attention_mask, impl=impl, **arguments)
     return output.transpose(1, 2).contiguous(), matrices
 
 
-def _refuse(module: nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
-    if dropout:
+def _refuse(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a call that multi-resolution attention cannot serve."""
+    if keywords.get("dropout"):
         raise ValueError(
-            f"dropout on attention weights is {dropout}, "
-            "but multi-resolution attention has none: set attention_probs_dropout_prob "
-            "(attention_dropout on some models) to 0 in the config before the model is built, "
+            f"dropout on attention weights is {keywords['dropout']}, but multi-resolution "
+            "attention has none: set attention_probs_dropout_prob (attention_dropout on some "
+            "models) to 0 in the config before the model is built, "
             "or call mra_hf.set_attention(model), which does it."
         )
     if getattr(module, "is_causal", False) or keywords.get("is_causal"):

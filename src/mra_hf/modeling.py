@@ -93,13 +93,17 @@ class MraPreTrainedMixin:
         )
         # Transformers would undo the renaming on saving, and Trainer could then resume nothing.
         model._weight_conversions = []
-        if builtin:
-            cls._refuse_builtin_head(pretrained_model_name_or_path, model, info)
+        difference = cls._builtin_difference(model, info) if builtin else None
+        if difference:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {difference}. Load it with "
+                "transformers.models.mra, or load its encoder (MraModel) and train a new head."
+            )
         return (model, info) if return_info else model
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        """Hook for the heads that differ from those of Transformers' own MRA."""
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        """Say what a loaded head of Transformers' own MRA is if it would compute something else."""
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
@@ -138,7 +142,7 @@ class MraEmbeddings(RobertaEmbeddings):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
+        **kwargs,
     ) -> Tensor:
         argument = "input_ids" if input_ids is not None else "inputs_embeds"
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
@@ -146,17 +150,13 @@ class MraEmbeddings(RobertaEmbeddings):
             raise ValueError(f"{argument} must hold at least one token, got an empty sequence.")
         if position_ids is None and length > self.max_tokens:
             raise ValueError(
-                f"{argument} has {length} tokens, "
-                f"but this model has positions for {self.max_tokens}; truncate with the tokenizer "
-                f"(truncation=True, max_length={self.max_tokens}) or convert the checkpoint "
-                "to a longer table with `mra-hf convert SOURCE OUT --max-length N`."
+                f"{argument} has {length} tokens, but this model has positions for "
+                f"{self.max_tokens}; truncate with the tokenizer (truncation=True, "
+                f"max_length={self.max_tokens}) or convert the checkpoint to a longer table "
+                "with `mra-hf convert SOURCE OUT --max-length N`."
             )
         embeddings = super().forward(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values_length=past_key_values_length,
+            input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
         return embeddings if self.projection is None else self.projection(embeddings)
 
@@ -234,16 +234,15 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         return output_at_labels(self.lm_head, states, labels, count)
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        trained = not any(key.startswith("lm_head.dense.") for key in loading_info["missing_keys"])
-        if trained and model.config.hidden_act not in GELU_NAMES:
-            raise ValueError(
-                f"{path} holds an LM head of Transformers' own MRA that applies "
-                f'hidden_act="{model.config.hidden_act}", where RoBERTa\'s applies gelu: '
-                "the same weights would compute something else here. "
-                "Load it with transformers.models.mra, "
-                "or load its encoder (MraModel) and train a new head."
-            )
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        hidden_act = model.config.hidden_act
+        is_new = any(key.startswith("lm_head.dense.") for key in loading_info["missing_keys"])
+        if is_new or hidden_act in GELU_NAMES:
+            return None
+        return (
+            f'an LM head of Transformers\' own MRA that applies hidden_act="{hidden_act}", '
+            "where RoBERTa's applies gelu: the same weights would compute something else here"
+        )
 
 
 class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassification):
@@ -257,15 +256,13 @@ class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassif
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        if not any(key.startswith("classifier.") for key in loading_info["missing_keys"]):
-            raise ValueError(
-                f"{path} holds a sequence classifier of Transformers' own MRA, "
-                "whose head applies hidden_act where RoBERTa's applies tanh: "
-                "the same weights would compute something else here. "
-                "Load it with transformers.models.mra, "
-                "or start a new head from its encoder (MraModel) and fine-tune it."
-            )
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        if any(key.startswith("classifier.") for key in loading_info["missing_keys"]):
+            return None
+        return (
+            "a sequence classifier of Transformers' own MRA, whose head applies hidden_act where "
+            "RoBERTa's applies tanh: the same weights would compute something else here"
+        )
 
 
 class MraForTokenClassification(MraPreTrainedMixin, RobertaForTokenClassification):
@@ -302,14 +299,13 @@ class MraForMultipleChoice(MraPreTrainedMixin, RobertaForMultipleChoice):
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
+    def _builtin_difference(cls, model, loading_info) -> str | None:
         if any(key.startswith("pre_classifier.") for key in loading_info["unexpected_keys"]):
-            raise ValueError(
-                f"{path} holds a multiple-choice head of Transformers' own MRA "
-                "(pre_classifier and ReLU), which has no counterpart here. "
-                "Load it with transformers.models.mra, "
-                "or start a new head from its encoder (MraModel)."
+            return (
+                "a multiple-choice head of Transformers' own MRA (pre_classifier and ReLU), "
+                "which has no counterpart here"
             )
+        return None
 
 
 class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):

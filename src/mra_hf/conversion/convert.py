@@ -126,9 +126,6 @@ def convert_checkpoint(
     return report
 
 
-# Arguments
-
-
 def _check_arguments(source, output_dir, tokenizer, max_length, progress) -> None:
     paths = {"source": source, "output_dir": output_dir}
     if tokenizer is not None:
@@ -172,9 +169,6 @@ def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBa
             f"but {source.label} has the head {head.ending!r} and the mask token "
             f"{tokenizer.mask_token!r}; convert it without text (`mra-hf convert`)."
         )
-
-
-# Result
 
 
 def _result_config(
@@ -275,9 +269,6 @@ def _report(
     )
 
 
-# Files
-
-
 def _save(model, tokenizer, folder: Path, output: Path) -> None:
     try:
         model.save_pretrained(folder)
@@ -289,9 +280,7 @@ def _save(model, tokenizer, folder: Path, output: Path) -> None:
 def _with_scores(
     report: ConversionReport, source: Source, model, tokenizer, texts, say
 ) -> ConversionReport:
-    """`report` with the scores of the source at its own length and of `model` there and at its
-    longest.
-    """
+    """Add the scores of the source at its own length, and of `model` there and at its longest."""
     longest, notes = report.max_length, report.notes
 
     def score(name: str, attention: str, scored: PreTrainedModel, tokens: int) -> ScoreRow:
@@ -301,27 +290,23 @@ def _with_scores(
         )
         return ScoreRow(name, attention, **dataclasses.asdict(scores))
 
-    # Transformers' own MRA attends to nothing on a CPU, so that our classes score it.
-    if source.type.attention is not None:
-        original = MraForMaskedLM.from_pretrained(source.location.folder, dtype=torch.float32)
-        attention = _MODE_NAMES[original.config.approx_mode]
-    else:
+    folder = source.location.folder
+    if source.type.attention is None:
         original = AutoModelForMaskedLM.from_pretrained(
-            source.location.folder,
-            config=source.config,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
+            folder, config=source.config, dtype=torch.float32, attn_implementation="sdpa"
         )
         attention = "dense"
+    else:  # in our classes: Transformers' own MRA attends to nothing on a CPU
+        original = MraForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+        attention = _MODE_NAMES[original.config.approx_mode]
     rows = [score("source", attention, original, report.source_length)]
     del original
     result, attention = model.float(), _MODE_NAMES[model.config.approx_mode]
     lengths = sorted({min(report.source_length, longest), longest})
     rows += [score("result", attention, result, length) for length in lengths]
-    if rows[-1].n_tokens < longest // 2:
-        notes += (
-            f"The scored text has {rows[-1].n_tokens} tokens: it says little about {longest}.",
-        )
+    n_tokens = rows[-1].n_tokens
+    if n_tokens < longest // 2:
+        notes += (f"The scored text has {n_tokens} tokens: it says little about {longest}.",)
     return dataclasses.replace(report, scores=tuple(rows), notes=notes)
 
 

@@ -197,9 +197,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-# Writing
-
-
 def check_output(output: Path, *, force: bool, source: Path | None = None) -> None:
     """Refuse an `output` (resolved) that must not be written.
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,7 +70,7 @@ class SourceType:
     config_class: type[PreTrainedConfig]
     class_prefix: str
     weight_prefix: str = "roberta"
-    renamed_weights: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    renamed_weights: Mapping[str, str] = field(default_factory=dict)
     reserved_rows: int | None = None
     counts_tokens: bool = False
     attention: Callable[[PreTrainedConfig], AttentionSettings] | None = None
@@ -79,7 +78,7 @@ class SourceType:
     borders_from_tokenizer: bool = False
     pooled_classifier: bool = False
     lm_head_follows_config: bool = False
-    refused_heads: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    refused_heads: Mapping[str, str] = field(default_factory=dict)
 
 
 def _builtin_settings(config: PreTrainedConfig) -> AttentionSettings:
@@ -154,12 +153,7 @@ class Source(NamedTuple):
 
 
 class SourceWeights(NamedTuple):
-    """What a source's files hold.
-
-    Args:
-        tensors: all tensors, by their names in the files.
-        names: RoBERTa's name of a tensor -> its name in the files.
-    """
+    """All tensors by their names in the files, and RoBERTa's name of a tensor -> that name."""
 
     tensors: dict[str, Tensor]
     names: dict[str, str]
