@@ -52,7 +52,7 @@ def candidate_logits(
 
 
 def _candidate_scores(token_scores: Tensor, spans: Tensor, pooling: str) -> Tensor:
-    """Scores `[chunks, candidates]` from those of the tokens `[chunks, N]`."""
+    """Candidate scores `[chunks, candidates]` from token scores `[chunks, N]`."""
     token_scores = token_scores.to(torch.promote_types(token_scores.dtype, torch.float32))
     first, last = spans.unbind(-1)
     if pooling == "marker":

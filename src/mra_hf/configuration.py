@@ -1,7 +1,7 @@
 """`MraConfig`: RoBERTa's configuration plus the settings of multi-resolution attention.
 
-`AttentionSettings` holds those settings wherever a configuration keeps them. Their names are those
-of Transformers' own MRA and of `mra_attention.mra2_attention`.
+`AttentionSettings` holds these settings, wherever a configuration keeps them. Transformers' own MRA
+and `mra_attention.mra2_attention` use the same names.
 """
 
 import math
@@ -91,9 +91,7 @@ class AttentionSettings:
             setattr(config, name, getattr(self, name))
 
     def for_operator(self) -> dict[str, Any]:
-        """Return the arguments of `mra2_attention`; with `resolutions`, those of
-        `multiresolution_attention`.
-        """
+        """Return the arguments of `mra2_attention`, or of `multiresolution_attention`."""
         unused = _ANY_SCALES if self.resolutions is None else _TWO_SCALES
         settings = {name: getattr(self, name) for name in SETTING_NAMES if name not in unused}
         if self.resolutions is not None:
@@ -264,10 +262,10 @@ def explicit_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def complete_changes(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return `changes` with None for every setting that they take the place of.
+    """Return `changes` with None for every setting that they replace.
 
-    `resolutions` takes the place of `block_per_row`, `block_budget` and `block_size`, and the other
-    way round; a new `block_per_row` clears an earlier `block_budget`.
+    `resolutions` replaces `block_per_row`, `block_budget` and `block_size`, and the other way
+    round; a new `block_per_row` clears an earlier `block_budget`.
 
     Raises:
         ValueError: an unknown setting, or both descriptions of the scales.
@@ -305,7 +303,7 @@ class MraConfig(RobertaConfig):
     Reads directories of type `roberta`, `xlm-roberta`, `camembert` as they are, and of
     Transformers' own type `mra`, such as
     [uw-madison/mra-base-512-4](https://huggingface.co/uw-madison/mra-base-512-4), with the meaning
-    they were trained with. Other fields are those of `RobertaConfig`.
+    they were trained with. Other fields: see `RobertaConfig`.
 
     Args:
         block_per_row: budget, in exact blocks per block row that holds a real token (default 8); a
@@ -455,9 +453,7 @@ class MraConfig(RobertaConfig):
 
 
 def builtin_block_budget(max_tokens: int, block_per_row: int) -> int:
-    """Return the budget in blocks per head that Transformers' own MRA is trained with: it follows
-    the configured length, whatever the length of the input.
-    """
+    """Return the blocks per head of Transformers' own MRA: they follow its configured length."""
     return max_tokens // 32 * block_per_row
 
 

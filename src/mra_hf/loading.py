@@ -1,4 +1,4 @@
-"""Loading models for the commands: all weights present, the attention chosen, positions enough."""
+"""Models for the commands: loaded with all weights, the right attention and enough positions."""
 
 import re
 from typing import TYPE_CHECKING, Any

@@ -30,7 +30,7 @@ from transformers import (
 import mra_hf
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.commands import convert, experiments, main
-from mra_hf.conversion.sources import SOURCE_CONFIGS
+from mra_hf.conversion.sources import SOURCE_TYPES
 from mra_hf.loading import check_length, override, with_attention
 from mra_hf.results.paper import PAPER_ROWS
 
@@ -160,7 +160,7 @@ def converted_config(arguments: list[str]) -> mra_hf.MraConfig:
     convert.add_arguments(parser)
     args = parser.parse_args(arguments)
     source = config_at(args.source)
-    assert source.model_type in SOURCE_CONFIGS, f"mra-hf convert refuses {args.source}"
+    assert source.model_type in SOURCE_TYPES, f"mra-hf convert refuses {args.source}"
     asked = {
         "block_per_row": args.block_per_row,
         "approx_mode": args.approx_mode,

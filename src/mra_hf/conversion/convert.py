@@ -82,7 +82,7 @@ def convert_checkpoint(
         text: a UTF-8 text file, or texts, on which the masked-token scores of source and result are
             taken (at most 32768 tokens, or one chunk).
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype; None: that of the source.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype; None: as the source.
         force: replace a directory `output_dir` that is not empty.
         progress: called with a line of text before each step.
 

@@ -299,7 +299,7 @@ def _position_note(tensors: tuple[TensorRecord, ...]) -> str:
 
 
 def _groups(tensors: tuple[TensorRecord, ...]) -> list[tuple[str, str]]:
-    """Tensors that were not just copied, as (action, text); those of one rule share a line."""
+    """Tensors that were not just copied, as (action, text), one line for each rule."""
     counted = Counter(
         (record.action, *_pattern(record)) for record in tensors if record.action != "copied"
     )

@@ -127,7 +127,7 @@ SOURCE_TYPES = {
 
 
 class Source(NamedTuple):
-    """A checkpoint to convert: its place, its type, and its config as it stands and completed."""
+    """A checkpoint to convert: its location, its type, its config.json and the completed config."""
 
     location: CheckpointLocation
     type: SourceType
