@@ -104,6 +104,7 @@ class MraPreTrainedMixin:
     @classmethod
     def _builtin_difference(cls, model, loading_info) -> str | None:
         """Say what a loaded head of Transformers' own MRA is if it would compute something else."""
+        return None
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
