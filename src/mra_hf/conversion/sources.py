@@ -334,7 +334,7 @@ def _refuse_head(source: Source, head: Head) -> None:
     reason = source.type.refused_heads.get(head.ending)
     if reason is not None:
         raise ValueError(
-            f"SOURCE has the head {head.ending} of Transformers' own MRA: {reason}. "
+            f"SOURCE has the head {head.ending} of type {source.config.model_type}: {reason}. "
             "Convert its encoder or masked LM and fine-tune a new head."
         )
     hidden_act = source.config.hidden_act
