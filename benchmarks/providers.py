@@ -11,7 +11,7 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
 from mra_hf.encoders.layers import attention_layer
-from mra_hf.sparse_prediction import predict_masked_places
+from mra_hf.sparse_prediction import predict_labelled_positions
 
 _SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
 
@@ -111,7 +111,7 @@ def whole_models(length: int, budgets: tuple[int, ...], device: str, training: b
             mra_hf.set_attention(model, attention, **settings)
         if not training:
             return lambda ids: model.roberta(ids).last_hidden_state
-        predict_masked_places(model)
+        predict_labelled_positions(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
         def step(ids: Tensor) -> Tensor:

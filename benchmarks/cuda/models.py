@@ -14,7 +14,7 @@ import mra_hf
 from benchmarks.cuda.driver import Outcome, Session, Step
 from benchmarks.cuda.measure import peak_megabytes, time_calls
 from benchmarks.records import Records
-from mra_hf.sparse_prediction import predict_masked_places
+from mra_hf.sparse_prediction import predict_labelled_positions
 
 #: Tokens in a batch.
 _TOKENS = 16384
@@ -119,7 +119,7 @@ def _training_step(session, model, batch, length) -> Callable[[], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden = torch.rand(batch, length, generator=generator) < 0.15
     labels = torch.where(hidden.to(session.device), ids, -100)
-    predict_masked_places(model)
+    predict_labelled_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not session.dry_run)
 
     def run() -> torch.Tensor:

@@ -5,7 +5,6 @@ Importing this package registers its classes with Transformers' Auto classes and
 """
 
 from mra_hf.attention import set_attention
-from mra_hf.candidate_choice import MraForCandidateChoice
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion import ConversionReport, convert_checkpoint
 from mra_hf.encoders.adamra import AdaMraAttention
@@ -15,6 +14,7 @@ from mra_hf.encoders.configuration import LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
 from mra_hf.encoders.modeling import LraForSequenceClassification, LraModel
 from mra_hf.modeling import (
+    MraForCandidateChoice,
     MraForMaskedLM,
     MraForMultipleChoice,
     MraForQuestionAnswering,

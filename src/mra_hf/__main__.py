@@ -1,5 +1,5 @@
-"""`python -m mra_hf COMMAND ...`: the program `mra-hf`, where it is not installed as one, and for
-launchers that start a module (`torchrun -m mra_hf run-mlm ...`).
+"""`python -m mra_hf COMMAND ...`: the program `mra-hf` where it is not installed, and for launchers
+that start a module (`torchrun -m mra_hf run-mlm ...`).
 """
 
 import sys

@@ -24,11 +24,10 @@ from mra_attention import (
 )
 from mra_attention.implementations import IMPLEMENTATIONS
 from mra_hf.configuration import (
-    ATTENTION_DEFAULTS,
+    AttentionSettings,
     MraConfig,
-    check_attention_settings,
-    one_description,
-    with_defaults,
+    complete_changes,
+    explicit_settings,
 )
 
 logger = logging.get_logger(__name__)
@@ -64,7 +63,7 @@ def mra2_attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function `"mra2"`; `approx_mode` is that of the settings.
+    """Attention function `"mra2"`; the settings say which `approx_mode`.
 
     Args:
         module: the attention module; `module.config` holds the settings.
@@ -81,7 +80,8 @@ def mra2_attention_forward(
         ValueError: dropout, a causal or windowed module, a mask that is not `[B, N]`, or matrices
             of more than 2048 tokens.
     """
-    return _attend("mra2", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    kwargs |= {"dropout": dropout, "scaling": scaling}
+    return _attend("mra2", module, query, key, value, attention_mask, **kwargs)
 
 
 def mra2_s_attention_forward(
@@ -90,13 +90,10 @@ def mra2_s_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function `"mra2_s"`: as `mra2_attention_forward` with `approx_mode="sparse"`."""
-    return _attend("mra2_s", module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return _attend("mra2_s", module, query, key, value, attention_mask, **kwargs)
 
 
 def mra2_mask(
@@ -110,15 +107,13 @@ def mra2_mask(
     if mask_function not in (None, bidirectional_mask_function):
         raise ValueError(
             'attn_implementation="mra2" is for bidirectional encoders, but this model asked for a '
-            "causal, "
-            'sliding-window or otherwise structured mask; use attn_implementation="sdpa" for it.'
+            'causal, sliding-window or other structured mask; use attn_implementation="sdpa".'
         )
     return attention_mask
 
 
-def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
-    """Return the arguments of `mra2_attention` that `config` asks for under the name `name`; those
-    of `multiresolution_attention` where it has `resolutions`.
+def attention_settings(config: PreTrainedConfig, name: str) -> AttentionSettings:
+    """Return the settings with which a model of `config` attends under the name `name`.
 
     Fields of a `MraConfig`; on any other config the dict `config.mra`, with `MraConfig`'s defaults
     where it is silent.
@@ -126,23 +121,18 @@ def attention_settings(config: PreTrainedConfig, name: str) -> dict[str, Any]:
     Raises:
         ValueError: unknown or impossible settings, or `"mra2_s"` with `approx_mode="full"`.
     """
-    explicit = _own_settings(config)
-    settings = with_defaults(explicit)
-    check_attention_settings(settings)
-    is_stock = not isinstance(config, MraConfig)
-    if is_stock and name == "mra2_s" and explicit.get("approx_mode", "sparse") != "sparse":
-        raise ValueError(
-            f'config.mra has approx_mode="{explicit["approx_mode"]}", but "mra2_s" is the sparse '
-            'mode; use attn_implementation="mra2", or remove approx_mode.'
-        )
-    if name == "mra2_s":
-        settings["approx_mode"] = "sparse"
-    if settings["resolutions"] is None:
-        unused = ("resolutions", "block_budgets")
-    else:
-        unused = ("block_per_row", "block_budget", "block_size")
-        settings["block_budgets"] = settings["block_budgets"] or ()
-    return {setting: chosen for setting, chosen in settings.items() if setting not in unused}
+    settings = AttentionSettings.of(config)
+    settings.check()
+    if name != "mra2_s":
+        return settings
+    if not isinstance(config, MraConfig):
+        approx_mode = explicit_settings(config).get("approx_mode", "sparse")
+        if approx_mode != "sparse":
+            raise ValueError(
+                f'config.mra has approx_mode="{approx_mode}", but "mra2_s" is the sparse mode; '
+                'use attn_implementation="mra2", or remove approx_mode.'
+            )
+    return settings.replace(approx_mode="sparse")
 
 
 def set_attention(
@@ -153,8 +143,8 @@ def set_attention(
     Settings go to `config.mra` (to the fields of a `MraConfig`) and are saved with the model;
     `impl` is a choice of this process and is not. `block_per_row` without `block_budget` clears an
     earlier `block_budget`; `resolutions` takes the place of an earlier `block_per_row`,
-    `block_budget` and `block_size`, and the other way round. Dropout on attention
-    weights is set to 0, with one log line.
+    `block_budget` and `block_size`, and the other way round. Dropout on attention weights is set to
+    0, with one log line.
 
     Args:
         model: for example a `RobertaForMaskedLM`.
@@ -181,35 +171,24 @@ def set_attention(
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}.")
     if name == "mra2_s" and settings.get("approx_mode", "sparse") != "sparse":
         raise ValueError(
-            f'approx_mode={settings["approx_mode"]!r} disagrees with name="mra2_s", which is the '
-            'sparse mode; use name="mra2".'
+            f'approx_mode={settings["approx_mode"]!r} disagrees with name="mra2_s", '
+            'which is the sparse mode; use name="mra2".'
         )
     attention_modules = supported_attention_modules(model)
-    if "block_per_row" in settings:
-        settings.setdefault("block_budget", None)
-    settings = one_description(settings)
+    changes = complete_changes(settings)
     configs = {
         id(module.config): module.config for module in model.modules() if _has_config(module)
-    }
-    for config in configs.values():
-        check_attention_settings(with_defaults(_own_settings(config) | settings))
-    if not isinstance(settings.get("block_per_row") or 0, int):
-        _check_layers(attention_modules, settings["block_per_row"])
+    }.values()
+    for config in configs:
+        AttentionSettings.of(config).replace(**changes).check()
+    if isinstance(changes.get("block_per_row"), (list, tuple)):
+        _check_layers(attention_modules, changes["block_per_row"])
     model.set_attn_implementation(name)
-    for config in configs.values():
-        if isinstance(config, MraConfig):
-            own = settings | ({"approx_mode": "sparse"} if name == "mra2_s" else {})
-            for setting, chosen in with_defaults(_own_settings(config) | own).items():
-                setattr(config, setting, chosen)
-        else:
-            kept = _own_settings(config)
-            if name == "mra2_s":
-                kept.pop("approx_mode", None)
-            kept |= settings
-            config.mra = {key: chosen for key, chosen in kept.items() if chosen is not None}
+    for config in configs:
+        _store_settings(config, name, changes)
     for module in attention_modules:
         module.mra_impl = impl
-    _remove_attention_dropout(attention_modules, configs.values())
+    _remove_attention_dropout(attention_modules, configs)
     return model
 
 
@@ -227,9 +206,8 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     attention_modules = [m for m in model.modules() if _calls_attention_interface(type(m))]
     if not type(model)._can_set_attn_implementation() or not attention_modules:
         raise ValueError(
-            f"{kind} does not use Transformers' attention interface, so it would ignore the "
-            "request; mra2 needs a model that does, such as RoBERTa, BERT, XLM-R, ELECTRA, "
-            "DistilBERT or ViT."
+            f"{kind} does not use Transformers' attention interface and would ignore the request; "
+            "mra2 needs one that does, such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
         )
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -242,8 +220,8 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             getattr(config, "layer_types", None) or ()
         ):
             raise ValueError(
-                f"{kind} has layers with a sliding window, which mra2 would replace by full "
-                "attention; it is for encoders whose layers all attend to the whole sequence."
+                f"{kind} has sliding windows, which mra2 would replace by full attention; "
+                "it is for encoders whose layers all attend to the whole sequence."
             )
         biased = [name for name in _RELATIVE_BIAS if getattr(config, name, None)]
         biased += [
@@ -251,8 +229,8 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         ]
         if biased:
             raise ValueError(
-                f"{kind} adds a relative position bias to its logits ({biased[0]}), which mra2 "
-                "would drop; it is for encoders with positions in their embeddings or rotations."
+                f"{kind} adds relative position biases ({biased[0]}), which mra2 would drop; "
+                "it is for encoders with positions in their embeddings or rotations."
             )
         heads = getattr(config, "num_attention_heads", None)
         if (getattr(config, "num_key_value_heads", None) or heads) != heads:
@@ -260,98 +238,80 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return attention_modules
 
 
-def _own_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The settings that a configuration holds: fields of a `MraConfig`, else `config.mra`."""
+def _store_settings(config: PreTrainedConfig, name: str, changes: dict[str, Any]) -> None:
+    """Apply `changes` to the fields of a `MraConfig`, or to what `config.mra` says."""
     if isinstance(config, MraConfig):
-        return {setting: getattr(config, setting) for setting in ATTENTION_DEFAULTS}
-    return dict(getattr(config, "mra", None) or {})
+        if name == "mra2_s":
+            changes = changes | {"approx_mode": "sparse"}
+        AttentionSettings.of(config).replace(**changes).write_to(config)
+        return
+    explicit = explicit_settings(config)
+    if name == "mra2_s":
+        explicit.pop("approx_mode", None)
+    explicit |= changes
+    config.mra = {setting: value for setting, value in explicit.items() if value is not None}
 
 
 def _check_layers(attention_modules: list[nn.Module], block_per_row: Sequence[int]) -> None:
     """Refuse a list of budgets that does not fit the layers of a model."""
-    places = {getattr(module, "layer_idx", None) for module in attention_modules}
-    layers = len(places)
-    if layers == len(block_per_row) or None in places:
-        for module in attention_modules:
-            _of_its_layer(module, block_per_row)
-    else:
+    layers = {getattr(module, "layer_idx", None) for module in attention_modules}
+    if len(layers) != len(block_per_row) and None not in layers:
         raise ValueError(
-            f"block_per_row must hold one number for each of {layers} layers, got "
-            f"{len(block_per_row)}: {list(block_per_row)}."
+            f"block_per_row must hold one number for each of {len(layers)} layers, "
+            f"got {len(block_per_row)}: {list(block_per_row)}."
         )
+    settings = AttentionSettings(block_per_row=block_per_row)
+    for module in attention_modules:
+        _for_module(settings, module)
 
 
-def _attend(
-    name,
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    dropout,
-    scaling,
-    output_attentions=False,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    _refuse(module, dropout, kwargs)
-    settings = attention_settings(module.config, name)
-    if not isinstance(settings.get("block_per_row", 0), int):
-        settings["block_per_row"] = _of_its_layer(module, settings["block_per_row"])
-    impl = getattr(module, "mra_impl", "auto")
-    matrices = None
+def _for_module(settings: AttentionSettings, module: nn.Module) -> AttentionSettings:
+    return settings.for_layer(
+        getattr(module, "layer_idx", None),
+        getattr(module.config, "num_hidden_layers", None),
+        owner=type(module).__name__,
+    )
+
+
+def _attend(name, module, query, key, value, attention_mask, **kwargs):
+    _refuse(module, kwargs)
+    settings = _for_module(attention_settings(module.config, name), module)
+    scaling, output_attentions = kwargs.get("scaling"), kwargs.get("output_attentions")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"attention_mask reached {type(module).__name__} as {tuple(attention_mask.shape)}, but "
-            "mra2 needs it as [batch, tokens]: pass the tokenizer's 2-D mask; a model that expands "
-            'its mask itself or adds a bias there needs attn_implementation="sdpa".'
+            f"attention_mask reached {type(module).__name__} as {tuple(attention_mask.shape)}, "
+            "but mra2 needs it as [batch, tokens]: pass the tokenizer's 2-D mask; a model that "
+            'expands its mask itself or adds a bias there needs attn_implementation="sdpa".'
         )
     if output_attentions and query.shape[2] > MAX_MATRIX_TOKENS:
         raise ValueError(
-            "output_attentions=True builds [batch, heads, tokens, tokens] matrices and is "
-            "allowed up to "
-            f"{MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the input, or call "
-            "mra_attention.select_blocks for the chosen blocks alone."
+            "output_attentions=True builds [batch, heads, tokens, tokens] matrices "
+            f"and is allowed up to {MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the "
+            "input, or call mra_attention.select_blocks for the chosen blocks only."
         )
-    if "resolutions" in settings:
-        settings["scale"] = scaling
-        if output_attentions:
-            matrices = multiresolution_attention_matrix(query, key, attention_mask, **settings)
-        output = multiresolution_attention(query, key, value, attention_mask, impl=impl, **settings)
-        return output.transpose(1, 2).contiguous(), matrices
+    attend, matrix_of = mra2_attention, mra2_attention_matrix
+    if settings.resolutions is not None:
+        attend, matrix_of = multiresolution_attention, multiresolution_attention_matrix
+    arguments = settings.for_operator() | {"scale": scaling}
+    matrices = None
     if output_attentions:
-        chooser = {
-            setting: chosen for setting, chosen in settings.items() if setting != "approx_mode"
-        }
-        selection = select_blocks(query, key, attention_mask, scale=scaling, **chooser)
-        settings = {
-            "selection": selection,
-            "block_size": settings["block_size"],
-            "approx_mode": settings["approx_mode"],
-        }
-        matrices = mra2_attention_matrix(query, key, attention_mask, scale=scaling, **settings)
-    output = mra2_attention(query, key, value, attention_mask, scale=scaling, impl=impl, **settings)
+        if settings.resolutions is None:  # choose once, for the matrices and the output
+            arguments["selection"] = select_blocks(
+                query, key, attention_mask, scale=scaling, **settings.for_selection()
+            )
+        matrices = matrix_of(query, key, attention_mask, **arguments)
+    impl = getattr(module, "mra_impl", "auto")
+    output = attend(query, key, value, attention_mask, impl=impl, **arguments)
     return output.transpose(1, 2).contiguous(), matrices
 
 
-def _of_its_layer(module: nn.Module, block_per_row: Sequence[int]) -> int:
-    layer = getattr(module, "layer_idx", None)
-    layers = getattr(module.config, "num_hidden_layers", None) or len(block_per_row)
-    if layer is None or layer >= len(block_per_row) or layers != len(block_per_row):
-        known = "does not know its place" if layer is None else f"is layer {layer} of {layers}"
+def _refuse(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """Raise a `ValueError` for a call that multi-resolution attention cannot serve."""
+    if keywords.get("dropout"):
         raise ValueError(
-            f"block_per_row={list(block_per_row)} has one number for each layer, and "
-            f"{type(module).__name__} {known}; give one number for all layers."
-        )
-    return block_per_row[layer]
-
-
-def _refuse(module: nn.Module, dropout: float, keywords: dict[str, Any]) -> None:
-    if dropout:
-        raise ValueError(
-            f"dropout on attention weights is {dropout}, but multi-resolution attention has none: "
-            "set "
-            "attention_probs_dropout_prob (attention_dropout on some models) to 0 in the config "
-            "before the model is built, "
+            f"dropout on attention weights is {keywords['dropout']}, but multi-resolution "
+            "attention has none: set attention_probs_dropout_prob (attention_dropout on some "
+            "models) to 0 in the config before the model is built, "
             "or call mra_hf.set_attention(model), which does it."
         )
     if getattr(module, "is_causal", False) or keywords.get("is_causal"):
@@ -361,14 +321,13 @@ def _refuse(module: nn.Module, dropout: float, keywords: dict[str, Any]) -> None
     for keyword, meaning in _REFUSED_KEYWORDS.items():
         if keywords.get(keyword) is not None:
             raise ValueError(
-                f"{type(module).__name__} passed {keyword} ({meaning}), which mra2 cannot honour; "
-                "use "
-                'attn_implementation="sdpa" for this model.'
+                f"{type(module).__name__} passed {keyword} ({meaning}), "
+                'which mra2 cannot honour; use attn_implementation="sdpa" for this model.'
             )
     if getattr(module.config, "output_attentions", False):
         raise ValueError(
-            "config.output_attentions is set, under which Transformers returns no matrices with a "
-            "custom attention; "
+            "config.output_attentions is set, "
+            "under which Transformers returns no matrices with a custom attention; "
             "leave it off and pass output_attentions=True to the forward call."
         )
 
@@ -387,7 +346,7 @@ def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
 
 
 def _remove_attention_dropout(attention_modules: list[nn.Module], configs) -> None:
-    removed = set()
+    removed = set()  # the probabilities that were not 0
     for config in configs:
         for field in ("attention_probs_dropout_prob", "attention_dropout"):
             if getattr(config, field, 0):
@@ -395,10 +354,10 @@ def _remove_attention_dropout(attention_modules: list[nn.Module], configs) -> No
                 setattr(config, field, 0.0)
     for module in attention_modules:
         for field in ("dropout", "attention_dropout", "dropout_prob"):
-            part = getattr(module, field, None)
-            if isinstance(part, nn.Dropout):
-                part.p = 0.0
-            elif isinstance(part, float):
+            dropout = getattr(module, field, None)
+            if isinstance(dropout, nn.Dropout):
+                dropout.p = 0.0
+            elif isinstance(dropout, float):
                 setattr(module, field, 0.0)
     if removed:
         logger.warning(

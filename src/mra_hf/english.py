@@ -24,10 +24,10 @@ LENGTHS = tuple(_CHECKPOINTS)
 
 
 def english_checkpoint(length: int = 512) -> Path:
-    """The folder of the embedded checkpoint with `length` positions.
+    """Return the folder of the embedded checkpoint with `length` positions.
 
-    512 is a `RobertaForMaskedLM` with dense attention, the source to convert; 4096 is the same
-    model converted to MRA-2-s and trained further on long documents.
+    512 is a `RobertaForMaskedLM` with dense attention, a source to convert; 4096 is the same model
+    converted to MRA-2-s and trained further on long documents.
 
     Raises:
         ValueError: another length.
@@ -38,7 +38,7 @@ def english_checkpoint(length: int = 512) -> Path:
 
 
 def english_sample() -> str:
-    """The beginning of Jane Austen's "Persuasion" (1817): 4000 tokens, held out of training."""
+    """Return the first 4000 tokens of Jane Austen's "Persuasion" (1817), held out of training."""
     return (_ASSETS / "sample.txt").read_text(encoding="utf-8")
 
 
@@ -46,6 +46,9 @@ def write_half(source: "str | os.PathLike[str]", output: "str | os.PathLike[str]
     """Save a masked language model and its tokenizer with weights in float16, to embed it.
 
     The configuration keeps float32, so that `from_pretrained` loads float32.
+
+    Raises:
+        ValueError: a weight is too large for float16.
     """
     model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
     largest = max(float(weight.abs().max()) for weight in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""Models as the commands need them: loaded whole, told which attention to use, long enough."""
+"""Models for the commands: loaded with all weights, the right attention and enough positions."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -9,13 +9,13 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
-from mra_hf.configuration import ATTENTION_DEFAULTS, MraConfig, one_description, with_defaults
+from mra_hf.configuration import SETTING_NAMES, AttentionSettings, MraConfig
 
 if TYPE_CHECKING:
     import os
 
-#: The commas between settings, and not those in a list.
-_OUTSIDE_OF_LISTS = re.compile(r",(?![^\[]*\])")
+#: A comma between settings, not one inside a list.
+_BETWEEN_SETTINGS = re.compile(r",(?![^\[]*\])")
 
 logger = logging.get_logger(__name__)
 
@@ -37,16 +37,16 @@ def load_model(
     new_weights: tuple[str, ...] = (),
     **settings: Any,
 ) -> PreTrainedModel:
-    """Load a model in float32 and say what it lacks instead of filling it in at random.
+    """Load a model in float32; missing weights are an error, not random.
 
     Args:
         model_class: an Auto class or a model class.
         name: a directory or hub id.
         head: what the class puts on the encoder, for the error message.
-        attention: "sdpa", "mra2", ...; the model's own if not given.
+        attention: "sdpa", "mra2", ...; None: the model's own.
         overrides: settings of the configuration, "name=value,name=value".
         new_weights: prefixes of weights that may be missing and then start at random.
-        settings: further settings of the configuration, by name; they come before `overrides`.
+        settings: further settings of the configuration, applied before `overrides`.
 
     Raises:
         ValueError: the checkpoint lacks other weights, settings change the shape of weights, or
@@ -56,7 +56,7 @@ def load_model(
     if overrides:
         override(config, overrides)
     if isinstance(config, MraConfig):
-        config.validate()  # Transformers sets fields one by one, which together may not fit
+        config.validate()  # Transformers sets fields one by one; together they may not fit
     try:
         model, info = model_class.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
@@ -65,14 +65,14 @@ def load_model(
         if (overrides or settings) and "mismatch" in str(error):
             changed = overrides or ", ".join(f"{key}={value}" for key, value in settings.items())
             raise ValueError(
-                f"config_overrides {changed!r} change the shape of weights of {name}; sizes can "
-                "only be chosen from scratch (without model_name_or_path)."
+                f"config_overrides {changed!r} change the shape of weights of {name}; "
+                "sizes can only be chosen from scratch (without model_name_or_path)."
             ) from error
         raise
     if attention is None and getattr(config, "mra", None):
         logger.warning(
-            f"{name} holds settings of multi-resolution attention but is read with "
-            f'{model.config._attn_implementation!r}; choose "mra2" to use them.'
+            f"{name} holds settings of multi-resolution attention "
+            f'but is read with {model.config._attn_implementation!r}; choose "mra2" to use them.'
         )
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_weights))
     if missing:
@@ -82,17 +82,17 @@ def load_model(
 
 
 def split_settings(name: str, settings: str) -> list[tuple[str, str]]:
-    """Names and values of "name=value,name=value"; lists are written [16,4,1].
+    """Return the names and values of "name=value,name=value"; lists are written [16,4,1].
 
     Raises:
         ValueError: not of that form; it names the argument `name`.
     """
     if not settings:
         return []
-    given = [tuple(part.split("=", 1)) for part in _OUTSIDE_OF_LISTS.split(settings)]
-    if any(len(pair) != 2 for pair in given):
+    pairs = [tuple(setting.split("=", 1)) for setting in _BETWEEN_SETTINGS.split(settings)]
+    if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{name} must be name=value,name=value, got {settings!r}.")
-    return given
+    return pairs
 
 
 def override(config: PreTrainedConfig, overrides: str) -> None:
@@ -104,28 +104,25 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
     Raises:
         ValueError: not of that form, no such setting, or a value of another type.
     """
-    given = split_settings("config_overrides", overrides)
+    values = dict(split_settings("config_overrides", overrides))
+    before = AttentionSettings.of(config) if isinstance(config, MraConfig) else None
     try:
-        unset = {
+        by_yaml = {
             name
-            for name, value in given
+            for name, value in values.items()
             if getattr(config, name, "") is None or value.startswith("[")
         }
-        for name, value in given:
-            if name in unset:
-                getattr(config, name)  # there is no such setting
-                setattr(config, name, yaml.safe_load(value))
-        if isinstance(config, MraConfig):  # what is asked for replaces the other description
-            described = one_description(dict(given))
-            for name in set(described) - {name for name, _ in given}:
-                setattr(config, name, described[name])
-        others = ",".join(f"{name}={value}" for name, value in given if name not in unset)
+        for name in by_yaml:
+            getattr(config, name)  # raises for a setting that does not exist
+            setattr(config, name, yaml.safe_load(values[name]))
+        others = ",".join(
+            f"{name}={value}" for name, value in values.items() if name not in by_yaml
+        )
         if others:
             config.update_from_string(others)
-        if isinstance(config, MraConfig):
-            own = {name: getattr(config, name) for name in ATTENTION_DEFAULTS}
-            for name, value in with_defaults(own).items():
-                setattr(config, name, value)
+        if before is not None:
+            changes = {name: getattr(config, name) for name in SETTING_NAMES if name in values}
+            before.replace(**changes).write_to(config)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"
@@ -133,7 +130,11 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
 
 
 def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
-    """`model` with the attention of that name, or as it is."""
+    """Return `model` with the attention of that name; None: as it is.
+
+    Raises:
+        ValueError: the model cannot use it.
+    """
     if attention in ATTENTION_NAMES:
         return set_attention(model, attention)
     if attention is not None:
@@ -145,7 +146,7 @@ def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedM
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """Tokens that the learned positions of `model` have room for; None if it has none."""
+    """Return how many tokens the learned positions of `model` hold; None if it has none."""
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, torch.nn.Embedding):
@@ -161,8 +162,9 @@ def check_length(
     remedy: str = "convert the checkpoint to a longer one with mra-hf convert --max-length",
 ) -> None:
     """Raise a `ValueError` that names the argument if `length` is too long for `model`."""
-    room = longest_input(model)
-    if room is not None and length > room:
+    longest = longest_input(model)
+    if longest is not None and length > longest:
         raise ValueError(
-            f"{name} must be at most {room}, the positions of this model, got {length}; {remedy}."
+            f"{name} must be at most {longest}, the positions of this model, "
+            f"got {length}; {remedy}."
         )

@@ -1,18 +1,27 @@
 """The model family: RoBERTa's modules and weight names around multi-resolution attention.
 
-Every class is a short subclass of its RoBERTa counterpart. Attention itself is chosen by
-`attn_implementation`, which defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense model
-for comparison.
+Every class is a short subclass of its RoBERTa counterpart. `attn_implementation` chooses the
+attention and defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense model for comparison.
+`HEADS`, at the end, lists the classes.
 """
 
 import copy
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
+    PreTrainedModel,
     RobertaForMaskedLM,
     RobertaForMultipleChoice,
     RobertaForQuestionAnswering,
@@ -27,55 +36,37 @@ from transformers.models.roberta.modeling_roberta import (
     RobertaEncoder,
     RobertaLMHead,
     RobertaPooler,
+    RobertaPreTrainedModel,
 )
 from transformers.utils import logging
 
+from mra_hf.candidate_choice import CandidateChoiceOutput, candidate_logits
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 from mra_hf.sparse_prediction import output_at_labels
 
 logger = logging.get_logger(__name__)
 
-#: Weight names of Transformers' own MRA, as patterns, and ours.
-BUILTIN_KEYS = {
-    r"^mra\.": "roberta.",
+#: BERT's names for the weights of an LM head, as patterns, and ours.
+BERT_LM_HEAD_KEYS = {
     r"^cls\.predictions\.transform\.dense\.": "lm_head.dense.",
     r"^cls\.predictions\.transform\.LayerNorm\.": "lm_head.layer_norm.",
     r"^cls\.predictions\.decoder\.": "lm_head.decoder.",
     r"^cls\.predictions\.bias": "lm_head.bias",
 }
+#: Weight names of Transformers' own MRA, as patterns, and ours.
+BUILTIN_KEYS = {r"^mra\.": "roberta.", **BERT_LM_HEAD_KEYS}
 
 #: Names of the one function that RoBERTa's LM head applies.
 GELU_NAMES = ("gelu", "gelu_python")
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
 
-#: The module that saved directories point to, for `trust_remote_code=True`.
-REMOTE_MODULE = "modeling_mra_hf"
-AUTO_MAP = {
-    auto_class: f"{REMOTE_MODULE}.{name}"
-    for auto_class, name in {
-        "AutoConfig": "MraConfig",
-        "AutoModel": "MraModel",
-        "AutoModelForPreTraining": "MraForMaskedLM",
-        "AutoModelForMaskedLM": "MraForMaskedLM",
-        "AutoModelForSequenceClassification": "MraForSequenceClassification",
-        "AutoModelForTokenClassification": "MraForTokenClassification",
-        "AutoModelForQuestionAnswering": "MraForQuestionAnswering",
-        "AutoModelForMultipleChoice": "MraForMultipleChoice",
-    }.items()
-}
-#: Classes without an Auto class, for which the stub module has a name too.
-_BY_NAME = ("MraForCandidateChoice",)
-_REMOTE_NAMES = ", ".join(
-    sorted({target.split(".")[1] for target in AUTO_MAP.values()} | set(_BY_NAME))
-)
-
 
 class MraPreTrainedMixin:
-    """What all classes of the family share: default attention, loading of foreign names, saving."""
+    """Shared by all classes of the family: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
-    # RoBERTa's losses are means over a batch. Trainer takes them for sums divided by the labels of
-    # all batches of a step, and would not divide by gradient_accumulation_steps.
+    # RoBERTa's losses are means over a batch. Trainer would take them for sums over all
+    # labels of a step, and not divide them by gradient_accumulation_steps.
     accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids"]
 
@@ -89,11 +80,10 @@ class MraPreTrainedMixin:
         """As the base class; knows the weight names of Transformers' own MRA (type `"mra"`).
 
         Raises:
-            ValueError: a directory of type `"mra"` whose head computes something else under our
-                names.
+            ValueError: the head of a directory of type `"mra"` would compute something else here.
         """
         kwargs.setdefault("key_mapping", BUILTIN_KEYS)
-        wants_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         builtin = _is_builtin(pretrained_model_name_or_path, hub)
         if builtin and cls is MraModel:
@@ -103,20 +93,26 @@ class MraPreTrainedMixin:
         )
         # Transformers would undo the renaming on saving, and Trainer could then resume nothing.
         model._weight_conversions = []
-        if builtin:
-            cls._refuse_builtin_head(pretrained_model_name_or_path, model, info)
-        return (model, info) if wants_info else model
+        difference = cls._builtin_difference(model, info) if builtin else None
+        if difference:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds {difference}. Load it with "
+                "transformers.models.mra, or load its encoder (MraModel) and train a new head."
+            )
+        return (model, info) if return_info else model
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        """Hook for the heads that differ from those of Transformers' own MRA."""
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        """Say what a loaded head of Transformers' own MRA is if it would compute something else."""
+        return None
 
     def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
         """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
         if is_main_process and not os.path.isfile(save_directory):
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {_REMOTE_NAMES}\n")
+            names = ", ".join(sorted({"MraConfig", *(head.class_name for head in HEADS)}))
+            (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {names}\n")
         self.config.auto_map = dict(AUTO_MAP)
         if self.config._attn_implementation == "mra2_s":
             self.config.approx_mode = "sparse"  # so that it computes the same when loaded again
@@ -126,15 +122,13 @@ class MraPreTrainedMixin:
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Do nothing: `save_pretrained` writes the `auto_map` of all classes; copied sources would
-        break it.
+        """Do nothing: `save_pretrained` writes the `auto_map` of all classes, which copied sources
+        would break.
         """
 
 
 class MraEmbeddings(RobertaEmbeddings):
-    """RoBERTa's embeddings of width `embedding_size`, then a projection to `hidden_size` when it is
-    given.
-    """
+    """RoBERTa's embeddings; with `embedding_size`, of that width and projected to `hidden_size`."""
 
     def __init__(self, config: MraConfig):
         super().__init__(_of_width(config, config.embedding_size))
@@ -149,32 +143,27 @@ class MraEmbeddings(RobertaEmbeddings):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
+        **kwargs,
     ) -> Tensor:
-        given = "input_ids" if input_ids is not None else "inputs_embeds"
+        argument = "input_ids" if input_ids is not None else "inputs_embeds"
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         if length == 0:
-            raise ValueError(f"{given} must hold at least one token, got an empty sequence.")
+            raise ValueError(f"{argument} must hold at least one token, got an empty sequence.")
         if position_ids is None and length > self.max_tokens:
             raise ValueError(
-                f"{given} has {length} tokens, but this model has positions for "
-                f"{self.max_tokens}; truncate with the "
-                f"tokenizer (truncation=True, max_length={self.max_tokens}) or convert the "
-                "checkpoint to a longer table "
+                f"{argument} has {length} tokens, but this model has positions for "
+                f"{self.max_tokens}; truncate with the tokenizer (truncation=True, "
+                f"max_length={self.max_tokens}) or convert the checkpoint to a longer table "
                 "with `mra-hf convert SOURCE OUT --max-length N`."
             )
         embeddings = super().forward(
-            input_ids=input_ids,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values_length=past_key_values_length,
+            input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
         return embeddings if self.projection is None else self.projection(embeddings)
 
 
 class MraLMHead(RobertaLMHead):
-    """RoBERTa's LM head, back to `embedding_size` before the tied decoder when it is given."""
+    """RoBERTa's LM head; with `embedding_size`, back to that width before the tied decoder."""
 
     def __init__(self, config: MraConfig):
         super().__init__(_of_width(config, config.embedding_size))
@@ -183,8 +172,8 @@ class MraLMHead(RobertaLMHead):
 
 
 class MraModel(MraPreTrainedMixin, RobertaModel):
-    """The bare encoder: hidden states `[B, N, hidden_size]`, and a pooled first token unless
-    switched off.
+    """The bare encoder: hidden states `[B, N, hidden_size]` and, with a pooling layer, the pooled
+    first token `[B, hidden_size]`.
     """
 
     def __init__(self, config: MraConfig, add_pooling_layer: bool = True):
@@ -205,8 +194,8 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
 class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
     """Masked language modeling: logits `[B, N, vocab_size]`.
 
-    With `config.sparse_prediction`, a model in training that is given labels computes logits where
-    they are not -100 alone, `[labelled, vocab_size]`: the same loss and gradients in less memory.
+    With `config.sparse_prediction`, a training step with labels computes logits at the labelled
+    positions only, `[labelled, vocab_size]`: the same loss and gradients in less memory.
     """
 
     def __init__(self, config: MraConfig):
@@ -230,7 +219,7 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         labels: Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
-        """As RoBERTa's; `config.sparse_prediction` changes what a training step computes."""
+        """As RoBERTa's; `config.sparse_prediction` changes the logits of a training step."""
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -246,21 +235,19 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         return output_at_labels(self.lm_head, states, labels, count)
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        trained = not any(key.startswith("lm_head.dense.") for key in loading_info["missing_keys"])
-        if trained and model.config.hidden_act not in GELU_NAMES:
-            raise ValueError(
-                f"{path} holds an LM head of Transformers' own MRA that applies "
-                f'hidden_act="{model.config.hidden_act}", where RoBERTa\'s applies gelu: the '
-                "same weights would compute something else here. Load it with "
-                "transformers.models.mra, or load its encoder (MraModel) and train a new head."
-            )
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        hidden_act = model.config.hidden_act
+        is_new = any(key.startswith("lm_head.dense.") for key in loading_info["missing_keys"])
+        if is_new or hidden_act in GELU_NAMES:
+            return None
+        return (
+            f'an LM head of Transformers\' own MRA that applies hidden_act="{hidden_act}", '
+            "where RoBERTa's applies gelu: the same weights would compute something else here"
+        )
 
 
 class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassification):
-    """Classification or regression of a whole sequence: logits `[B, num_labels]` from the first
-    token.
-    """
+    """Classification or regression of a sequence by its first token: logits `[B, num_labels]`."""
 
     def __init__(self, config: MraConfig):
         super(RobertaForSequenceClassification, self).__init__(config)
@@ -270,16 +257,13 @@ class MraForSequenceClassification(MraPreTrainedMixin, RobertaForSequenceClassif
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
-        if not any(key.startswith("classifier.") for key in loading_info["missing_keys"]):
-            raise ValueError(
-                f"{path} holds a sequence classifier of Transformers' own MRA, whose head applies "
-                "hidden_act where "
-                "RoBERTa's applies tanh: the same weights would compute something else here. Load "
-                "it with "
-                "transformers.models.mra, or start a new head from its encoder (MraModel) and "
-                "fine-tune it."
-            )
+    def _builtin_difference(cls, model, loading_info) -> str | None:
+        if any(key.startswith("classifier.") for key in loading_info["missing_keys"]):
+            return None
+        return (
+            "a sequence classifier of Transformers' own MRA, whose head applies hidden_act where "
+            "RoBERTa's applies tanh: the same weights would compute something else here"
+        )
 
 
 class MraForTokenClassification(MraPreTrainedMixin, RobertaForTokenClassification):
@@ -289,7 +273,7 @@ class MraForTokenClassification(MraPreTrainedMixin, RobertaForTokenClassificatio
         super(RobertaForTokenClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.roberta = MraModel(config, add_pooling_layer=False)
-        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.dropout = nn.Dropout(_classifier_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -316,20 +300,88 @@ class MraForMultipleChoice(MraPreTrainedMixin, RobertaForMultipleChoice):
         self.post_init()
 
     @classmethod
-    def _refuse_builtin_head(cls, path, model, loading_info) -> None:
+    def _builtin_difference(cls, model, loading_info) -> str | None:
         if any(key.startswith("pre_classifier.") for key in loading_info["unexpected_keys"]):
-            raise ValueError(
-                f"{path} holds a multiple-choice head of Transformers' own MRA (pre_classifier and "
-                "ReLU), which has no "
-                "counterpart here. Load it with transformers.models.mra, or start a new head from "
-                "its encoder (MraModel)."
+            return (
+                "a multiple-choice head of Transformers' own MRA (pre_classifier and ReLU), "
+                "which has no counterpart here"
             )
+        return None
+
+
+class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):
+    """Choice among candidates that stand in the text: logits `[B, candidates]`.
+
+    No Auto class of Transformers has this shape of input (multiple choice encodes every candidate
+    separately), so the class is used by name. Any RoBERTa-like checkpoint of type `mra_hf` loads
+    into it; `attn_implementation="sdpa"` gives the dense model.
+    """
+
+    accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch
+
+    def __init__(self, config: MraConfig):
+        super().__init__(config)
+        self.roberta = MraModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.scorer = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        candidate_spans: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> CandidateChoiceOutput | tuple[Tensor, ...]:
+        """Score the candidates of B questions.
+
+        Args:
+            input_ids: `[B, N]`, or `[B, chunks, N]` for questions in several chunks.
+            candidate_spans: `[B, candidates, 2]` or `[B, chunks, candidates, 2]`: the positions of
+                the tokens that open and close a candidate, -1 for none.
+            attention_mask: shaped like `input_ids`; a chunk without a real token is skipped.
+            labels: `[B]`, the number of the right candidate.
+            num_items_in_batch: what the summed loss is divided by (default: B).
+            kwargs: handed to the encoder (`output_hidden_states`, ...).
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        if input_ids.dim() == 2:
+            input_ids = input_ids[:, None]
+            candidate_spans = candidate_spans[:, None]
+            attention_mask = None if attention_mask is None else attention_mask[:, None]
+        shape = tuple(candidate_spans.shape)
+        if len(shape) != 4 or shape[:2] != input_ids.shape[:2] or shape[3] != 2:
+            raise ValueError(
+                "candidate_spans must be [questions, chunks, candidates, 2] with the questions and "
+                f"chunks of input_ids {tuple(input_ids.shape[:2])}, got {shape}."
+            )
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        present = attention_mask.any(-1)  # [B, chunks]
+        if input_ids.shape[1] == 1:
+            present = (slice(None), 0)  # no chunk to skip, and nothing is read on the host
+        outputs = self.roberta(
+            input_ids[present], attention_mask=attention_mask[present], return_dict=True, **kwargs
+        )
+        token_scores = self.scorer(self.dropout(outputs.last_hidden_state))[..., 0]
+        logits = candidate_logits(
+            token_scores, candidate_spans, present, self.config.candidate_pooling
+        )
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+        result = CandidateChoiceOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+        return result.to_tuple() if return_dict is False else result
 
 
 def _of_width(config: MraConfig, width: int | None) -> MraConfig:
-    """`config` with `hidden_size` replaced by `width`, for modules that live at the width of the
-    embeddings.
-    """
+    """`config` with `hidden_size` replaced by `width`, the width of the embeddings."""
     if width is None:
         return config
     config = copy.copy(config)
@@ -337,7 +389,7 @@ def _of_width(config: MraConfig, width: int | None) -> MraConfig:
     return config
 
 
-def classifier_dropout(config: MraConfig) -> float:
+def _classifier_dropout(config: MraConfig) -> float:
     if config.classifier_dropout is None:
         return config.hidden_dropout_prob
     return config.classifier_dropout
@@ -348,7 +400,79 @@ def _is_builtin(path, hub_arguments: dict) -> bool:
     if path is None:
         return False
     try:
-        found = PreTrainedConfig.get_config_dict(path, **hub_arguments)[0]
-        return found.get("model_type") == BUILTIN_TYPE
+        config_dict, _ = PreTrainedConfig.get_config_dict(path, **hub_arguments)
+        return config_dict.get("model_type") == BUILTIN_TYPE
     except OSError:  # no config.json there: one was passed by the caller
         return False
+
+
+class Head(NamedTuple):
+    """A model class of the family and what others need to know about it.
+
+    Args:
+        model_class: the class.
+        auto_classes: the Auto classes of Transformers that open it, the one for its task last; none
+            if it is used by name.
+        pipeline_tag: its task on the hub, None if the hub has none.
+        weights: the weight names that show that a checkpoint has this head; the first row of
+            `HEADS` that matches counts.
+    """
+
+    model_class: type[PreTrainedModel]
+    auto_classes: tuple[type, ...]
+    pipeline_tag: str | None
+    weights: tuple[str, ...]
+
+    @property
+    def class_name(self) -> str:
+        """The name of the class, such as "MraForMaskedLM"."""
+        return self.model_class.__name__
+
+    @property
+    def ending(self) -> str:
+        """The class name without its "Mra", which RoBERTa's and BERT's class names share."""
+        return self.class_name.removeprefix("Mra")
+
+
+HEADS = (
+    Head(
+        MraForMaskedLM,
+        (AutoModelForPreTraining, AutoModelForMaskedLM),
+        "fill-mask",
+        ("lm_head.dense.weight",),
+    ),
+    Head(
+        MraForQuestionAnswering,
+        (AutoModelForQuestionAnswering,),
+        "question-answering",
+        ("qa_outputs.weight",),
+    ),
+    Head(
+        MraForSequenceClassification,
+        (AutoModelForSequenceClassification,),
+        "text-classification",
+        ("classifier.dense.weight",),
+    ),
+    Head(
+        MraForMultipleChoice,
+        (AutoModelForMultipleChoice,),
+        None,
+        ("classifier.weight", "roberta.pooler.dense.weight"),
+    ),
+    Head(
+        MraForTokenClassification,
+        (AutoModelForTokenClassification,),
+        "token-classification",
+        ("classifier.weight",),
+    ),
+    Head(MraForCandidateChoice, (), None, ("scorer.weight",)),
+    Head(MraModel, (AutoModel,), "feature-extraction", ()),
+)
+
+#: The module that saved directories point to, for `trust_remote_code=True`.
+REMOTE_MODULE = "modeling_mra_hf"
+AUTO_MAP = {"AutoConfig": f"{REMOTE_MODULE}.MraConfig"} | {
+    auto_class.__name__: f"{REMOTE_MODULE}.{head.class_name}"
+    for head in HEADS
+    for auto_class in head.auto_classes
+}

@@ -821,7 +821,7 @@ def test_an_exception_leaves_nothing(error, tmp_path, monkeypatch):
         assert (tmp_path / f".out.partial-{os.getpid()}").is_dir()
         raise error
 
-    monkeypatch.setattr(convert, "_write_report", fail)
+    monkeypatch.setattr("mra_hf.conversion.convert._write_report", fail)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(type(error)):
         convert(tmp_path / "source", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""`MraForCandidateChoice`: scores, pieces, gradients, saving."""
+"""`MraForCandidateChoice`: scores, chunks, gradients, saving."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from tiny_models import mra_config, padded_batch
 LOWEST = torch.finfo(torch.float32).min
 
 
-def question(pieces=1, length=100, candidates=3):
-    """Two questions; the second lacks its last candidate and, of several, its last piece."""
-    input_ids = torch.randint(5, 100, (2, pieces, length))
+def question(chunks=1, length=100, candidates=3):
+    """Two questions; the second lacks its last candidate and, of several, its last chunk."""
+    input_ids = torch.randint(5, 100, (2, chunks, length))
     mask = torch.ones_like(input_ids)
     first = torch.arange(candidates) * 5 + 1
-    spans = torch.stack([first, first + 3], -1).expand(2, pieces, candidates, 2).clone()
+    spans = torch.stack([first, first + 3], -1).expand(2, chunks, candidates, 2).clone()
     spans[1, :, -1] = -1
-    if pieces > 1:
+    if chunks > 1:
         mask[1, -1] = 0
         spans[1, -1] = -1
     return {
@@ -54,21 +54,21 @@ def test_scores_are_linear_in_the_states_of_the_candidates(pooling):
 
 
 @pytest.mark.parametrize("pooling", ["marker", "mean"])
-def test_scores_of_pieces_add_up(pooling):
-    model, batch = model_of(candidate_pooling=pooling), question(pieces=3)
+def test_scores_of_chunks_add_up(pooling):
+    model, batch = model_of(candidate_pooling=pooling), question(chunks=3)
     logits = model(**batch).logits
     parts = [
         model(**{name: tensor[:, i : i + 1] for name, tensor in batch.items()}).logits
         for i in range(3)
     ]
     torch.testing.assert_close(logits[0], sum(part[0] for part in parts), rtol=1e-4, atol=1e-4)
-    both = parts[0][1, :2] + parts[1][1, :2]  # its third piece holds nothing
+    both = parts[0][1, :2] + parts[1][1, :2]  # its third chunk holds nothing
     torch.testing.assert_close(logits[1, :2], both, rtol=1e-4, atol=1e-4)
     assert logits[1, 2] == LOWEST
 
 
 def test_padding_changes_nothing():
-    model, batch = model_of(), question(pieces=2)
+    model, batch = model_of(), question(chunks=2)
     wider = {
         "input_ids": F.pad(batch["input_ids"], (0, 40), value=1),
         "attention_mask": F.pad(batch["attention_mask"], (0, 40)),
@@ -80,7 +80,7 @@ def test_padding_changes_nothing():
 
 
 def test_every_weight_gets_a_gradient_and_the_loss_is_divided_by_the_count():
-    model, batch = model_of().train(), question(pieces=2)
+    model, batch = model_of().train(), question(chunks=2)
     model(**batch, labels=torch.tensor([1, 0])).loss.backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
     assert without == []
@@ -114,7 +114,7 @@ def test_tuples_and_hidden_states_as_usual():
 
 
 def test_wrong_spans_and_settings_are_refused():
-    model, batch = model_of(), question(pieces=2)
+    model, batch = model_of(), question(chunks=2)
     with pytest.raises(ValueError, match=r"candidate_spans must be .* got \(2, 1, 3, 2\)"):
         model(**(batch | {"candidate_spans": batch["candidate_spans"][:, :1]}))
     with pytest.raises(ValueError, match="candidate_pooling must be one of"):
@@ -123,7 +123,7 @@ def test_wrong_spans_and_settings_are_refused():
         mra_config(sparse_prediction="yes")
 
 
-def test_the_model_itself_can_predict_labelled_places_alone():
+def test_the_model_itself_can_predict_labelled_positions_only():
     torch.manual_seed(0)
     model = mra_hf.MraForMaskedLM(mra_config())
     batch = padded_batch()

@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import mra_hf
-from mra_hf import MraConfig
+from mra_hf import MraConfig, modeling
 from tiny_models import SIZES, TOKENS, mra_config, padded_batch, roberta_config
 
 HEADS = {
@@ -251,6 +251,19 @@ def test_saved_directories_open_through_trust_remote_code(tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "modeling.py").exists()
     assert (tmp_path / "again" / "modeling_mra_hf.py").read_text().startswith("from mra_hf import")
+
+
+def test_saved_directories_name_every_head(tmp_path):
+    mra_hf.MraForMaskedLM(mra_config()).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    stub = (tmp_path / "modeling_mra_hf.py").read_text()
+    names = sorted(["MraConfig", *(head.class_name for head in modeling.HEADS)])
+    assert stub == f"from mra_hf import {', '.join(names)}\n"
+    for head in modeling.HEADS:
+        assert getattr(mra_hf, head.class_name) is head.model_class
+        for auto_class in head.auto_classes:
+            assert auto_map.pop(auto_class.__name__) == f"modeling_mra_hf.{head.class_name}"
+    assert auto_map == {"AutoConfig": "modeling_mra_hf.MraConfig"}
 
 
 def test_the_tokenizer_is_registered_for_our_config():

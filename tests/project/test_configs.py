@@ -30,7 +30,7 @@ from transformers import (
 import mra_hf
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.commands import convert, experiments, main
-from mra_hf.conversion.sources import SOURCE_CONFIGS
+from mra_hf.conversion.sources import SOURCE_TYPES
 from mra_hf.loading import check_length, override, with_attention
 from mra_hf.results.paper import PAPER_ROWS
 
@@ -160,7 +160,7 @@ def converted_config(arguments: list[str]) -> mra_hf.MraConfig:
     convert.add_arguments(parser)
     args = parser.parse_args(arguments)
     source = config_at(args.source)
-    assert source.model_type in SOURCE_CONFIGS, f"mra-hf convert refuses {args.source}"
+    assert source.model_type in SOURCE_TYPES, f"mra-hf convert refuses {args.source}"
     asked = {
         "block_per_row": args.block_per_row,
         "approx_mode": args.approx_mode,
@@ -236,11 +236,11 @@ def test_a_file_says_what_the_paper_says(row):
         assert config._attn_implementation in ATTENTION_NAMES
         settings = attention_settings(config, config._attn_implementation)
         mode = {"mra2": "full", "mra2_s": "sparse"}[wanted.attention]
-        assert (settings["approx_mode"], settings["block_per_row"]) == (mode, wanted.blocks)
+        assert (settings.approx_mode, settings.block_per_row) == (mode, wanted.blocks)
         first, diagonal = PAPER_PRIORS[wanted.tokens, wanted.blocks]
-        assert settings["initial_prior_first_n_blocks"] == first
-        assert settings["initial_prior_diagonal_n_blocks"] == diagonal
-        assert settings["block_size"] == 32 and settings["block_budget"] is None
+        assert settings.initial_prior_first_n_blocks == first
+        assert settings.initial_prior_diagonal_n_blocks == diagonal
+        assert settings.block_size == 32 and settings.block_budget is None
         if wanted.result == "wikihop":
             assert args.initial_prior_first_n_blocks == first
 

@@ -200,17 +200,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import mra_hf
-from mra_hf.sparse_prediction import labelled_logits, predict_masked_places
+from mra_hf.sparse_prediction import labelled_logits, predict_labelled_positions
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 ids, labels = torch.load("batch.pt")
 plain = mra_hf.MraForMaskedLM.from_pretrained("base")
-predict_masked_places(plain)
+predict_labelled_positions(plain)
 plain.train()(input_ids=ids, labels=labels).loss.backward()
 
 model = mra_hf.MraForMaskedLM.from_pretrained("base")
-predict_masked_places(model)
+predict_labelled_positions(model)
 model.gradient_checkpointing_enable()
 mesh = init_device_mesh("cpu", (2,))
 for layer in model.roberta.encoder.layer:

@@ -330,7 +330,7 @@ def test_logits_at_masked_places_alone_give_the_same_loss_and_gradients(kind):
     expected.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    sparse_prediction.predict_masked_places(model)
+    sparse_prediction.predict_labelled_positions(model)
     given = model(**batch, labels=labels)
     given.loss.backward()
     assert given.logits.shape == (int((labels != -100).sum()), model.config.vocab_size)

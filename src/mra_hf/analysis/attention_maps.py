@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from mra_attention import mra2_attention_matrix, select_blocks
 from mra_hf.attention import attention_settings
-from mra_hf.configuration import of_layers
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,11 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             handle.remove()
 
     settings = attention_settings(model.config, "mra2")
-    if "resolutions" in settings:
+    if settings.resolutions is not None:
         raise ValueError(
-            "pictures are of two scales, and the configuration has resolutions="
-            f"{settings['resolutions']}; set block_per_row instead."
+            "pictures are of two scales, and the configuration has "
+            f"resolutions={settings.resolutions}; set block_per_row instead."
         )
-    rule = {name: chosen for name, chosen in settings.items() if name != "approx_mode"}
     heads = model.config.num_attention_heads
     matrices = []
     for layer, recorded in enumerate(projections):
@@ -85,15 +83,13 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             for name in ("query", "key")
         )
         exact = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)[0]
-        layers = of_layers(rule["block_per_row"])
-        own = {"block_per_row": layers[layer % len(layers)]}
-        selection = select_blocks(query, key, **rule | own)
+        selection = select_blocks(query, key, **settings.for_layer(layer).for_selection())
         approximate = mra2_attention_matrix(
             query,
             key,
             selection=selection,
             block_size=selection.block_size,
-            approx_mode=settings["approx_mode"],
+            approx_mode=settings.approx_mode,
         )[0]
         matrices += [
             HeadMatrices(

@@ -1,7 +1,7 @@
 """Turn a checkpoint into one with multi-resolution attention and a longer position table.
 
-SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra, or of mra_hf,
-to make a model of this package longer; its weights and its head are kept. OUT gets weights, config,
+SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra, or mra_hf to
+make a model of this package longer; its weights and its head are kept. OUT gets weights, config,
 tokenizer, a model card and a report.
 
 example:
@@ -59,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer (default: SOURCE)"
     )
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of the weights (default: that of SOURCE)"
-    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: SOURCE's)")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
 
 
@@ -77,15 +75,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _next_command(report: ConversionReport) -> str:
     """A shell command that opens the result and runs it."""
-    where = json.dumps(report.output)
+    path = json.dumps(report.output)
     if report.model_class == "MraForMaskedLM":
         code = (
             "import mra_hf; from transformers import pipeline; "
-            f'fill = pipeline("fill-mask", {where}); print(fill("A " + fill.tokenizer.mask_token))'
+            f'fill = pipeline("fill-mask", {path}); print(fill("A " + fill.tokenizer.mask_token))'
         )
     else:
         code = (
             f"import mra_hf; from transformers import {report.auto_class}; "
-            f"print({report.auto_class}.from_pretrained({where}))"
+            f"print({report.auto_class}.from_pretrained({path}))"
         )
     return f"  python -c {shlex.quote(code)}"

@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
             model, tokenizer, texts, length=length, max_tokens=args.max_tokens
         )
         attention = model.config._attn_implementation
-        settings = (
-            attention_settings(model.config, attention) if attention in ATTENTION_NAMES else {}
-        )
+        settings = {}
+        if attention in ATTENTION_NAMES:
+            settings = attention_settings(model.config, attention).for_operator()
         row = {
             "date": datetime.date.today().isoformat(),
             "device": model.device.type,

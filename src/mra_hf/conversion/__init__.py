@@ -1,4 +1,4 @@
-"""Conversion of an existing checkpoint: `convert_checkpoint` and its report."""
+"""Conversion of existing checkpoints: `convert_checkpoint` and its report."""
 
 from mra_hf.conversion.convert import DTYPES, REPORT_NAME, convert_checkpoint
 from mra_hf.conversion.report import ConversionReport

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: find a source, read its config and weights, write a result all or nothing.
+"""Files of a checkpoint: find a source, read its weights, write a result all or nothing.
 
 Weights are read raw, tensor by tensor, from `model.safetensors`, sharded safetensors,
 `pytorch_model.bin` or sharded bins (in this order; pickles with `weights_only=True`).
@@ -51,7 +51,7 @@ _active: set[Path] = set()
 
 
 class CheckpointLocation(NamedTuple):
-    """Where a checkpoint was found: the name to show, its folder here, its hub id if it has one."""
+    """Where a checkpoint lies: the name to show, the folder here, the hub id if it has one."""
 
     label: str
     folder: Path
@@ -71,31 +71,31 @@ def resolve_checkpoint(
             repository.
         ValueError: `source` is a file.
     """
-    given = os.fspath(source)
-    folder = Path(given).expanduser()
+    name = os.fspath(source)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
         return CheckpointLocation(folder.name, folder, None)
     if folder.exists():
         raise ValueError(
-            f"SOURCE must be a directory with config.json and weights, got the file {given}; "
+            f"SOURCE must be a directory with config.json and weights, got the file {name}; "
             "pass the directory it lies in."
         )
-    if not _HUB_ID.fullmatch(given):
-        raise OSError(f"there is no directory {given}; pass an existing directory or a hub id.")
+    if not _HUB_ID.fullmatch(name):
+        raise OSError(f"there is no directory {name}; pass an existing directory or a hub id.")
     try:
         patterns = [*_SMALL_FILES, "model*.safetensors"] if weights else _SMALL_FILES
-        folder = Path(snapshot_download(given, allow_patterns=patterns))
-        if weights and not any((folder / name).is_file() for name in WEIGHT_NAMES[:2]):
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if weights and not any((folder / file).is_file() for file in WEIGHT_NAMES[:2]):
             patterns = [*_SMALL_FILES, "pytorch_model*.bin"]
-            folder = Path(snapshot_download(given, allow_patterns=patterns))
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client raises errors of several libraries
         raise OSError(
-            f"{given} is neither a directory here nor a repository that could be fetched from the "
-            f"hub ({type(error).__name__}: {_first_line(error)}). Check the name and the "
-            "connection, or pass a directory."
+            f"{name} is neither a directory here nor a repository that could be fetched "
+            f"from the hub ({type(error).__name__}: {_first_line(error)}). "
+            "Check the name and the connection, or pass a directory."
         ) from error
-    return CheckpointLocation(given, folder, given)
+    return CheckpointLocation(name, folder, name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises:
         OSError: there are none that can be read here, or a shard is missing.
-        ValueError: the index is not one.
+        ValueError: the index does not map tensor names to files.
     """
-    found = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-    if found is None:
+    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+    if weights is None:
         others = sorted(
             file.name
             for pattern in ("*.h5", "*.msgpack", "*.ot", "*.onnx", "*.gguf", "adapter_*.*")
@@ -135,17 +135,17 @@ def weight_files(folder: Path) -> list[Path]:
             + (f", found only {', '.join(others)}" if others else "")
             + ". Save the model with save_pretrained first."
         )
-    if not found.name.endswith(".index.json"):
-        return [found]
-    shards = read_json(found).get("weight_map")
+    if not weights.name.endswith(".index.json"):
+        return [weights]
+    shards = read_json(weights).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(name, str) and Path(name).name == name for name in shards.values()
     ):
-        raise ValueError(f"{found} must have a weight_map from tensor names to file names.")
+        raise ValueError(f"{weights} must have a weight_map from tensor names to file names.")
     files = [folder / name for name in sorted(set(shards.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise OSError(f"{folder} lacks {missing}, named in {found.name}; fetch it again.")
+        raise OSError(f"{folder} lacks {missing}, named in {weights.name}; fetch it again.")
     return files
 
 
@@ -154,7 +154,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: weights are missing, truncated or corrupt; the file is named.
-        ValueError: a file holds something else than named tensors.
+        ValueError: a file holds anything but named tensors.
     """
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
@@ -171,20 +171,20 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         return load_file(file, device="cpu")
     except SafetensorError as error:
         raise OSError(
-            f"{file} could not be read as safetensors, it is truncated or corrupt "
-            f"({_first_line(error)}); fetch it again."
+            f"{file} could not be read as safetensors, "
+            f"it is truncated or corrupt ({_first_line(error)}); fetch it again."
         ) from error
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        mapped = zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        can_map = zipfile.is_zipfile(file)  # files of torch < 1.6 cannot be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=can_map)
     except Exception as error:  # pickle, zip and torch raise errors of many kinds
         raise OSError(
-            f"{file} could not be read as PyTorch weights, it is truncated, corrupt or holds more "
-            f"than tensors ({type(error).__name__}: {_first_line(error)}); fetch it again, or "
-            "save it as safetensors."
+            f"{file} could not be read as PyTorch weights, it is truncated, corrupt "
+            f"or holds more than tensors ({type(error).__name__}: {_first_line(error)}); "
+            "fetch it again, or save it as safetensors."
         ) from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
@@ -195,9 +195,6 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
-
-
-# Writing
 
 
 def check_output(output: Path, *, force: bool, source: Path | None = None) -> None:
@@ -220,12 +217,12 @@ def check_output(output: Path, *, force: bool, source: Path | None = None) -> No
         return
     if not force:
         raise ValueError(
-            f"OUT {output} is not empty; choose another directory, or replace it with force=True "
-            "(--force)."
+            f"OUT {output} is not empty; "
+            "choose another directory, or replace it with force=True (--force)."
         )
-    for used in (Path.cwd(), Path(os.path.expanduser("~"))):
-        if used.is_relative_to(output):
-            raise ValueError(f"OUT {output} holds {used} and is never replaced; choose another.")
+    for in_use in (Path.cwd(), Path(os.path.expanduser("~"))):
+        if in_use.is_relative_to(output):
+            raise ValueError(f"OUT {output} holds {in_use} and is never replaced; choose another.")
 
 
 @contextlib.contextmanager
@@ -275,7 +272,7 @@ def _publish(staging: Path, output: Path, force: bool) -> None:
 
 
 def _remove_leftovers(output: Path) -> None:
-    """Remove what processes that no longer run left beside `output`; put back what they moved."""
+    """Remove what dead processes left beside `output`; put back what they moved."""
     pattern = re.compile(rf"\.{re.escape(output.name)}\.(partial|replaced)-(\d+)")
     for sibling in sorted(output.parent.glob(f".{glob.escape(output.name)}.*")):
         match = pattern.fullmatch(sibling.name)
@@ -289,16 +286,16 @@ def _remove_leftovers(output: Path) -> None:
 
 @contextlib.contextmanager
 def _exit_on_signals() -> "Iterator[None]":
-    """Turn SIGTERM and SIGHUP into SystemExit, so that clean-up runs; only in the main thread."""
+    """Turn SIGTERM and SIGHUP into SystemExit, so that cleanup runs; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = False
+    is_leaving = False
 
     def leave(number, frame):
-        nonlocal asked
-        if not asked:  # a second one must not interrupt the clean-up
-            asked = True
+        nonlocal is_leaving
+        if not is_leaving:  # a second signal must not interrupt the cleanup
+            is_leaving = True
             raise SystemExit(128 + number)
 
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -311,7 +308,7 @@ def _exit_on_signals() -> "Iterator[None]":
 
 
 def _runs_elsewhere(pid: int) -> bool:
-    """Whether `pid` is a running process other than this one (whose own are in `_active`)."""
+    """Whether `pid` is a running process other than this one (whose folders are in `_active`)."""
     if pid == os.getpid():
         return False
     try:

@@ -8,18 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mra_hf.configuration import of_layers
+from mra_hf.configuration import AttentionSettings
+from mra_hf.modeling import HEADS, Head
 
 ACTIONS = ("copied", "renamed", "tiled", "new", "dropped")
-#: Ending of a model class -> task name of the hub; multiple choice has none.
-PIPELINE_TAGS = {
-    "Model": "feature-extraction",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMultipleChoice": None,
-}
 _LINES_PER_ACTION = 12
 
 
@@ -51,7 +43,7 @@ class ConversionReport:
     """What `convert_checkpoint` read, wrote and measured.
 
     Args:
-        source, output: as given by the caller.
+        source, output: as the caller passed them.
         hub_id: the source's name on the hub, None for a local directory.
         source_type: its `model_type`.
         model_class: class of the result.
@@ -62,7 +54,7 @@ class ConversionReport:
         blocks_per_head: their number there.
         tensors: every tensor of the result and every tensor dropped from the source.
         notes: what else the reader should know, as sentences.
-        scores: masked-token scores, empty unless a text was given.
+        scores: masked-token scores, empty unless the caller passed a text.
     """
 
     source: str
@@ -93,32 +85,25 @@ class ConversionReport:
     @property
     def dense_length(self) -> int:
         """Up to how many tokens every block pair is exact; 0 where the scales end above 1."""
-        scales = self.settings["resolutions"]
-        if scales is not None:
-            budgets = self.settings["block_budgets"] or ()
-            sides = [math.isqrt(m) * size for m, size in zip(budgets, scales, strict=False)]
-            side = min(sides, default=self.max_length) if scales[-1] == 1 else 0
-            return min(side - side % scales[0], self.max_length)
-        budget, size = self.settings["block_budget"], self.settings["block_size"]
-        rows = math.isqrt(budget or 0) or min(of_layers(self.settings["block_per_row"]))
-        return min(size * rows, self.max_length)
+        return AttentionSettings(**self.settings).dense_length(self.max_length)
+
+    @property
+    def head(self) -> Head:
+        """The row of `HEADS` of the result."""
+        return next(head for head in HEADS if head.class_name == self.model_class)
 
     @property
     def auto_class(self) -> str:
         """The Auto class that opens the result."""
-        return "AutoModel" + self._ending.removeprefix("Model")
-
-    @property
-    def _ending(self) -> str:
-        return self.model_class.removeprefix("Mra")
+        return self.head.auto_classes[-1].__name__
 
     def counts(self) -> dict[str, int]:
-        """Number of tensors by action, in the order of `ACTIONS`."""
+        """Return the number of tensors by action, in the order of `ACTIONS`."""
         counted = Counter(record.action for record in self.tensors)
         return {action: counted[action] for action in ACTIONS}
 
     def to_dict(self) -> dict[str, Any]:
-        """All facts as plain JSON types; source and output by name, without their folders."""
+        """Return all facts as plain JSON types; source and output by name, without folders."""
         facts = asdict(self) | {"source": self.source_name, "output": self.output_name}
         facts["counts"] = self.counts()
         facts["dense_length"] = self.dense_length
@@ -130,15 +115,15 @@ class ConversionReport:
         return facts
 
     def summary(self) -> str:
-        """A short table to print: sizes, budget, tensors by action, notes, scores."""
+        """Return a short table to print: sizes, budget, tensors by action, notes, scores."""
         lines = [
             f"{self.source_name} ({self.source_type}) -> {self.model_class}",
             f"  tokens     {self.source_length} -> {self.max_length}, {self.dtype}",
-            f"  attention  {self._budget()}",
+            f"  attention  {_budget(self)}",
             f"             dense up to {self.dense_length} tokens",
             "  tensors    " + ", ".join(f"{n} {action}" for action, n in self.counts().items()),
         ]
-        lines += [f"    {action:<8} {text}" for action, text in self._groups()]
+        lines += [f"    {action:<8} {text}" for action, text in _groups(self.tensors)]
         lines += [f"  note       {note}" for note in self.notes]
         if self.scores:
             lines.append("  masked tokens, untrained (accuracy, loss in nats)")
@@ -150,155 +135,189 @@ class ConversionReport:
         return "\n".join(lines)
 
     def model_card(self) -> str:
-        """README.md of the result."""
-        name = self.output_name
-        tag = PIPELINE_TAGS[self._ending]
-        front = ["library_name: transformers"]
-        front += [f"pipeline_tag: {tag}"] if tag else []
-        front += [f"base_model: {self.hub_id}"] if self.hub_id else []
-        front += ["tags:", "- mra", "- mra_hf", "- long-context", "- multi-resolution-attention"]
-        lines = ["---", *front, "---", "", f"# {name}", ""]
-        lines += [
-            f"`{self.source_name}` (`{self.source_type}`, {self.source_length} tokens) converted "
-            f"to multi-resolution attention for {self.max_length} tokens by "
-            "`mra-hf convert`. No training took place. The licence and the model card of the "
-            "source apply.",
-            "",
-            "## Use",
-            "",
-            "```python",
-            "import mra_hf  # registers the classes",
-            f"from transformers import {self.auto_class}, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-            f'model = {self.auto_class}.from_pretrained("{name}")',
-            *self._call(),
-            "```",
-            "",
-            f'`"{name}"` stands for this directory or its hub id. Pad on the right.',
-            "",
-            "## Attention",
-            "",
-            f"- {self._budget()}.",
-            f"- Up to {self.dense_length} tokens the result is dense attention: every block pair "
-            "is exact.",
-            "- Settings: "
-            + ", ".join(f"`{key}={chosen!r}`" for key, chosen in self.settings.items())
-            + ".",
-            f"- Positions: {self._position_note()}.",
-            *([f"- {self._cost()}"] if self._cost() else []),
-            "",
+        """Return the README.md of the result."""
+        lines = [
+            *_front_matter(self),
+            *_usage_section(self),
+            *_attention_section(self),
+            *(_scores_section(self) if self.scores else ()),
+            *_tensors_section(self),
         ]
-        if self.scores:
-            lines += [
-                "## Scores (untrained)",
-                "",
-                "Masked tokens of one text, the same tokens in every row. No training took place. "
-                + self._cost(),
-                "",
-                "| model | attention | tokens per chunk | accuracy | loss (nats) | masked |",
-                "|---|---|---|---|---|---|",
-                *(
-                    f"| {row.model} | {row.attention} | {row.length} | {row.accuracy:.3f} | "
-                    f"{row.nll:.3f} | {row.n_masked} |"
-                    for row in self.scores
-                ),
-                "",
-            ]
-        lines += ["## Tensors", "", "| action | tensors |", "|---|---|"]
-        lines += [f"| {action} | {number} |" for action, number in self.counts().items()]
-        groups = [f"- {action}: {_as_code(text)}" for action, text in self._groups()]
-        lines += ["", *groups, "", "<details><summary>Every tensor</summary>", ""]
-        lines += ["| tensor | action | from | shape | note |", "|---|---|---|---|---|"]
-        lines += [
-            f"| `{record.name}` | {record.action} | "
-            f"{f'`{record.source}`' if record.source else ''} | {list(record.shape)} | "
-            f"{record.note} |"
-            for record in self.tensors
-        ]
-        lines += ["", "</details>"]
         if self.notes:
             lines += ["", "## Notes", "", *(f"- {note}" for note in self.notes)]
         return "\n".join(lines) + "\n"
 
-    def _call(self) -> list[str]:
-        if self._ending == "ForMultipleChoice":
-            return [
-                'inputs = tokenizer(["A question"] * 2, ["One answer", "Another"], padding=True, '
-                'return_tensors="pt")',
-                "outputs = model(**{name: t[None] for name, t in inputs.items()})",
-            ]
-        if self._ending == "ForQuestionAnswering":
-            call = '"A question", "A long text", truncation=True, return_tensors="pt"'
-        else:
-            call = '"A long text", truncation=True, return_tensors="pt"'
-        return [f"outputs = model(**tokenizer({call}))"]
 
-    def _budget(self) -> str:
-        if self.settings["resolutions"] is not None:
-            scales, budgets = (
-                ", ".join(map(str, self.settings[name] or ()))
-                for name in ("resolutions", "block_budgets")
-            )
-            return (
-                f"blocks of {scales} tokens ({self.settings['approx_mode']}), of which "
-                f"{budgets or 0} per head are cut: the finest cover {self.density:.1%} of the "
-                f"matrix at {self.max_length} tokens"
-            )
-        size, mode = self.settings["block_size"], self.settings["approx_mode"]
-        rows = math.ceil(self.max_length / size)
-        if self.settings["block_budget"] is None:
-            layers = ", ".join(map(str, of_layers(self.settings["block_per_row"])))
-            asked = f"{layers} exact blocks of {size} tokens per block row"
-        else:
-            asked = f"{self.settings['block_budget']} exact blocks of {size} tokens per head"
-        return (
-            f"{'MRA-2' if mode == 'full' else 'MRA-2-s'} ({mode}), {asked}: "
-            f"{self.blocks_per_head} of {rows**2} block pairs per head ({self.density:.1%}) at "
-            f"{self.max_length} tokens"
-        )
+def _front_matter(report: ConversionReport) -> list[str]:
+    tag = report.head.pipeline_tag
+    return [
+        "---",
+        "library_name: transformers",
+        *([f"pipeline_tag: {tag}"] if tag else []),
+        *([f"base_model: {report.hub_id}"] if report.hub_id else []),
+        *("tags:", "- mra", "- mra_hf", "- long-context", "- multi-resolution-attention"),
+        "---",
+        "",
+        f"# {report.output_name}",
+        "",
+        f"`{report.source_name}` (`{report.source_type}`, {report.source_length} tokens) "
+        f"converted to multi-resolution attention for {report.max_length} tokens "
+        "by `mra-hf convert`. No training took place. "
+        "The licence and the model card of the source apply.",
+        "",
+    ]
 
-    def _cost(self) -> str:
-        """A sentence on what costs accuracy until training continues; empty if nothing does."""
-        causes = ["Tiled positions cost"] if self.max_length > self.source_length else []
-        causes += ["A small budget costs"] if self.density < 1 else []
-        if not causes:
-            return ""
-        both = "Tiled positions and a small budget cost"
-        return f"{both if len(causes) == 2 else causes[0]} accuracy until training continues."
 
-    def _position_note(self) -> str:
-        [record] = [
-            record
-            for record in self.tensors
-            if record.name.endswith("position_embeddings.weight") and record.action != "dropped"
+def _usage_section(report: ConversionReport) -> list[str]:
+    name = report.output_name
+    return [
+        "## Use",
+        "",
+        "```python",
+        "import mra_hf  # registers the classes",
+        f"from transformers import {report.auto_class}, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'model = {report.auto_class}.from_pretrained("{name}")',
+        *_example_call(report.head),
+        "```",
+        "",
+        f'`"{name}"` stands for this directory or its hub id. Pad on the right.',
+        "",
+    ]
+
+
+def _example_call(head: Head) -> list[str]:
+    if head.ending == "ForMultipleChoice":
+        return [
+            'inputs = tokenizer(["A question"] * 2, ["One answer", "Another"], padding=True, '
+            'return_tensors="pt")',
+            "outputs = model(**{name: t[None] for name, t in inputs.items()})",
         ]
-        return record.note or "the table of the source, unchanged"
+    texts = '"A long text"'
+    if head.ending == "ForQuestionAnswering":
+        texts = '"A question", "A long text"'
+    return [f'outputs = model(**tokenizer({texts}, truncation=True, return_tensors="pt"))']
 
-    def _groups(self) -> list[tuple[str, str]]:
-        """Non-copied tensors as (action, text), tensors of the same rule in one line."""
-        groups: dict[tuple[str, str, str], int] = {}
-        for record in self.tensors:
-            if record.action != "copied":
-                key = (record.action, *_pattern(record))
-                groups[key] = groups.get(key, 0) + 1
-        lines: list[tuple[str, str]] = []
-        for action in ACTIONS:
-            texts = [
-                text
-                + (f" ({number} tensors)" if number > 1 else "")
-                + (f": {note}" if note else "")
-                for (of, text, note), number in groups.items()
-                if of == action
-            ]
-            more = len(texts) - _LINES_PER_ACTION
-            lines += [(action, text) for text in texts[:_LINES_PER_ACTION]]
-            lines += [(action, f"... and {more} more groups")] if more > 0 else []
-        return lines
+
+def _attention_section(report: ConversionReport) -> list[str]:
+    settings = ", ".join(f"`{name}={value!r}`" for name, value in report.settings.items())
+    cost = _cost(report)
+    return [
+        "## Attention",
+        "",
+        f"- {_budget(report)}.",
+        f"- Up to {report.dense_length} tokens the result is dense attention: "
+        "every block pair is exact.",
+        f"- Settings: {settings}.",
+        f"- Positions: {_position_note(report.tensors)}.",
+        *([f"- {cost}"] if cost else []),
+        "",
+    ]
+
+
+def _scores_section(report: ConversionReport) -> list[str]:
+    return [
+        "## Scores (untrained)",
+        "",
+        "Masked tokens of one text, the same tokens in every row. No training took place. "
+        + _cost(report),
+        "",
+        "| model | attention | tokens per chunk | accuracy | loss (nats) | masked |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row.model} | {row.attention} | {row.length} | {row.accuracy:.3f} | "
+            f"{row.nll:.3f} | {row.n_masked} |"
+            for row in report.scores
+        ),
+        "",
+    ]
+
+
+def _tensors_section(report: ConversionReport) -> list[str]:
+    return [
+        *("## Tensors", "", "| action | tensors |", "|---|---|"),
+        *(f"| {action} | {number} |" for action, number in report.counts().items()),
+        "",
+        *(f"- {action}: {_as_code(text)}" for action, text in _groups(report.tensors)),
+        *("", "<details><summary>Every tensor</summary>", ""),
+        *("| tensor | action | from | shape | note |", "|---|---|---|---|---|"),
+        *(
+            f"| `{record.name}` | {record.action} | "
+            f"{f'`{record.source}`' if record.source else ''} | {list(record.shape)} | "
+            f"{record.note} |"
+            for record in report.tensors
+        ),
+        *("", "</details>"),
+    ]
+
+
+def _budget(report: ConversionReport) -> str:
+    """The budget and what it covers, in words."""
+    settings, length = AttentionSettings(**report.settings), report.max_length
+    mode, size = settings.approx_mode, settings.block_size
+    if settings.resolutions is not None:
+        scales = ", ".join(map(str, settings.resolutions))
+        budgets = ", ".join(map(str, settings.block_budgets or ())) or 0
+        return (
+            f"blocks of {scales} tokens ({mode}), of which {budgets} per head are cut: "
+            f"the finest cover {report.density:.1%} of the matrix at {length} tokens"
+        )
+    if settings.block_budget is None:
+        budgets = ", ".join(map(str, settings.layer_budgets))
+        budget = f"{budgets} exact blocks of {size} tokens per block row"
+    else:
+        budget = f"{settings.block_budget} exact blocks of {size} tokens per head"
+    return (
+        f"{'MRA-2' if mode == 'full' else 'MRA-2-s'} ({mode}), {budget}: "
+        f"{report.blocks_per_head} of {math.ceil(length / size) ** 2} block pairs per head "
+        f"({report.density:.1%}) at {length} tokens"
+    )
+
+
+def _cost(report: ConversionReport) -> str:
+    """A sentence on what costs accuracy until training continues; empty if nothing does."""
+    is_tiled, is_sparse = report.max_length > report.source_length, report.density < 1
+    if is_tiled and is_sparse:
+        cause = "Tiled positions and a small budget cost"
+    elif is_tiled:
+        cause = "Tiled positions cost"
+    elif is_sparse:
+        cause = "A small budget costs"
+    else:
+        return ""
+    return f"{cause} accuracy until training continues."
+
+
+def _position_note(tensors: tuple[TensorRecord, ...]) -> str:
+    [record] = [
+        record
+        for record in tensors
+        if record.name.endswith("position_embeddings.weight") and record.action != "dropped"
+    ]
+    return record.note or "the table of the source, unchanged"
+
+
+def _groups(tensors: tuple[TensorRecord, ...]) -> list[tuple[str, str]]:
+    """Tensors that were not just copied, as (action, text), one line for each rule."""
+    counted = Counter(
+        (record.action, *_pattern(record)) for record in tensors if record.action != "copied"
+    )
+    lines: list[tuple[str, str]] = []
+    for action in ACTIONS:
+        texts = [
+            pattern + (f" ({number} tensors)" if number > 1 else "") + (f": {note}" if note else "")
+            for (group_action, pattern, note), number in counted.items()
+            if group_action == action
+        ]
+        more = len(texts) - _LINES_PER_ACTION
+        lines += [(action, text) for text in texts[:_LINES_PER_ACTION]]
+        lines += [(action, f"... and {more} more groups")] if more > 0 else []
+    return lines
 
 
 def _pattern(record: TensorRecord) -> tuple[str, str]:
-    """What the line of a tensor says, equal for tensors of the same rule, and its note."""
+    """The name of a tensor, equal for all tensors of the same rule, and its note."""
     name = re.sub(r"\.\d+\.", ".*.", record.name)
     if record.action != "renamed":
         return name, record.note

@@ -26,7 +26,7 @@ from mra_hf.loading import check_length, load_masked_lm, override, with_attentio
 from mra_hf.sparse_prediction import (
     cross_entropy,
     labelled_logits,
-    predict_masked_places,
+    predict_labelled_positions,
 )
 from mra_hf.training import resuming, runs
 from mra_hf.training.initialization import init_previous_token_heads
@@ -152,7 +152,7 @@ def run_masked_lm(
     )
     trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
     if model_args.sparse_prediction:
-        predict_masked_places(model)
+        predict_labelled_positions(model)
     results = runs.run_metadata("masked-lm", model, training_args, data_args.max_seq_length)
     results["paper_row"] = model_args.paper_row
     results["vocabulary"] = len(tokenizer)

@@ -159,7 +159,9 @@ def run_metadata(
     device = training_args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = model.config._attn_implementation
-    settings = attention_settings(model.config, attention) if attention in ATTENTION_NAMES else {}
+    settings = {}
+    if attention in ATTENTION_NAMES:
+        settings = attention_settings(model.config, attention).for_operator()
     return {
         "task": task,
         "model_type": model.config.model_type,

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
-from mra_hf.candidate_choice import MraForCandidateChoice
-from mra_hf.configuration import of_layers
+from mra_hf.configuration import AttentionSettings
 from mra_hf.data import wikihop
 from mra_hf.loading import check_length, load_model, override
+from mra_hf.modeling import MraForCandidateChoice
 from mra_hf.results.files import write_predictions, write_text
 from mra_hf.training import resuming, runs
 
@@ -203,7 +203,7 @@ def _priors(model_args, data_args, do_train: bool) -> dict[str, int]:
         return {}
     diagonal = config.initial_prior_diagonal_n_blocks
     band = 2 * (diagonal // 2) + 1 if diagonal else 0
-    block_per_row = min(of_layers(config.block_per_row))
+    block_per_row = min(AttentionSettings.of(config).layer_budgets)
     largest = max(0, (block_per_row - band - 1) // 2)
     wanted = PAPER_FIRST_BLOCKS.get(block_per_row, largest // 2 + largest % 2)
     return {"initial_prior_first_n_blocks": min(wanted, largest)}

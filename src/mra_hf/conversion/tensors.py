@@ -1,0 +1,167 @@
+"""The tensors of a result: where each comes from, and the longer position table.
+
+Weights keep their values; only names and the position table change. With p reserved rows
+(`pad_token_id + 1`) and L learned rows, row r < p of the new table is kept and row r >= p is
+learned row (r - p) mod L; the table has `max_length + p` rows. BERT counts positions from row 0,
+so p rows of zeros are put in front, and it becomes a RoBERTa that computes the same.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mra_hf.configuration import MraConfig
+from mra_hf.conversion.report import TensorRecord
+from mra_hf.conversion.sources import Source, SourceWeights
+from mra_hf.modeling import MraForMaskedLM, MraModel
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WORDS = "roberta.embeddings.word_embeddings.weight"
+_POSITIONS = "roberta.embeddings.position_embeddings.weight"
+_DECODER = "lm_head.decoder.weight"
+#: Tensors that are one parameter under two names, when words and decoder are tied.
+_TIED = {
+    _DECODER: _WORDS,
+    _WORDS: _DECODER,
+    "lm_head.decoder.bias": "lm_head.bias",
+    "lm_head.bias": "lm_head.decoder.bias",
+}
+_DROP_NOTES = {
+    r"position_ids$|token_type_ids$": "a buffer, made anew on loading",
+    r"^cls\.seq_relationship\.": "next sentence prediction has no counterpart",
+    r"(^|\.)pooler\.": "this head reads no pooler",
+}
+
+
+class NewState(NamedTuple):
+    """All tensors of a result by name, and what was done with each tensor of either side."""
+
+    tensors: dict[str, Tensor]
+    records: list[TensorRecord]
+
+
+def untie_where_different(config: MraConfig, weights: SourceWeights, notes: list[str]) -> None:
+    """Keep two tables where words and decoder differ in the file, as Transformers loads them."""
+    tensors, names = weights
+    if not config.tie_word_embeddings or _DECODER not in names or _WORDS not in names:
+        return
+    if not torch.equal(tensors[names[_DECODER]], tensors[names[_WORDS]]):
+        config.tie_word_embeddings = False
+        notes.append("tie_word_embeddings is set to false: words and decoder differ in the source.")
+
+
+def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) -> NewState:
+    """Return all tensors of `model` from the source's, and what was done with each.
+
+    Raises:
+        ValueError: a tensor is missing, or has not the shape or kind the config asks for.
+    """
+    tensors, records, missing = {}, [], []
+    is_bare = isinstance(model, MraModel)
+    for name, fresh in model.state_dict().items():
+        roberta_name = f"roberta.{name}" if is_bare else name
+        source_name, note = _origin(model, roberta_name, weights)
+        if source_name is not None:
+            tensor = weights.tensors[source_name]
+            action = "copied" if source_name == name or note else "renamed"
+            if roberta_name == _POSITIONS:
+                rows = source.reserved_rows + source.learned_rows
+                _check_tensor(source_name, tensor, (rows, fresh.shape[1]))
+                tensor, tiling = _tile(tensor, source, model.config.max_tokens)
+                if tiling:
+                    action, note = "tiled", tiling
+            else:
+                _check_tensor(source_name, tensor, tuple(fresh.shape))
+            tensors[name] = tensor
+            records.append(TensorRecord(name, action, source_name, tuple(tensor.shape), note))
+        elif is_bare and name.startswith("pooler."):
+            tensors[name] = fresh
+            note = "the source has no pooler; random until trained"
+            records.append(TensorRecord(name, "new", None, tuple(fresh.shape), note))
+        else:
+            missing.append(name)
+    if missing:
+        head = type(model).__name__.removeprefix("Mra")
+        raise ValueError(
+            f"the source lacks {len(missing)} tensors of its head {head!r}, the first for "
+            f"{missing[0]}; it is incomplete, or architectures in config.json is wrong."
+        )
+    used = {record.source for record in records}
+    dropped = [
+        _dropped(source_name, model, weights)
+        for source_name in sorted(weights.tensors.keys() - used)
+    ]
+    return NewState(tensors, records + dropped)
+
+
+def _origin(
+    model: PreTrainedModel, roberta_name: str, weights: SourceWeights
+) -> tuple[str | None, str]:
+    """The tensor of the source that becomes `roberta_name`, None if there is none; and a note."""
+    names = weights.names
+    source_name = names.get(roberta_name)
+    if not isinstance(model, MraForMaskedLM) or roberta_name not in _TIED:
+        return source_name, ""
+    # RoBERTa's decoder adds `decoder.bias`; a different `lm_head.bias` in the file is not used.
+    is_overruled = roberta_name == "lm_head.bias" and _biases_differ(weights)
+    if source_name is not None and not is_overruled:
+        return source_name, ""
+    twin = _TIED[roberta_name]
+    if model.config.tie_word_embeddings or roberta_name.endswith("bias"):
+        source_name = names.get(twin)
+    return source_name, f"the same as {twin}"
+
+
+def _biases_differ(weights: SourceWeights) -> bool:
+    """Whether the LM head adds a decoder bias that is not `lm_head.bias`."""
+    tensors, names = weights
+    bias, decoder_bias = names.get("lm_head.bias"), names.get("lm_head.decoder.bias")
+    if bias is None or decoder_bias is None:
+        return False
+    return not torch.equal(tensors[bias], tensors[decoder_bias])
+
+
+def _check_tensor(source_name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    is_plain = tensor.layout == torch.strided and tensor.dtype in _FLOATS
+    if tuple(tensor.shape) != shape or not is_plain:
+        raise ValueError(
+            f"the tensor {source_name} of the source is {tensor.dtype} {list(tensor.shape)}, "
+            f"but its config.json asks for plain floating point {list(shape)}; "
+            "the two do not belong together, or the weights are quantised."
+        )
+    if tensor.isnan().any():
+        raise ValueError(f"the tensor {source_name} of the source holds NaN; it is corrupt.")
+
+
+def _tile(old_table: Tensor, source: Source, max_length: int) -> tuple[Tensor, str]:
+    """The new position table `[max_length + p, D]`, and a note unless it is the old one."""
+    reserved, p = source.reserved_rows, source.config.pad_token_id + 1
+    learned = old_table[reserved:]  # [L, D]
+    is_kept = reserved == p
+    front = old_table[:p] if is_kept else old_table.new_zeros(p, old_table.shape[1])
+    table = torch.cat([front, learned[torch.arange(max_length) % len(learned)]])
+    if is_kept and max_length == len(learned):
+        return table, ""
+    rows = "1 row" if p == 1 else f"{p} rows"
+    front_note = f"{rows} kept" if is_kept else f"{rows} of zeros in front"
+    return table, f"{front_note}, then row r is learned row (r - {p}) mod {len(learned)}"
+
+
+def _dropped(source_name: str, model: PreTrainedModel, weights: SourceWeights) -> TensorRecord:
+    """The record of a tensor that is not used; refuses to drop a layer."""
+    if re.search(r"encoder\.layer\.\d+\.", source_name):
+        raise ValueError(
+            f"the tensor {source_name} of the source belongs to a layer beyond its "
+            f"num_hidden_layers {model.config.num_hidden_layers} in config.json; "
+            "raise that, or remove the layer from the weights."
+        )
+    if source_name == weights.names.get("lm_head.bias"):
+        note = "the decoder adds lm_head.decoder.bias, which differs"
+    else:
+        reasons = (text for pattern, text in _DROP_NOTES.items() if re.search(pattern, source_name))
+        note = next(reasons, f"no part of {type(model).__name__}")
+    shape = tuple(weights.tensors[source_name].shape)
+    return TensorRecord(source_name, "dropped", source_name, shape, note)
