@@ -64,7 +64,7 @@ class Method:
     attend: Callable[..., Tensor] | None = None
     layer: Callable[[PreTrainedConfig, int], nn.Module] | None = None
     size_name: str = ""
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = tuple(2**power for power in range(4, 11))
     arena_size: int | None = None
     largest_share: float = 1 / 4
     work: int = 1
@@ -72,10 +72,11 @@ class Method:
     fits: Callable[[int, int], bool] = lambda length, size: True
 
     def sizes_at(self, length: int) -> tuple[int, ...]:
-        """The useful sizes at a length; empty if the method cannot attend at that length."""
+        """The useful sizes at a length; empty if `attend` is None or cannot take that length."""
+        sizes = self.sizes if self.attend else ()
         return tuple(
             size
-            for size in self.sizes
+            for size in sizes
             if size <= self.largest_share * length and self.fits(length, size)
         )
 
@@ -96,7 +97,6 @@ def _mra2_s(query, key, value, *, scale, size, seed=0):
     return mra2_attention(query, key, value, block_per_row=size, scale=scale, approx_mode="sparse")
 
 
-_POWERS = tuple(2**power for power in range(4, 11))
 _BLOCKS = (8, 16, 32, 64, 128)
 _MRA = {
     "size_name": "blocks per row",
@@ -134,7 +134,6 @@ METHODS: dict[str, Method] = {
         attend=longformer,
         layer=LongformerLayer,
         size_name="window",
-        sizes=_POWERS,
         arena_size=64,
         fits=_divides,
     ),
@@ -156,7 +155,6 @@ METHODS: dict[str, Method] = {
         attend=nystromformer,
         layer=NystromformerLayer,
         size_name="landmarks",
-        sizes=_POWERS,
         arena_size=64,
         fits=_divides,
     ),
@@ -167,7 +165,6 @@ METHODS: dict[str, Method] = {
         attend=performer,
         layer=multi_head(PerformerAttention),
         size_name="features",
-        sizes=_POWERS,
         arena_size=256,
     ),
     "linformer": Method(
@@ -177,7 +174,6 @@ METHODS: dict[str, Method] = {
         attend=linformer,
         layer=multi_head(LinformerAttention),
         size_name="projected length",
-        sizes=_POWERS,
         arena_size=256,
     ),
     "linear": Method(
@@ -200,7 +196,6 @@ METHODS: dict[str, Method] = {
         mark="P",
         attend=optimal_sparse,
         size_name="entries per row",
-        sizes=_POWERS,
         is_practical=False,
     ),
     "low_rank": Method(
@@ -209,7 +204,6 @@ METHODS: dict[str, Method] = {
         mark="X",
         attend=truncated_svd,
         size_name="rank",
-        sizes=_POWERS,
         is_practical=False,
     ),
 }

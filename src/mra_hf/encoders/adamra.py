@@ -178,10 +178,9 @@ class AdaMraAttention(nn.Module):
         results = torch.zeros_like(tiles, dtype=compute_dtype(tiles.dtype))
         for head, memory in enumerate(memories):
             tiles_of_head = (head_of_tile.flatten() == head).nonzero()[:, 0]
-            samples = memory.of_samples(tiles_of_head // n_tiles)
-            results = results.index_copy(
-                0, tiles_of_head, self._read(head, tiles[tiles_of_head], samples)
-            )
+            memories_of_tiles = memory.of_samples(tiles_of_head // n_tiles)
+            read = self._read(head, tiles[tiles_of_head], memories_of_tiles)
+            results = results.index_copy(0, tiles_of_head, read)
         attended = results.view_as(slots).gather(1, index)
         return attended * self._gate(routing)[..., None]
 
