@@ -10,7 +10,7 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
-from mra_hf.encoders.layers import attention_layer
+from mra_hf.baselines.methods import METHODS
 from mra_hf.sparse_prediction import predict_labelled_positions
 
 _SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
@@ -139,6 +139,6 @@ def arena_layers(budgets: tuple[int, ...], device: str) -> dict:
         torch.manual_seed(0)
         settings = {} if block_per_row is None else {"block_per_row": block_per_row}
         config = mra_hf.LraConfig(attention=attention, **settings)
-        layer = attention_layer(config, 0).to(device).eval()
+        layer = METHODS[attention].layer(config, 0).to(device).eval()
         layers[provider, block_per_row] = lambda hidden, layer=layer: layer(hidden, None)[0]
     return layers

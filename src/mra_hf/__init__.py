@@ -8,11 +8,14 @@ from mra_hf.attention import set_attention
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion import ConversionReport, convert_checkpoint
 from mra_hf.encoders.adamra import AdaMraAttention
-from mra_hf.encoders.adamra_configuration import AdaMraConfig
-from mra_hf.encoders.adamra_modeling import AdaMraForSequenceClassification, AdaMraModel
-from mra_hf.encoders.configuration import LraConfig
+from mra_hf.encoders.configuration import AdaMraConfig, LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
-from mra_hf.encoders.modeling import LraForSequenceClassification, LraModel
+from mra_hf.encoders.modeling import (
+    AdaMraForSequenceClassification,
+    AdaMraModel,
+    LraForSequenceClassification,
+    LraModel,
+)
 from mra_hf.modeling import (
     MraForCandidateChoice,
     MraForMaskedLM,

@@ -16,11 +16,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mra_hf import attention
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
-from mra_hf.encoders.adamra_configuration import AdaMraConfig
-from mra_hf.encoders.adamra_modeling import AdaMraForSequenceClassification, AdaMraModel
-from mra_hf.encoders.configuration import LraConfig
+from mra_hf.encoders.configuration import AdaMraConfig, LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
-from mra_hf.encoders.modeling import LraForSequenceClassification, LraModel
+from mra_hf.encoders.modeling import (
+    AdaMraForSequenceClassification,
+    AdaMraModel,
+    LraForSequenceClassification,
+    LraModel,
+)
 from mra_hf.modeling import HEADS
 
 #: (configuration, Auto class, model class) of the small encoders.

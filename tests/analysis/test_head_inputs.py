@@ -118,7 +118,7 @@ def test_the_record_command(tmp_path, capsys, monkeypatch):
     assert f"{heads.query.shape[0]} layers (of 2 texts)" in capsys.readouterr().out
     for name, arguments, message in (
         ("heads", ["--length", "256"], "exists; name another file"),
-        ("new", ["--length", "512", "--texts", "90"], "text must have 90 pieces"),
+        ("new", ["--length", "512", "--texts", "90"], "text must have 90 chunks"),
         ("new", ["--length", "5000"], "length must be at most 512"),
     ):
         assert main([*command[:3], f"{name}.safetensors", *arguments]) == 2

@@ -106,7 +106,7 @@ def test_every_query_by_its_own_head_is_every_head_masked(routing, length):
     query, key, value = (part(states) for part in (layer.query, layer.key, layer.value))
     decided = layer.route(query, None)
     memories = [layer._memory(head, key, value, None) for head in range(3)]
-    own = layer._attend_own(query, memories, decided)
+    own = layer._attend_routed(query, memories, decided)
     torch.testing.assert_close(own, layer._attend_all(query, memories, decided))
 
 

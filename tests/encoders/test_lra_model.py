@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from mra_hf import LraConfig, LraForSequenceClassification, LraModel
-from mra_hf.encoders.configuration import ATTENTIONS
+from mra_hf.baselines.methods import ARENA_ATTENTIONS
 from mra_hf.encoders.layers import NystromformerLayer, iterative_inverse
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_labels": 3}
@@ -30,7 +30,7 @@ def texts(length=100, seed=0):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_every_attention_trains_and_comes_back(attention, tmp_path):
     torch.manual_seed(0)
     model = LraForSequenceClassification(config(attention))
@@ -53,7 +53,7 @@ def test_every_attention_trains_and_comes_back(attention, tmp_path):
     torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_neighbours_and_what_padding_holds_change_nothing(attention):
     torch.manual_seed(0)
     model = LraForSequenceClassification(config(attention)).eval()
@@ -95,7 +95,7 @@ def test_masked_keys_count_for_nothing_in_nystromformer():
     torch.testing.assert_close((after - before)[1, :50], shift.expand(50, -1), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_half_precision_is_finite_at_full_length(attention):
     torch.manual_seed(0)
     longest = config(attention, max_position_embeddings=4096)
@@ -109,7 +109,7 @@ def test_half_precision_is_finite_at_full_length(attention):
         assert torch.isfinite(model.to(torch.bfloat16)(ids).logits).all()
 
 
-@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "longformer"])
+@pytest.mark.parametrize("attention", [name for name in ARENA_ATTENTIONS if name != "longformer"])
 def test_models_compile_without_a_graph_break(attention):
     torch.manual_seed(0)
     model = LraModel(config(attention)).eval()
@@ -121,7 +121,9 @@ def test_models_compile_without_a_graph_break(attention):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "mean_over_all"])
-@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "nystromformer"])
+@pytest.mark.parametrize(
+    "attention", [name for name in ARENA_ATTENTIONS if name != "nystromformer"]
+)
 def test_padding_reaches_no_token(attention, pooling):
     torch.manual_seed(0)
     model = LraModel(config(attention)).eval()
@@ -188,7 +190,7 @@ def test_a_grid_is_read_patch_by_patch():
     torch.testing.assert_close(
         dense(ids).last_hidden_state, without(ids).last_hidden_state, rtol=1e-4, atol=1e-5
     )
-    with pytest.raises(ValueError, match="8 x 16 = 128 places of the grid, got 64"):
+    with pytest.raises(ValueError, match="8 x 16 = 128 positions of the grid, got 64"):
         wide(ids[:, :64])
 
 

@@ -1,1 +1,1 @@
-"""Looking at attention: matrices of one head, pictures."""
+"""Attention under study: matrices and pictures of heads, errors, budgets, the paper's figures."""

@@ -1,4 +1,4 @@
-"""The attention matrix of a head, exact and in two resolutions, from the same queries and keys."""
+"""The attention matrix of a head, exact and approximated, from the same queries and keys."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from mra_attention import mra2_attention_matrix, select_blocks
 from mra_hf.attention import attention_settings
+from mra_hf.results.drawing import new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class HeadMatrices:
     Attributes:
         exact: `[N, N]` softmax attention.
         approximate: `[N, N]` MRA-2 of the same queries and keys, rows normalised.
-        blocks: `[R, R]` bool, the pairs in high resolution.
+        blocks: `[R, R]` bool, the block pairs in high resolution.
         block_size: tokens per block.
-        layer, head: which one.
+        layer, head: numbers of the layer and the head, from 0.
     """
 
     exact: Tensor
@@ -32,7 +33,7 @@ class HeadMatrices:
 
     @property
     def relative_error(self) -> float:
-        """Frobenius norm of the difference over that of the exact matrix."""
+        """||approximate - exact|| / ||exact|| in the Frobenius norm."""
         return float((self.approximate - self.exact).norm() / self.exact.norm())
 
 
@@ -40,12 +41,15 @@ class HeadMatrices:
 def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> list[HeadMatrices]:
     """Return the matrices of every head of a model of this family, for one sample without padding.
 
-    Queries and keys are recorded in one dense forward pass, so that both matrices of a head see the
-    same ones.
+    Queries and keys are recorded in one dense forward pass, so both matrices of a head come from
+    the same ones.
 
     Args:
-        model: a head or the bare encoder; its config holds the MRA settings.
+        model: a model with a head or the bare encoder; its config holds the MRA settings.
         inputs: `input_ids` `[1, N]`, without padding.
+
+    Raises:
+        ValueError: the configuration has other scales than two (`resolutions`).
     """
     encoder = getattr(model, "roberta", model)
     projections: list[dict[str, Tensor]] = [{} for _ in encoder.encoder.layer]
@@ -53,13 +57,11 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
     for layer, module in enumerate(encoder.encoder.layer):
         attention = module.attention.self
         for name in ("query", "key"):
-            handles.append(
-                getattr(attention, name).register_forward_hook(
-                    lambda _module, _inputs, output, layer=layer, name=name: projections[
-                        layer
-                    ].__setitem__(name, output)
-                )
-            )
+
+            def record(_module, _inputs, output, layer=layer, name=name):
+                projections[layer][name] = output
+
+            handles.append(getattr(attention, name).register_forward_hook(record))
     implementation = model.config._attn_implementation
     try:
         model.set_attn_implementation("sdpa")
@@ -106,27 +108,22 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
 
 
 def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None:
-    """Write a picture: the exact matrix beside its two-resolution approximation, one log scale."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Write a PNG of the exact matrix beside its approximation, in one logarithmic scale."""
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     length = matrices.exact.shape[0]
     scale = LogNorm(vmin=0.02 / length, vmax=float(matrices.exact.max()))
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 5.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    exact_pairs = int(matrices.blocks.sum())
-    share = exact_pairs / matrices.blocks.numel()
+    exact_pairs, all_pairs = int(matrices.blocks.sum()), matrices.blocks.numel()
     mode = "MRA-2-s" if bool((matrices.approximate == 0).any()) else "MRA-2"
+    approximation = (
+        f"{mode}: {exact_pairs} of {all_pairs} blocks exact ({exact_pairs / all_pairs:.0%}), "
+        f"relative error {matrices.relative_error:.2f}"
+    )
     for axes, matrix, name in (
         (left, matrices.exact, "exact softmax attention"),
-        (
-            right,
-            matrices.approximate,
-            f"{mode}: {exact_pairs} of {matrices.blocks.numel()} blocks exact ({share:.0%}), "
-            f"relative error {matrices.relative_error:.2f}",
-        ),
+        (right, matrices.approximate, approximation),
     ):
         image = axes.imshow(
             matrix.clamp_min(1e-12).numpy(), norm=scale, cmap="magma", interpolation="nearest"
@@ -136,4 +133,4 @@ def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None
     left.set_ylabel("query token")
     figure.colorbar(image, ax=(left, right), label="attention weight (log scale)", shrink=0.85)
     figure.suptitle(f"{title}, layer {matrices.layer}, head {matrices.head}", fontsize=12)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)

@@ -1,4 +1,4 @@
-"""Heads are not all alike: what each of them needs, and a budget for each layer."""
+"""What each head of a model needs: its errors at several budgets, and a budget per layer."""
 
 import re
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ class Proposal:
     """A budget for each layer.
 
     Attributes:
-        block_per_row: the smallest that keeps the mean error of a layer below the target; all block
-            rows where nothing less does.
-        errors: the mean error of each layer with it.
-        uniform: the same number for all layers, with at least the same blocks in all.
-        uniform_errors: the mean error of each layer with that.
+        block_per_row: for each layer, the smallest budget that keeps its mean error below the
+            target; all block rows if no smaller budget does.
+        errors: the mean error of each layer with that budget.
+        uniform: one budget for all layers, with at least as many blocks in total.
+        uniform_errors: the mean error of each layer with the uniform budget.
     """
 
     block_per_row: list[int]
@@ -47,28 +47,28 @@ def layers_of(heads: HeadInputs) -> list[int]:
     Raises:
         ValueError: the heads are not of a model.
     """
-    found = [re.search(r"layer (\d+)$", name) for name in heads.instance_names]
-    if not all(found):
+    matches = [re.search(r"layer (\d+)$", name) for name in heads.instance_names]
+    if not all(matches):
         raise ValueError(f"heads must be recorded from a model, got {heads.source}.")
-    return [int(match[1]) for match in found]
+    return [int(match[1]) for match in matches]
 
 
 @torch.no_grad()
 def head_report(
     heads: HeadInputs, budgets: Sequence[int] = REPORTED, **settings: Any
 ) -> list[dict[str, Any]]:
-    """What every head needs, a row for each.
+    """One row per head: what it needs.
 
     Args:
-        heads: recorded from a model, or drawn.
+        heads: recorded from a model, or synthetic.
         budgets: blocks per row to measure.
         settings: of `mra2_attention`, such as `approx_mode` or `selection`.
 
     Returns:
-        Rows with instance, head, the mean entropy of a row of the softmax matrix in nats, the error
-        of attending to everything alike (`mean_value_error`), and for each budget n that the length
-        has room for the softmax mass in the chosen blocks (`mass_n`) and the relative error of the
-        output (`error_n`).
+        Rows with instance, head, the mean entropy of a row of the softmax matrix in nats
+        (`entropy`), the relative error of uniform attention (`mean_value_error`), and for each
+        budget n up to the number of block rows the softmax mass in the selected blocks (`mass_n`)
+        and the relative error of the output (`error_n`).
     """
     exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
     entropies = row_entropies(heads.query, heads.key, heads.scale)
@@ -91,11 +91,11 @@ def head_report(
 
 @torch.no_grad()
 def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal:
-    """The smallest budget of each layer whose mean error over heads and texts is below a target.
+    """The smallest budget of each layer with a mean error over heads and texts below a target.
 
     Args:
-        heads: recorded from a model, by a text like those it will read and as long.
-        target_error: relative error of the output of a head.
+        heads: recorded from a model, on text of the kind and length that it will read.
+        target_error: relative error of the output of a head, above 0.
         settings: of `mra2_attention`, such as `approx_mode` or `selection`.
 
     Raises:
@@ -111,12 +111,12 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
 
     def errors(budget: int) -> list[float]:
         if budget not in measured:
-            of_heads = _errors(heads, exact, budget, settings).mean(1)
-            measured[budget] = [float(of_heads[layers == n].mean()) for n in range(n_layers)]
+            by_instance = _errors(heads, exact, budget, settings).mean(1)
+            measured[budget] = [float(by_instance[layers == n].mean()) for n in range(n_layers)]
         return measured[budget]
 
-    chosen = []
-    for layer in range(n_layers):  # errors fall with the budget: halve what is open
+    budgets = []
+    for layer in range(n_layers):  # errors fall with the budget: bisect
         low, high = 1, rows
         while low < high:
             middle = (low + high) // 2
@@ -124,13 +124,13 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
                 high = middle
             else:
                 low = middle + 1
-        chosen.append(low)
-    uniform = -(-sum(chosen) // n_layers)
+        budgets.append(low)
+    uniform = -(-sum(budgets) // n_layers)
     return Proposal(
-        chosen,
-        [errors(budget)[layer] for layer, budget in enumerate(chosen)],
-        uniform,
-        errors(uniform),
+        block_per_row=budgets,
+        errors=[errors(budget)[layer] for layer, budget in enumerate(budgets)],
+        uniform=uniform,
+        uniform_errors=errors(uniform),
     )
 
 
@@ -148,20 +148,20 @@ def _errors(heads: HeadInputs, exact: Tensor, budget: int, settings: dict[str, A
 
 
 def _mass(heads: HeadInputs, budget: int, settings: dict[str, Any]) -> Tensor:
-    """Share of the softmax mass in the chosen blocks, `[instances, H]`."""
-    chooser = {name: chosen for name, chosen in settings.items() if name != "approx_mode"}
+    """Share of the softmax mass in the selected blocks, `[instances, H]`."""
+    rule = {name: value for name, value in settings.items() if name != "approx_mode"}
     blocks = select_blocks(
         heads.query,
         heads.key,
         block_per_row=budget,
         block_size=_BLOCK,
         scale=heads.scale,
-        **chooser,
+        **rule,
     ).blocks
     mass = torch.empty(blocks.shape[:2])
-    for instance, chosen in enumerate(blocks):  # an instance at a time: N x N
+    for instance, selected in enumerate(blocks):  # one instance at a time: N x N
         weights = attention_weights(heads.query[instance], heads.key[instance], heads.scale)
-        covered = chosen.repeat_interleave(_BLOCK, 1).repeat_interleave(_BLOCK, 2)
+        covered = selected.repeat_interleave(_BLOCK, 1).repeat_interleave(_BLOCK, 2)
         covered = covered[:, : heads.length, : heads.length]
         mass[instance] = (weights * covered).sum((1, 2)) / heads.length
     return mass

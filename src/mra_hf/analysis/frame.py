@@ -1,10 +1,10 @@
 """The frame of the paper, for study: exact coefficients, the Haar basis, and the error bounds.
 
 A component `(scale, row, column)` is the n x n matrix that is 1 on block (row, column) of side
-`scale` and 0 elsewhere (MRA paper, ICML 2022). Components of one scale tile the matrix, those of
-different scales are nested or disjoint. Everything here is written for reading and for tests: dense
-n x n matrices, use float64. With P the logits, A = exp(P) is approximated *without* normalising its
-rows; that is what the paper's statements are about.
+`scale` and 0 elsewhere (MRA paper, ICML 2022). Components of one scale tile the matrix; components
+of different scales are nested or disjoint. This module is written for reading and for tests: its
+matrices are dense n x n; use float64. With P the logits, A = exp(P) is approximated *without*
+normalising its rows, as in the paper's statements.
 """
 
 import math
@@ -22,8 +22,8 @@ class Component(NamedTuple):
 
     Args:
         scale: side of the block, in tokens.
-        row: which block of rows, counted from 0.
-        column: which block of columns.
+        row: number of its block row, from 0.
+        column: number of its block column, from 0.
     """
 
     scale: int
@@ -32,7 +32,7 @@ class Component(NamedTuple):
 
     @property
     def support(self) -> tuple[slice, slice]:
-        """Rows and columns of its block."""
+        """The rows and columns of its block, as slices."""
         rows, columns = self.row * self.scale, self.column * self.scale
         return slice(rows, rows + self.scale), slice(columns, columns + self.scale)
 
@@ -51,52 +51,53 @@ def components(size: int) -> Iterator[Component]:
         scale //= 2
 
 
-def exact_coefficients(matrix: Tensor, chosen: Sequence[Component]) -> list[float]:
-    """Coefficients of the chosen components, in their order, from coarse to fine: each is the mean
-    over its block of what coarser ones leave of the matrix (eq. 2).
+def exact_coefficients(matrix: Tensor, members: Sequence[Component]) -> list[float]:
+    """The coefficient of each component, in the order given (eq. 2): from coarse to fine, the mean
+    over its block of the residual that the coarser components leave of the matrix.
 
     Args:
         matrix: `[n, n]`.
-        chosen: distinct components, in any order.
+        members: distinct components, in any order.
 
     Raises:
-        ValueError: a component that is not one of the matrix.
+        ValueError: a component that does not belong to a matrix of this side.
     """
-    _check_components(chosen, matrix.shape[0])
+    _check_components(members, matrix.shape[0])
     residual = matrix.clone()
-    found: dict[Component, float] = {}
-    for scale in sorted({component.scale for component in chosen}, reverse=True):
-        # The components of a scale do not overlap: their order does not matter.
-        for component in chosen:
+    coefficients: dict[Component, float] = {}
+    for scale in sorted({component.scale for component in members}, reverse=True):
+        # Components of one scale do not overlap, so their order does not matter.
+        for component in members:
             if component.scale == scale:
-                found[component] = residual[component.support].mean().item()
-                residual[component.support] -= found[component]
-    return [found[component] for component in chosen]
+                coefficients[component] = residual[component.support].mean().item()
+                residual[component.support] -= coefficients[component]
+    return [coefficients[component] for component in members]
 
 
-def combine(coefficients: Sequence[float], chosen: Sequence[Component], size: int) -> Tensor:
-    """The sum of components by their coefficients, `[size, size]` float64.
+def combine(coefficients: Sequence[float], members: Sequence[Component], size: int) -> Tensor:
+    """The sum of components times their coefficients, `[size, size]` float64.
 
     Raises:
-        ValueError: a component beyond the matrix, or another number of coefficients.
+        ValueError: a component that does not belong to a matrix of this side, or another number of
+            coefficients than components.
     """
-    _check_components(chosen, size)
+    _check_components(members, size)
     result = torch.zeros(size, size, dtype=torch.float64)
-    for coefficient, component in zip(coefficients, chosen, strict=True):
+    for coefficient, component in zip(coefficients, members, strict=True):
         result[component.support] += coefficient
     return result
 
 
-def smallest_support_means(matrix: Tensor, chosen: Sequence[Component]) -> Tensor:
-    """Every entry replaced by the mean of `matrix` over the smallest chosen block that covers it, 0
-    where none does: what `exact_coefficients` add up to.
+def smallest_support_means(matrix: Tensor, members: Sequence[Component]) -> Tensor:
+    """Every entry replaced by the mean of `matrix` over the smallest component that covers it, 0
+    where none does. The components times their `exact_coefficients` add up to this matrix.
 
     Raises:
-        ValueError: a component that is not one of the matrix.
+        ValueError: a component that does not belong to a matrix of this side.
     """
-    _check_components(chosen, matrix.shape[0])
+    _check_components(members, matrix.shape[0])
     result = torch.zeros_like(matrix)
-    for component in sorted(chosen, key=lambda component: -component.scale):
+    for component in sorted(members, key=lambda component: -component.scale):
         result[component.support] = matrix[component.support].mean()
     return result
 
@@ -108,14 +109,14 @@ def block_means(matrix: Tensor, scale: int) -> Tensor:
 
 
 def block_ranges(matrix: Tensor, scale: int) -> Tensor:
-    """Largest minus smallest entry of blocks of side `scale`, `[n / scale, n / scale]`."""
+    """Largest minus smallest entry in blocks of side `scale`, `[n / scale, n / scale]`."""
     blocks = matrix.shape[0] // scale
-    cut = matrix.reshape(blocks, scale, blocks, scale)
-    return cut.amax((1, 3)) - cut.amin((1, 3))
+    tiles = matrix.reshape(blocks, scale, blocks, scale)
+    return tiles.amax((1, 3)) - tiles.amin((1, 3))
 
 
 def jensen_factor(value_range: Tensor) -> Tensor:
-    """C_r = (e^(r/2) - 1)^2 of the paper's lemma: where the logits of a block lie within r of each
+    """C_r = (e^(r/2) - 1)^2 of the paper's lemma: if the logits of a block lie within r of each
     other, the mean of their exponentials exceeds mu, the exponential of their mean, by at most
     C_r mu.
     """
@@ -123,9 +124,9 @@ def jensen_factor(value_range: Tensor) -> Tensor:
 
 
 def range_from_norms(query: Tensor, key: Tensor, p: float = 2.0) -> float:
-    """A bound on the range of `query @ key.T`, from norms (after the lemma): 2 beta_1 beta_2, with
-    beta_1 the largest p-norm of a row and beta_2 the largest q-norm of a difference of two rows of
-    `query` or of two rows of `key`, 1/p + 1/q = 1.
+    """A bound on the range of `query @ key.T` from norms (after the lemma): 2 beta_1 beta_2, where
+    beta_1 is the largest p-norm of a row, beta_2 the largest q-norm of a difference of two rows of
+    `query` or of two rows of `key`, and 1/p + 1/q = 1.
 
     Args:
         query, key: `[block, d]`.
@@ -156,14 +157,14 @@ def tile_error_bound(logits: Tensor, tiles: Sequence[Component]) -> Tensor:
     """A bound on the relative error of approximating A = exp(P) by mu on every tile.
 
     sqrt(sum over tiles of s^2 C_2r mu^2) / ||A||_F, where r is the range of the logits within the
-    tile: the paper's proposition, sharpened to the tiles at hand and extended to several scales.
+    tile: the paper's proposition, sharpened to these tiles and extended to several scales.
 
     Args:
         logits: P `[n, n]`.
         tiles: components that cover every entry once.
 
     Raises:
-        ValueError: components that do not.
+        ValueError: components that do not cover every entry once.
     """
     _check_components(tiles, logits.shape[0])
     if sum(tile.scale**2 for tile in tiles) != logits.numel():
@@ -180,7 +181,7 @@ def two_scale_error_bound(logits: Tensor, block_size: int, budget: int) -> Tenso
     """The paper's proposition for the scales {block_size, 1}: a bound on ||A-hat - A|| / ||A||.
 
     sqrt((n^2 - m b^2) C_2r delta^2 / sum exp(2 P)), where delta is the m-th largest mu and r the
-    largest range of logits in a block that is not refined. Holds where blocks are ranked by mu
+    largest range of logits in a block that is not refined. It holds if blocks are ranked by mu
     (`selection="global"`, no priors).
 
     Args:
@@ -188,7 +189,7 @@ def two_scale_error_bound(logits: Tensor, block_size: int, budget: int) -> Tenso
         budget: m, refined blocks, from 1 to all (n / b)^2.
 
     Raises:
-        ValueError: a budget that is not among those, or a side that `block_size` does not divide.
+        ValueError: a budget out of range, or a side that `block_size` does not divide.
     """
     size = logits.shape[0]
     check_int("block_size", block_size, 1, size)
@@ -198,18 +199,20 @@ def two_scale_error_bound(logits: Tensor, block_size: int, budget: int) -> Tenso
     means = block_means(logits, block_size).flatten()
     order = means.argsort(descending=True)
     delta = means[order[budget - 1]].exp()
-    rest = block_ranges(logits, block_size).flatten()[order[budget:]]
-    spread = rest.max() if rest.numel() else logits.new_zeros(())
-    left = size**2 - budget * block_size**2
-    return (left * jensen_factor(2 * spread) * delta**2 / torch.exp(2 * logits).sum()).sqrt()
+    ranges = block_ranges(logits, block_size).flatten()[order[budget:]]
+    spread = ranges.max() if ranges.numel() else logits.new_zeros(())
+    coarse_entries = size**2 - budget * block_size**2
+    return (
+        coarse_entries * jensen_factor(2 * spread) * delta**2 / torch.exp(2 * logits).sum()
+    ).sqrt()
 
 
 def haar_2d(matrix: Tensor) -> Tensor:
     """The orthonormal square Haar transform of `[n, n]`, n a power of 2 (details of all levels).
 
-    A step takes each cell (a b; c d) to (a+b+c+d)/2 and three details; the next step works on the
-    quarter of the sums. The result holds the constant at [0, 0] and the details of a level in the
-    three quarters around the coarser ones.
+    A step maps each cell (a b; c d) to (a+b+c+d)/2 and three details; the next step works on the
+    quarter that holds the sums. The result holds the constant at [0, 0] and the details of each
+    level in the three quarters around the coarser levels.
 
     Raises:
         ValueError: not square, or the side not a power of 2.
@@ -226,7 +229,7 @@ def haar_2d(matrix: Tensor) -> Tensor:
 
 
 def inverse_haar_2d(coefficients: Tensor) -> Tensor:
-    """The matrix whose `haar_2d` the coefficients are."""
+    """The matrix with these `haar_2d` coefficients."""
     _check_power_of_2(coefficients.shape[0])
     result = coefficients.clone()
     size = 2
@@ -237,14 +240,14 @@ def inverse_haar_2d(coefficients: Tensor) -> Tensor:
 
 
 def haar_details(x: Tensor) -> Tensor:
-    """Details of one Haar step down the rows: `[n, ...]` -> `[n / 2, ...]`,
-    (x[2i] - x[2i + 1]) / sqrt(2).
+    """Details of one Haar step along the rows: (x[2i] - x[2i + 1]) / sqrt(2), `[n, ...]` ->
+    `[n / 2, ...]`.
     """
     return (x[0::2] - x[1::2]) / math.sqrt(2)
 
 
 def haar_sums(x: Tensor) -> Tensor:
-    """Sums of one Haar step down the rows: (x[2i] + x[2i + 1]) / sqrt(2)."""
+    """Sums of one Haar step along the rows: (x[2i] + x[2i + 1]) / sqrt(2)."""
     return (x[0::2] + x[1::2]) / math.sqrt(2)
 
 
@@ -258,13 +261,13 @@ def _inverse_haar_rows(x: Tensor) -> Tensor:
     return pairs.flatten(0, 1)
 
 
-def _check_components(chosen: Sequence[Component], size: int) -> None:
-    for component in chosen:
+def _check_components(members: Sequence[Component], size: int) -> None:
+    for component in members:
         scale, row, column = component
         if scale < 1 or size % scale or not (0 <= row < size // scale > column >= 0):
             raise ValueError(
-                f"{component} is no component of a matrix of side {size}: the scale must divide "
-                "it, and row and column count its blocks from 0."
+                f"{component} is no component of a matrix of side {size}: "
+                "the scale must divide it, and row and column count its blocks from 0."
             )
 
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of attention heads, to try approximations on: drawn or recorded."""
+"""Queries, keys and values of attention heads, synthetic or recorded, to test approximations on."""
 
 import json
 import math
@@ -24,13 +24,13 @@ KINDS = {"local": (6, 9.0), "topic": (3, 6.0), "sink": (2, 7.0), "mix": (1, 8.0)
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What attention heads multiply.
+    """The inputs of attention heads.
 
     Attributes:
         query, key, value: `[instances, H, N, D]` float32.
         scale: factor of the logits.
         source: where they come from, for captions.
-        instance_names: a name for each instance, a draw or the layer of a model.
+        instance_names: a name for each instance, which is a draw or a layer of a model.
         head_names: a name for each of the H heads.
     """
 
@@ -52,11 +52,11 @@ class HeadInputs:
         return replace(self, scale=self.scale * factor)
 
     def first_tokens(self, length: int) -> "HeadInputs":
-        """The same heads on the first `length` tokens alone."""
+        """The same heads on the first `length` tokens."""
         return replace(self, **{name: getattr(self, name)[:, :, :length] for name in _TENSORS})
 
     def head(self, instance: int, head: int) -> "HeadInputs":
-        """One head alone, `[1, 1, N, D]`."""
+        """A single head, `[1, 1, N, D]`."""
         at = (slice(instance, instance + 1), slice(head, head + 1))
         parts = {name: getattr(self, name)[at] for name in _TENSORS}
         return replace(
@@ -67,17 +67,17 @@ class HeadInputs:
         )
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write them as safetensors, whole or not at all."""
+        """Write them as safetensors, completely or not at all."""
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
-        described = {
+        metadata = {
             "scale": repr(self.scale),
             "source": self.source,
             "instance_names": json.dumps(self.instance_names),
             "head_names": json.dumps(self.head_names),
         }
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        save_file(tensors, partial, described)
+        save_file(tensors, partial, metadata)
         partial.replace(path)
 
 
@@ -85,18 +85,18 @@ def load_heads(path: "str | os.PathLike[str]") -> HeadInputs:
     """Read what `HeadInputs.save` wrote.
 
     Raises:
-        ValueError: another file.
+        ValueError: a file of another kind.
     """
     try:
         with safe_open(path, "pt") as file:
-            described = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         return HeadInputs(
             **tensors,
-            scale=float(described["scale"]),
-            source=described["source"],
-            instance_names=tuple(json.loads(described["instance_names"])),
-            head_names=tuple(json.loads(described["head_names"])),
+            scale=float(metadata["scale"]),
+            source=metadata["source"],
+            instance_names=tuple(json.loads(metadata["instance_names"])),
+            head_names=tuple(json.loads(metadata["head_names"])),
         )
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no file of mra-hf record ({error}).") from error
@@ -110,18 +110,18 @@ def synthetic_heads(
     common_value: float = 0.0,
     seed: int = 0,
 ) -> HeadInputs:
-    """Heads that attend as those of a pretrained encoder do, without a checkpoint.
+    """Heads that attend like the heads of a pretrained encoder, without a checkpoint.
 
-    Twelve heads an instance: six attend to an offset of a few tokens, three to segments of the same
-    topic, two to a few tokens that everything attends to, one by a mixture of topics. The errors of
-    MRA-2 on them are close to those that the paper gives for RoBERTa-base (Table 7).
+    An instance has twelve heads: six attend at an offset of a few tokens, three to segments of the
+    same topic, two to a few tokens that attract all queries, one by a mixture of topics. The errors
+    of MRA-2 on them are close to the paper's for RoBERTa-base (Table 7).
 
     Args:
         length: tokens N.
         instances: independent draws.
         head_dim: D.
-        common_value: size of a part that all values share; 0 makes the mean of the values small.
-        seed: of everything that is drawn.
+        common_value: size of a component that all values share; at 0 the mean value is small.
+        seed: of all random numbers.
     """
     check_int("length", length, 1)
     check_int("instances", instances, 1)
@@ -145,7 +145,7 @@ def synthetic_heads(
 def _instance(
     length: int, dim: int, common_value: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[H, N, D]` three times."""
+    """Queries, keys and values, each `[H, N, D]`."""
     heads = [
         _head(kind, gain, length, dim, common_value, generator)
         for kind, (count, gain) in KINDS.items()
@@ -200,7 +200,7 @@ def _head(
 
 
 def _segments(length: int, generator: torch.Generator) -> Tensor:
-    """`[N]`, the number of the segment of each token; those of a head have one length, 8 to 39."""
+    """`[N]`, the segment number of each token; all segments of a head have one length, 8 to 39."""
     size = int(torch.randint(8, 40, (), generator=generator))
     return torch.arange(length) // size
 
@@ -208,9 +208,7 @@ def _segments(length: int, generator: torch.Generator) -> Tensor:
 def _fourier_features(
     keys_at: Tensor, queries_at: Tensor, width: float, dim: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random features whose products are about exp(-distance^2 / (2 width^2)) (Rahimi and Recht
-    2007).
-    """
+    """Random features with products near exp(-distance^2 / (2 width^2)) (Rahimi and Recht 2007)."""
     frequencies = torch.randn(dim // 2, generator=generator) / width
 
     def features(position: Tensor) -> Tensor:

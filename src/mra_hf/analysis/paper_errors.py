@@ -1,9 +1,9 @@
-"""Relative errors of Table 7 of the ICML 2022 paper, as far as they are known here."""
+"""Relative errors in Table 7 of the ICML 2022 paper, as far as they are known."""
 
 _WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64)
 
-#: method -> (sizes, length -> errors in their order; None where the figure is not known).
+#: method -> (sizes, length -> error at each size; None where it is not known).
 _ROWS: dict[str, tuple[tuple[int, ...], dict[int, tuple[float | None, ...]]]] = {
     "mra2": (
         _BLOCKS,

@@ -1,4 +1,4 @@
-"""What the attention of a model multiplies when it reads text."""
+"""Record the queries, keys and values of a model that reads text."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -27,15 +27,15 @@ _RECORDS: dict[nn.Module, list[tuple[Tensor, Tensor, Tensor, float]]] = {}
 
 @torch.no_grad()
 def record_heads(model: PreTrainedModel, texts: Sequence[Tensor], source: str) -> HeadInputs:
-    """Queries, keys and values of all heads of a model that attends densely.
+    """Queries, keys and values of all heads of a model, which attends densely meanwhile.
 
     Args:
         model: any bidirectional encoder of Transformers that uses its attention interface.
-        texts: ids of texts of one length without padding, `[N]` each, special tokens included.
+        texts: token ids, `[N]` each, all of one length without padding, special tokens included.
         source: where model and text come from, for captions.
 
     Returns:
-        An instance for each text and layer, in this order.
+        One instance for each text and layer, layers varying fastest.
 
     Raises:
         ValueError: a model whose attention cannot be recorded, or texts of several lengths.
@@ -71,13 +71,13 @@ def record_checkpoint(
     length: int,
     texts: int = 2,
 ) -> HeadInputs:
-    """Record a checkpoint on pieces of a text file, evenly spread over it.
+    """Record a checkpoint on chunks of a text file, evenly spread over it.
 
     Args:
         checkpoint: directory or hub id of an encoder with its tokenizer.
         text: a `.txt` or `.jsonl` file, or a folder of them.
-        length: tokens of a piece, special tokens included.
-        texts: how many pieces.
+        length: tokens per chunk, special tokens included.
+        texts: number of chunks.
 
     Raises:
         ValueError: a text that is too short, a length beyond the positions of the checkpoint, or a
@@ -87,16 +87,15 @@ def record_checkpoint(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     check_length("length", length, model)
-    pieces = pack(load_documents(str(text)), tokenizer, length)
-    if len(pieces) < texts:
+    chunks = pack(load_documents(str(text)), tokenizer, length)
+    if len(chunks) < texts:
         raise ValueError(
-            f"text must have {texts} pieces of {length} tokens, and {text} has {len(pieces)}; pass "
-            "more text, or ask for fewer or shorter pieces."
+            f"text must have {texts} chunks of {length} tokens, and {text} has {len(chunks)}; "
+            "pass more text, or ask for fewer or shorter chunks."
         )
-    places = [number * len(pieces) // texts for number in range(texts)]
-    ids = [torch.tensor(pieces[place]["input_ids"]) for place in places]
-    name = Path(checkpoint).name
-    return record_heads(model, ids, f"{name} on {Path(text).name}")
+    numbers = [number * len(chunks) // texts for number in range(texts)]
+    ids = [torch.tensor(chunks[number]["input_ids"]) for number in numbers]
+    return record_heads(model, ids, f"{Path(checkpoint).name} on {Path(text).name}")
 
 
 @contextlib.contextmanager
@@ -105,13 +104,13 @@ def _recording(model: PreTrainedModel) -> Iterator[list[nn.Module]]:
     modules = supported_attention_modules(model)
     AttentionInterface.register(_NAME, _record)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
+    implementation = model.config._attn_implementation
     _RECORDS.update((module, []) for module in modules)
     try:
         model.set_attn_implementation(_NAME)
         yield modules
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(implementation)
         for module in modules:
             del _RECORDS[module]
 

@@ -1,1 +1,1 @@
-"""Other ways to approximate softmax attention, to compare MRA-2 with."""
+"""Other approximations of softmax attention, to compare MRA-2 with."""

@@ -1,9 +1,9 @@
-"""H-Transformer-1D (Zhu and Soricut 2021): multi-resolution attention whose blocks are chosen by
-their distance from the diagonal and by nothing else.
+"""H-Transformer-1D (Zhu and Soricut 2021): multi-resolution attention in which the distance from
+the diagonal alone decides the resolution of a block.
 
-The package of that name gives other values than its paper describes (levels are added without
-restoring their maxima, coarse keys count once in the denominator, the coarsest level is missing);
-this is the method as described.
+This is the method as its paper describes it. The package of that name computes something else: it
+adds levels without restoring their maxima, counts coarse keys once in the denominator, and lacks
+the coarsest level.
 """
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 def h_transformer(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, size: int, seed: int = 0
 ) -> Tensor:
-    """Blocks of `size` tokens on the diagonal are exact; at each further level, tokens are pooled
-    by twos, and neighbouring blocks of `size` pooled tokens attend to one another.
+    """Blocks of `size` tokens on the diagonal are exact. Each further level pools pairs of tokens,
+    and neighbouring blocks of `size` pooled tokens attend to each other.
 
     Raises:
         ValueError: the length is not `size` times a power of two.
@@ -33,7 +33,7 @@ def h_transformer(
     top = top.flatten(2, 3)
     level = 1
     while length // level > size:
-        # The other block of each pair of blocks, all with tokens pooled to `level`.
+        # Each block attends to the other one of its pair; a token here stands for `level` tokens.
         logits = _blocks(query, size) @ _siblings(_blocks(key, size)).mT * scale
         level_top = logits.amax(-1, keepdim=True)
         weights = (logits - level_top).exp()
@@ -59,5 +59,5 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _siblings(blocks: Tensor) -> Tensor:
-    """Each block in the place of the other one of its pair."""
+    """The blocks with the two of each pair swapped."""
     return blocks.unflatten(2, (-1, 2)).flip(3).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Attention by a product of thin matrices: linear attention, Performer and Linformer.
+"""Attention as a product of thin matrices: linear attention, Performer and Linformer.
 
 Queries, keys and values are `[B, H, N, D]`.
 """
@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Added to the denominators of linear attention, as by its authors.
+#: Added to the denominators of linear attention, as in its authors' code.
 _EPSILON = 1e-6
 
 
 def linear(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """Kernel attention with ELU + 1 (Katharopoulos et al. 2020, the Linear Transformer).
+    """Kernelized attention with ELU + 1 (Katharopoulos et al. 2020, the Linear Transformer).
 
     Args:
         query, key, value: `[B, H, N, D]`.
-        token_mask: `[B, N]` bool or None; padding is not attended.
+        token_mask: `[B, N]` bool or None; padding is not attended to.
     """
     query, key = (F.elu(x) + 1 for x in (query, key))
-    key = _hidden(key, token_mask, 0)
-    numerator = query @ (key.mT @ _hidden(value, token_mask, 0))
+    key = _masked(key, token_mask, 0)
+    numerator = query @ (key.mT @ _masked(value, token_mask, 0))
     return numerator / (query @ key.sum(-2).unsqueeze(-1) + _EPSILON)
 
 
@@ -37,16 +37,16 @@ def performer(
 ) -> Tensor:
     """`size` positive orthogonal random features (Choromanski et al. 2021, FAVOR+).
 
-    The published comparisons divide queries and keys by the root of the head dim twice, and let
-    padding into the denominator; here neither.
+    The published comparisons divide queries and keys by the square root of the head dim twice and
+    count padding in the denominator; this function does neither.
 
     Args:
         query, key, value: `[B, H, N, D]`.
         scale: factor of the logits.
-        size: features.
+        size: number of features.
         seed: of the features.
-        token_mask: `[B, N]` bool or None; padding is not attended.
-        directions: `[features, D]` of `orthogonal_directions`, in place of those of size and seed.
+        token_mask: `[B, N]` bool or None; padding is not attended to.
+        directions: `[features, D]` from `orthogonal_directions`; replaces size and seed.
     """
     if directions is None:
         directions = orthogonal_directions(size, query.shape[-1], seed).to(query)
@@ -55,19 +55,19 @@ def performer(
         x = x * scale**0.5
         return x @ directions.T - 0.5 * (x * x).sum(-1, keepdim=True)
 
-    # A factor for each row of the queries, and one for all keys of a head, cancel in the quotient.
+    # One factor per query row, and one for all keys of a head, cancel in the quotient.
     log_query = log_features(query)
-    log_key = _hidden(log_features(key), token_mask, torch.finfo(query.dtype).min / 2)
+    log_key = _masked(log_features(key), token_mask, torch.finfo(query.dtype).min / 2)
     query_features = (log_query - log_query.amax(-1, keepdim=True)).exp()
     key_features = (log_key - log_key.amax((-2, -1), keepdim=True)).exp()
-    key_features = _hidden(key_features, token_mask, 0)
-    numerator = query_features @ (key_features.mT @ _hidden(value, token_mask, 0))
+    key_features = _masked(key_features, token_mask, 0)
+    numerator = query_features @ (key_features.mT @ _masked(value, token_mask, 0))
     denominator = query_features @ key_features.sum(-2).unsqueeze(-1)
     return numerator / denominator.clamp_min(torch.finfo(query.dtype).tiny)
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
-    """`[count, dim]`, orthogonal within each `dim` rows, with the lengths of Gaussian vectors."""
+    """`[count, dim]`, orthogonal in groups of `dim` rows, with the norms of Gaussian vectors."""
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for _ in range(-(-count // dim)):
@@ -89,15 +89,15 @@ def linformer(
 ) -> Tensor:
     """Keys and values projected to `size` rows (Wang et al. 2020).
 
-    The projection is learned in a Linformer. Drawn at random, as in the paper's Table 7, it is not
-    an approximation of anything, which that table shows.
+    A Linformer learns the projection. A random one, as in the MRA paper's Table 7, approximates
+    nothing, as that table shows.
 
     Args:
-        query, key, value: `[B, H, N, D]`, zeros at padding.
+        query, key, value: `[B, H, N, D]`, zero at padding.
         scale: factor of the logits.
         size: rows of a random projection.
         seed: of a random projection.
-        projection: `[size, N]` or `[H, size, N]`, in place of a random one.
+        projection: `[size, N]` or `[H, size, N]`; replaces size and seed.
     """
     if projection is None:
         generator = torch.Generator().manual_seed(seed)
@@ -106,5 +106,5 @@ def linformer(
     return torch.softmax(query @ (projection @ key).mT * scale, dim=-1) @ (projection @ value)
 
 
-def _hidden(x: Tensor, token_mask: Tensor | None, value: float) -> Tensor:
+def _masked(x: Tensor, token_mask: Tensor | None, value: float) -> Tensor:
     return x if token_mask is None else x.masked_fill(~token_mask[:, None, :, None], value)

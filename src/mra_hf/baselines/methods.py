@@ -1,21 +1,21 @@
-"""Other ways to approximate softmax attention, behind one interface, to compare MRA-2 with.
+"""All approximations of softmax attention in one table, to compare MRA-2 with.
 
-A method is a function `attend(query, key, value, *, scale, size, seed)` of tensors `[B, H, N, D]`
-without padding, where `size` is the one number that trades work for accuracy. `METHODS` lists them
-by name. Where Transformers has a method that runs on given queries, keys and values, that is what
-runs.
+A row of `METHODS` says everything about an approximation: the function that figures, Table 7 and
+benchmarks call, the layer that the Long Range Arena encoder trains, its size, and its look in
+figures. A new approximation is one row here plus its function or layer. Where Transformers
+implements a method that accepts queries, keys and values, its code runs.
 
-Not among them, and why: **Reformer** has one projection for queries and keys and cannot attend by
-given ones; **SOFT** ignores the keys; **YOSO** normalises queries, keys and outputs to unit length
-and approximates another function than softmax. These can be compared as trained models alone.
-**Scatterbrain** has no kept package (its own needs one that does not build on current torch), and
-its sum of a sparse and a feature-map part is left out until somebody wants it.
+Not in the table, and why: **Reformer** has one projection for queries and keys, so it cannot attend
+with separate ones. **SOFT** ignores the keys. **YOSO** normalises queries, keys and outputs to unit
+length, so it approximates another function than softmax. These can only be compared as trained
+models. **Scatterbrain** has no maintained package.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from mra_attention import mra2_attention
 from mra_hf.baselines.hierarchical import h_transformer
@@ -23,38 +23,60 @@ from mra_hf.baselines.kernelized import linformer, performer
 from mra_hf.baselines.measures import dense_attention
 from mra_hf.baselines.optimal import optimal_sparse, truncated_svd
 from mra_hf.baselines.stock import bigbird, longformer, nystromformer
+from mra_hf.encoders.adamra import AdaMraAttention
+from mra_hf.encoders.layers import (
+    DenseAttention,
+    LinearAttention,
+    LinformerAttention,
+    LongformerLayer,
+    Mra2Attention,
+    NystromformerLayer,
+    PerformerAttention,
+    multi_head,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to attend.
+    """One approximation.
 
     Attributes:
-        label: what it is called in figures.
-        attend: `(query, key, value, *, scale, size, seed) -> output`, tensors `[B, H, N, D]`.
-        size_name: what `size` counts; empty where everything is computed and there is none.
-        sizes: those that the paper's Table 7 has.
-        largest_share: the largest size that makes sense, as a share of the length.
-        work: pairs of the N x N scores that are computed for each query and unit of size; for
-            methods that compute others instead, the work of as many.
-        is_practical: whether it needs no N x N matrix, so that its time means something.
+        label: name in figures and tables.
+        colour, mark: of its lines and points in figures, as matplotlib writes them.
+        attend: `(query, key, value, *, scale, size, seed) -> output` on tensors `[B, H, N, D]`
+            without padding, where `size` is the one number that trades work for accuracy; None if
+            the method only exists as a trained layer.
+        layer: `(config, layer_idx) -> module`, the attention layer of the Long Range Arena encoder;
+            None if the method is not trained there.
+        size_name: what `size` counts; empty if the method has no size.
+        sizes: the sizes in the paper's Table 7.
+        arena_size: default of `LraConfig.attention_size`; None if `layer` has no size.
+        largest_share: the largest useful size, as a share of the length.
+        work: pairs of the N x N scores computed per query and unit of size; for methods that
+            compute something else, the number of pairs that cost as much.
+        is_practical: whether it avoids N x N matrices, so that its time is meaningful.
         fits: whether a length and a size go together.
     """
 
     label: str
-    attend: Callable[..., Tensor]
-    size_name: str
+    colour: str
+    mark: str
+    attend: Callable[..., Tensor] | None = None
+    layer: Callable[[PreTrainedConfig, int], nn.Module] | None = None
+    size_name: str = ""
     sizes: tuple[int, ...] = tuple(2**power for power in range(4, 11))
+    arena_size: int | None = None
     largest_share: float = 1 / 4
     work: int = 1
     is_practical: bool = True
     fits: Callable[[int, int], bool] = lambda length, size: True
 
     def sizes_at(self, length: int) -> tuple[int, ...]:
-        """The sizes that make sense at a length; none where the method cannot take it."""
+        """The useful sizes at a length; empty if `attend` is None or cannot take that length."""
+        sizes = self.sizes if self.attend else ()
         return tuple(
             size
-            for size in self.sizes
+            for size in sizes
             if size <= self.largest_share * length and self.fits(length, size)
         )
 
@@ -75,13 +97,14 @@ def _mra2_s(query, key, value, *, scale, size, seed=0):
     return mra2_attention(query, key, value, block_per_row=size, scale=scale, approx_mode="sparse")
 
 
+_BLOCKS = (8, 16, 32, 64, 128)
 _MRA = {
     "size_name": "blocks per row",
     "sizes": tuple(2**power for power in range(7)),
     "largest_share": 1 / 64,
     "work": 32,
+    "layer": multi_head(Mra2Attention),
 }
-_BLOCKS = (8, 16, 32, 64, 128)
 
 
 def _divides(length: int, size: int) -> bool:
@@ -93,18 +116,97 @@ def _halves(length: int, size: int) -> bool:
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method("dense", _dense, "", (1,), 1.0),
-    "mra2": Method("MRA-2", _mra2, **_MRA),
-    "mra2_s": Method("MRA-2-s", _mra2_s, **_MRA),
-    "longformer": Method("Longformer", longformer, "window", fits=_divides),
-    "bigbird": Method("BigBird", bigbird, "block", _BLOCKS, 1 / 16, 8, fits=_divides),
-    "nystromformer": Method("Nystromformer", nystromformer, "landmarks", fits=_divides),
-    "performer": Method("Performer", performer, "features"),
-    "linformer": Method("Linformer", linformer, "projected length"),
-    # The diagonal, and a geometric sum over the coarser levels.
-    "h_transformer": Method(
-        "H-Transformer-1D", h_transformer, "block", _BLOCKS, work=3, fits=_halves
+    "dense": Method(
+        label="dense",
+        colour="#444444",
+        mark="*",
+        attend=_dense,
+        layer=multi_head(DenseAttention),
+        sizes=(1,),
+        largest_share=1.0,
     ),
-    "sparse": Method("best sparse", optimal_sparse, "entries per row", is_practical=False),
-    "low_rank": Method("best low rank", truncated_svd, "rank", is_practical=False),
+    "mra2": Method(label="MRA-2", colour="#b3273a", mark="o", attend=_mra2, **_MRA),
+    "mra2_s": Method(label="MRA-2-s", colour="#e08a3c", mark="o", attend=_mra2_s, **_MRA),
+    "longformer": Method(
+        label="Longformer",
+        colour="#1f5f99",
+        mark="s",
+        attend=longformer,
+        layer=LongformerLayer,
+        size_name="window",
+        arena_size=64,
+        fits=_divides,
+    ),
+    "bigbird": Method(
+        label="BigBird",
+        colour="#5aa0d8",
+        mark="s",
+        attend=bigbird,
+        size_name="block",
+        sizes=_BLOCKS,
+        largest_share=1 / 16,
+        work=8,
+        fits=_divides,
+    ),
+    "nystromformer": Method(
+        label="Nystromformer",
+        colour="#3c8c6b",
+        mark="^",
+        attend=nystromformer,
+        layer=NystromformerLayer,
+        size_name="landmarks",
+        arena_size=64,
+        fits=_divides,
+    ),
+    "performer": Method(
+        label="Performer",
+        colour="#8fc7a9",
+        mark="^",
+        attend=performer,
+        layer=multi_head(PerformerAttention),
+        size_name="features",
+        arena_size=256,
+    ),
+    "linformer": Method(
+        label="Linformer",
+        colour="#b9b9b9",
+        mark="v",
+        attend=linformer,
+        layer=multi_head(LinformerAttention),
+        size_name="projected length",
+        arena_size=256,
+    ),
+    "linear": Method(
+        label="linear attention", colour="#66a3d2", mark="<", layer=multi_head(LinearAttention)
+    ),
+    "adamra": Method(label="AdaMRA", colour="#1b9e77", mark="p", layer=AdaMraAttention),
+    "h_transformer": Method(
+        label="H-Transformer-1D",
+        colour="#7a4fa3",
+        mark="D",
+        attend=h_transformer,
+        size_name="block",
+        sizes=_BLOCKS,
+        work=3,  # the diagonal, and a geometric sum over the coarser levels
+        fits=_halves,
+    ),
+    "sparse": Method(
+        label="best sparse",
+        colour="#c9a227",
+        mark="P",
+        attend=optimal_sparse,
+        size_name="entries per row",
+        is_practical=False,
+    ),
+    "low_rank": Method(
+        label="best low rank",
+        colour="#8c564b",
+        mark="X",
+        attend=truncated_svd,
+        size_name="rank",
+        is_practical=False,
+    ),
 }
+
+#: Names of the methods that the Long Range Arena encoder can use.
+ARENA_ATTENTIONS = tuple(name for name, method in METHODS.items() if method.layer is not None)

@@ -1,19 +1,19 @@
-"""Methods that Transformers has, given queries, keys and values instead of hidden states."""
+"""Methods that Transformers implements, on queries, keys and values in place of hidden states.
+
+Its modeling modules are imported when a method is called: they would slow `import mra_hf` down.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BigBirdConfig, LongformerConfig, NystromformerConfig
-from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
-from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
-from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
 #: Random blocks of BigBird, as in the ICML 2022 paper's Table 7.
 _RANDOM_BLOCKS = 3
 
 
-class _Given(nn.Module):
-    """Stands for a projection and returns given rows; the first channel of its input says which.
+class _Rows(nn.Module):
+    """Replaces a projection: returns stored rows, selected by the first channel of its input.
 
     Args:
         rows: `[B, N, H * D]`.
@@ -26,27 +26,29 @@ class _Given(nn.Module):
         self.batch_first = batch_first
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wanted = hidden_states[..., 0].long()
-        batch = wanted if self.batch_first else wanted.mT
-        found = torch.stack([rows[index] for rows, index in zip(self.rows, batch, strict=True)])
-        return found if self.batch_first else found.transpose(0, 1)
+        positions = hidden_states[..., 0].long()
+        batch = positions if self.batch_first else positions.mT
+        rows = torch.stack([rows[index] for rows, index in zip(self.rows, batch, strict=True)])
+        return rows if self.batch_first else rows.transpose(0, 1)
 
 
 def longformer(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, size: int, seed: int = 0
 ) -> Tensor:
-    """A window of `size` tokens, half on each side, and the first token global (Beltagy et al.
-    2020). N must be a multiple of `size`.
+    """A window of `size` tokens, half on each side, and a global first token (Beltagy et al. 2020).
+    N must be a multiple of `size`.
     """
+    from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
     _check_multiple(query, size, "window")
     settings = _sizes(query) | {"attention_window": [size]}
     layer = LongformerSelfAttention(
         LongformerConfig(**settings, attention_probs_dropout_prob=0.0), 0
     )
     rows = [_rows(x) for x in (query * (scale * query.shape[-1] ** 0.5), key, value)]
-    for name, given in zip(("query", "key", "value"), rows, strict=True):
+    for name, x in zip(("query", "key", "value"), rows, strict=True):
         for projection in (name, f"{name}_global"):
-            setattr(layer, projection, _Given(given, batch_first=False))
+            setattr(layer, projection, _Rows(x, batch_first=False))
     batch, _, length, _ = query.shape
     is_global = torch.zeros(batch, length, dtype=torch.bool)
     is_global[:, 0] = True
@@ -63,9 +65,14 @@ def longformer(
 def bigbird(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, size: int, seed: int = 0
 ) -> Tensor:
-    """Blocks of `size` tokens: a band of three, the first and the last, and three at random (Zaheer
-    et al. 2020). N must be a multiple of `size`.
+    """Blocks of `size` tokens: a band of three, the first and the last, and three random ones
+    (Zaheer et al. 2020). N must be a multiple of `size`.
     """
+    from transformers.models.big_bird.modeling_big_bird import (
+        BigBirdBlockSparseAttention,
+        BigBirdModel,
+    )
+
     _check_multiple(query, size, "block")
     batch, heads, length, dim = query.shape
     config = BigBirdConfig(
@@ -74,11 +81,11 @@ def bigbird(
         num_random_blocks=_RANDOM_BLOCKS,
         max_position_embeddings=length,
     )
-    # In evaluation Transformers takes the first block for each random one; nothing else differs.
+    # In evaluation Transformers replaces each random block by the first; nothing else differs.
     layer = BigBirdBlockSparseAttention(config, seed=seed).train()
     mask = torch.ones(batch, length)
     blocked, band, rows, columns = BigBirdModel.create_masks_for_block_sparse_attn(mask, size)
-    state = np.random.get_state()  # Transformers seeds numpy's own generator
+    state = np.random.get_state()  # Transformers seeds numpy's global generator
     try:
         output, _ = layer.bigbird_block_sparse_attention(
             query * (scale * dim**0.5),
@@ -114,9 +121,13 @@ def bigbird(
 def nystromformer(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float, size: int, seed: int = 0
 ) -> Tensor:
-    """The Nystrom method with `size` landmarks, means of segments (Xiong et al. 2021); without the
-    convolution of its models. N must be a multiple of `size`.
+    """The Nystrom method with `size` landmarks, the means of segments (Xiong et al. 2021); without
+    the convolution of its models. N must be a multiple of `size`.
     """
+    from transformers.models.nystromformer.modeling_nystromformer import (
+        NystromformerSelfAttention,
+    )
+
     _check_multiple(query, size, "landmarks")
     batch, heads, length, dim = query.shape
     config = NystromformerConfig(
@@ -129,7 +140,7 @@ def nystromformer(
     layer = NystromformerSelfAttention(config)
     layer.conv_kernel_size = None
     for name, x in (("query", query * (scale * dim**0.5)), ("key", key), ("value", value)):
-        setattr(layer, name, _Given(_rows(x)))
+        setattr(layer, name, _Rows(_rows(x)))
     output = layer(_positions(query))[0]
     return output.view(batch, length, heads, dim).transpose(1, 2)
 
@@ -140,7 +151,7 @@ def _sizes(query: Tensor) -> dict[str, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`[B, H, N, D]` as the rows `[B, N, H * D]` that a projection would give."""
+    """`[B, H, N, D]` as the output of a projection, `[B, N, H * D]`."""
     return x.transpose(1, 2).flatten(2)
 
 

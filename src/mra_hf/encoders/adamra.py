@@ -1,8 +1,8 @@
-"""AdaMRA's attention layer: compressed keys and values, a router, kernel attention.
+"""AdaMRA's attention layer: compressed keys and values, a router, kernelized attention.
 
 "Adaptive Multi-Resolution Attention with Linear Complexity" (2021), sections on compression,
 routing and kernel attention. Letters: B batch, N tokens, d width, H heads, S subheads of width
-d / S, m segments of a head.
+d / S, m segments per head.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from mra_attention.blocks import compute_dtype, count_blocks
 from mra_hf.encoders.prenorm import Routing
 
-#: Queries of one sample and head that are worked on together.
+#: Queries of one sample and head that are computed together.
 _TILE = 32
 
 
@@ -25,8 +25,8 @@ class AdaMraAttention(nn.Module):
     Parameters: (4 + 3 H) d^2 + d H and 4 d biases; a vanilla layer has 4 d^2.
 
     Args:
-        config: an `AdaMraConfig`, or any with its fields that `check_adamra` reads.
-        layer_idx: place among the layers; random routing in evaluation depends on it.
+        config: an `AdaMraConfig`, or another configuration with its AdaMRA settings.
+        layer_idx: number of the layer; random routing in evaluation depends on it.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
@@ -40,7 +40,7 @@ class AdaMraAttention(nn.Module):
         self.layer_idx = layer_idx
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.router = nn.Linear(width, heads, bias=False)
-        # Of each head, applied behind the projections that all share.
+        # One projection per head, applied after the shared projections.
         self.head_query, self.head_key, self.head_value = (
             nn.Parameter(torch.empty(heads, width, width)) for _ in range(3)
         )
@@ -48,10 +48,10 @@ class AdaMraAttention(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Draw the projections of the heads as those of a linear layer (Glorot, uniform)."""
+        """Draw the projections of the heads like linear layers (Glorot uniform)."""
         bound = (6 / (2 * self.query.in_features)) ** 0.5
         for weights in (self.head_query, self.head_key, self.head_value):
-            # Whole parameters: Transformers marks those that it has loaded, and not their slices.
+            # Whole parameters, since Transformers marks loaded parameters, not slices of them.
             nn.init.uniform_(weights, -bound, bound)
 
     def forward(
@@ -64,14 +64,16 @@ class AdaMraAttention(nn.Module):
             token_mask: `[B, N]` bool or integer, nonzero at real tokens, any pattern; None: all.
 
         Returns:
-            `[B, N, d]`, 0 at padding, and what the router decided.
+            `[B, N, d]`, 0 at padding, and the router's decisions.
         """
         token_mask = None if token_mask is None else token_mask.bool()
         padding = None if token_mask is None else ~token_mask[..., None]
         if padding is not None:  # it may hold NaN
             hidden_states = hidden_states.masked_fill(padding, 0)
-        query, key, value = (part(hidden_states) for part in (self.query, self.key, self.value))
-        if padding is not None:  # where only the bias is left
+        query, key, value = (
+            project(hidden_states) for project in (self.query, self.key, self.value)
+        )
+        if padding is not None:  # where the projections left their bias
             key, value = (x.masked_fill(padding, 0) for x in (key, value))
         routing = self.route(query, token_mask)
         memories = [
@@ -80,14 +82,14 @@ class AdaMraAttention(nn.Module):
         if routing.heads is None or torch.compiler.is_compiling():
             attended = self._attend_all(query, memories, routing)
         else:
-            attended = self._attend_own(query, memories, routing)
+            attended = self._attend_routed(query, memories, routing)
         output = self.output(attended.to(hidden_states.dtype))
         if padding is not None:
             output = output.masked_fill(padding, 0)
         return output, routing
 
     def route(self, query: Tensor, token_mask: Tensor | None) -> Routing:
-        """Ask the router: `[B, N, d]` queries behind the shared projection."""
+        """Route the projected queries `[B, N, d]`."""
         batch, length, _ = query.shape
         n_heads = len(self.segment_lengths)
         if self.routing == "random":
@@ -96,14 +98,14 @@ class AdaMraAttention(nn.Module):
         else:
             probabilities = torch.softmax(self.router(query).float(), dim=-1)
             heads = probabilities.argmax(-1) if self.routing == "learned" else None
-        given = probabilities.detach()
+        assignment = probabilities.detach()
         if heads is not None:
-            given = F.one_hot(heads, n_heads).float()
+            assignment = F.one_hot(heads, n_heads).float()
         real = query.new_ones(batch, length, 1, dtype=torch.float32)
         if token_mask is not None:
             real = real * token_mask[..., None]
         count = real.sum().clamp_min(1)
-        shares = (given * real).sum((0, 1)) / count
+        shares = (assignment * real).sum((0, 1)) / count
         balance = n_heads * (shares * (probabilities * real).sum((0, 1)) / count).sum()
         return Routing(probabilities, heads, shares, balance)
 
@@ -111,15 +113,15 @@ class AdaMraAttention(nn.Module):
         n_heads = len(self.segment_lengths)
         if self.training:
             return torch.randint(n_heads, (batch, length), device=device)
-        # Multiplicative hashing of the place: the same for every batch and length, and traceable.
-        places = torch.arange(1, length + 1, device=device) + 7919 * self.layer_idx
-        hashed = (places * 2654435761) % 2**32
+        # Multiplicative hashing of the position: independent of batch and length, and traceable.
+        positions = torch.arange(1, length + 1, device=device) + 7919 * self.layer_idx
+        hashed = (positions * 2654435761) % 2**32
         return ((hashed >> 16) % n_heads).expand(batch, -1)
 
     def _memory(
         self, head: int, key: Tensor, value: Tensor, token_mask: Tensor | None
     ) -> "_Sums | _Compressed":
-        """What queries of a head read, from `[B, N, d]` keys and values with zeros at padding."""
+        """What the queries of a head read, from `[B, N, d]` keys and values, zero at padding."""
         tokens = self.segment_lengths[head]
         means, live = segment_means((key, value), token_mask, tokens)
         # Means commute with projections, and there are fewer of them.
@@ -141,48 +143,49 @@ class AdaMraAttention(nn.Module):
         return F.relu(x) if self.feature_map == "relu" else F.elu(x) + 1
 
     def _read(self, head: int, query: Tensor, memory: "_Sums | _Compressed") -> Tensor:
-        """`[G, n, d]` queries of one head, each G beside its own memory -> `[G, n, d]` float32 or
-        float64.
+        """`[G, n, d]` queries of one head, each of the G groups with a memory of its own ->
+        `[G, n, d]` float32 or float64.
         """
-        own = self._subheads(_widened(query @ self.head_query[head]))
+        query = self._subheads(_widened(query @ self.head_query[head]))
         if self.feature_map != "softmax":
-            own = self._features(own)
+            query = self._features(query)
         with torch.autocast(query.device.type, enabled=False):
-            return memory.read(own).transpose(-3, -2).flatten(-2)
+            return memory.read(query).transpose(-3, -2).flatten(-2)
 
     def _attend_all(self, query: Tensor, memories: list, routing: Routing) -> Tensor:
-        """Every head for every query, and then the weights of the router: the text of the paper."""
+        """Every head for every query, weighted by the router: the text of the paper."""
         if routing.heads is None:
             gates = routing.probabilities
         else:
-            chosen = F.one_hot(routing.heads, len(memories)).float()
-            gates = chosen * self._gate(routing)[..., None]
-        heads = [self._read(head, query, memory) for head, memory in enumerate(memories)]
-        return sum(gates[..., head, None] * read for head, read in enumerate(heads))
+            is_routed = F.one_hot(routing.heads, len(memories)).float()
+            gates = is_routed * self._gate(routing)[..., None]
+        reads = [self._read(head, query, memory) for head, memory in enumerate(memories)]
+        return sum(gates[..., head, None] * read for head, read in enumerate(reads))
 
-    def _attend_own(self, query: Tensor, memories: list, routing: Routing) -> Tensor:
-        """The same, every query paying for its own head alone.
+    def _attend_routed(self, query: Tensor, memories: list, routing: Routing) -> Tensor:
+        """The same result, computing only the selected head of each query.
 
-        The queries of a sample are sorted by head into tiles, of which each has one head; a head
-        leaves at most one tile partly empty.
+        The queries of a sample are sorted by head into tiles, each of one head; a head leaves at
+        most one tile partly empty.
         """
         batch, _, width = query.shape
         n_heads = len(memories)
-        place, head_of_tile = _tiles(routing.heads, n_heads)
+        slot_of_query, head_of_tile = _tiles(routing.heads, n_heads)
         n_tiles = head_of_tile.shape[1]
         slots = query.new_zeros(batch, n_tiles * _TILE, width)
-        into = place[..., None].expand_as(query)
-        tiles = slots.scatter(1, into, query).view(batch * n_tiles, _TILE, width)
+        index = slot_of_query[..., None].expand_as(query)
+        tiles = slots.scatter(1, index, query).view(batch * n_tiles, _TILE, width)
         results = torch.zeros_like(tiles, dtype=compute_dtype(tiles.dtype))
         for head, memory in enumerate(memories):
-            mine = (head_of_tile.flatten() == head).nonzero()[:, 0]
-            read = self._read(head, tiles[mine], memory.of_samples(mine // n_tiles))
-            results = results.index_copy(0, mine, read)
-        attended = results.view_as(slots).gather(1, into)
+            tiles_of_head = (head_of_tile.flatten() == head).nonzero()[:, 0]
+            memories_of_tiles = memory.of_samples(tiles_of_head // n_tiles)
+            read = self._read(head, tiles[tiles_of_head], memories_of_tiles)
+            results = results.index_copy(0, tiles_of_head, read)
+        attended = results.view_as(slots).gather(1, index)
         return attended * self._gate(routing)[..., None]
 
     def _gate(self, routing: Routing) -> Tensor:
-        """Factor of the chosen head's output, `[B, N]`."""
+        """Factor of the selected head's output, `[B, N]`."""
         probability = routing.probabilities.gather(-1, routing.heads[..., None])[..., 0]
         if self.router_gate == "prob" and self.routing == "learned":
             return probability
@@ -196,8 +199,8 @@ def _widened(x: Tensor) -> Tensor:
 
 
 class _Sums(NamedTuple):
-    """Kernel attention's sums over the keys: of features times values `[B, S, f, v]`, of features
-    `[B, S, f]`.
+    """Sums over the keys in kernelized attention: features times values `[B, S, f, v]`, and
+    features `[B, S, f]`.
     """
 
     products: Tensor
@@ -207,15 +210,15 @@ class _Sums(NamedTuple):
         return _Sums(self.products[samples], self.features[samples])
 
     def read(self, query: Tensor) -> Tensor:
-        """`[B, S, n, f]` features of queries -> `[B, S, n, v]`; 0 where no key answers."""
+        """`[B, S, n, f]` query features -> `[B, S, n, v]`; 0 where the denominator is 0."""
         numerator = query @ self.products
         denominator = query @ self.features[..., None]
-        some = denominator > 0
-        return torch.where(some, numerator / torch.where(some, denominator, 1), 0)
+        is_positive = denominator > 0
+        return torch.where(is_positive, numerator / torch.where(is_positive, denominator, 1), 0)
 
 
 class _Compressed(NamedTuple):
-    """Compressed keys and values `[B, S, m, d / S]`, and which of them are live, `[B, m]`."""
+    """Compressed keys and values `[B, S, m, d / S]`, and which segments are live, `[B, m]`."""
 
     keys: Tensor
     values: Tensor
@@ -234,16 +237,16 @@ class _Compressed(NamedTuple):
 def segment_means(
     tensors: tuple[Tensor, ...], token_mask: Tensor | None, segment_length: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Means over the real tokens of segments, and which segments hold one.
+    """Means over the real tokens of each segment, and which segments hold a real token.
 
     Args:
-        tensors: `[B, N, d]` each, with zeros at padding.
+        tensors: `[B, N, d]` each, zero at padding.
         token_mask: `[B, N]` bool or None.
-        segment_length: tokens of a segment; the last may be shorter.
+        segment_length: tokens per segment; the last segment may be shorter.
 
     Returns:
-        `[B, m, d]` each with m = ceil(N / segment_length), zeros for empty segments; and `[B, m]`
-        bool.
+        `[B, m, d]` for each tensor with m = ceil(N / segment_length), zeros for empty segments; and
+        `[B, m]` bool.
     """
     batch, length, _ = tensors[0].shape
     segments = count_blocks(length, segment_length)
@@ -265,15 +268,15 @@ def _tiles(heads: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
         heads: `[B, N]` int64.
 
     Returns:
-        The slot of each query, `[B, N]`, and the head of each tile, `[B, T]` (`n_heads` for tiles
-        that nothing is in); a tile has `_TILE` slots, and T depends on N and H alone.
+        The slot of each query, `[B, N]`, and the head of each tile, `[B, T]` (`n_heads` for empty
+        tiles); a tile has `_TILE` slots, and T depends on N and H only.
     """
     length = heads.shape[1]
     one_hot = F.one_hot(heads, n_heads)
     tiles = count_blocks(one_hot.sum(1), _TILE)  # of each head, [B, H]
     ends = tiles.cumsum(-1)
-    within = (one_hot.cumsum(1) - 1).gather(-1, heads[..., None])[..., 0]
-    place = (ends - tiles).gather(-1, heads) * _TILE + within
+    rank = (one_hot.cumsum(1) - 1).gather(-1, heads[..., None])[..., 0]
+    slot_of_query = (ends - tiles).gather(-1, heads) * _TILE + rank
     numbers = torch.arange(length // _TILE + n_heads, device=heads.device)
     head_of_tile = (numbers[None, :, None] >= ends[:, None]).sum(-1)
-    return place, head_of_tile
+    return slot_of_query, head_of_tile

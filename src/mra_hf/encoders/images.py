@@ -1,6 +1,6 @@
-"""The image classifier of the MRA paper's Table 6: a convolution, four pre-norm layers, a mean.
+"""The image classifier of the MRA paper's Table 6: convolution, four pre-norm layers, mean pooling.
 
-Its 32 x 32 tokens are put in patches of 4 x 8, each of them one block of MRA-2.
+Its 32 x 32 tokens are arranged in patches of 4 x 8, each of them one block of MRA-2.
 """
 
 import math
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from mra_attention.checks import SELECTION_RULES, check_choice, check_int
+from mra_attention.checks import check_choice, check_int
 from mra_attention.order import patch_order
-from mra_hf.encoders.layers import DenseAttention, HeadsLayer, Mra2Attention
+from mra_hf.baselines.methods import METHODS
+from mra_hf.encoders.configuration import SmallEncoderConfig
 from mra_hf.encoders.prenorm import (
     Classifier,
     PreNormEncoder,
@@ -25,23 +25,23 @@ from mra_hf.encoders.prenorm import (
 ATTENTIONS = ("mra2", "mra2_s", "dense")
 
 
-class MraImageConfig(PreTrainedConfig):
+class MraImageConfig(SmallEncoderConfig):
     """Configuration of `MraForImageClassification`, `model_type` "mra_image_hf".
 
-    The defaults are the model of the paper for images of 224 x 224.
+    The defaults are the paper's model for images of 224 x 224 pixels.
 
     Args:
         image_size: height and width in pixels.
         num_channels: 3 for colour, 1 for grey.
-        stem_kernel_size, stem_stride, stem_padding: of the convolution that makes the tokens; 1, 1
-            and 0 take every pixel of a small image for a token.
-        patch_size: height and width in tokens of the patches that become blocks of
-            `patch_size[0] * patch_size[1]` tokens; the grid of tokens is a multiple of them.
+        stem_kernel_size, stem_stride, stem_padding: of the convolution that produces the tokens;
+            1, 1 and 0 make every pixel of a small image a token.
+        patch_size: height and width, in tokens, of the patches that become blocks of
+            `patch_size[0] * patch_size[1]` tokens; they must tile the grid of tokens.
         attention: "mra2", "mra2_s" or "dense".
         block_per_row, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, selection: see
             `MraConfig`.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_dropout_prob,
-            attention_probs_dropout_prob (dense alone), layer_norm_eps, initializer_range,
+            attention_probs_dropout_prob (dense only), layer_norm_eps, initializer_range,
             classifier_hidden_size: sizes.
 
     Raises:
@@ -71,60 +71,39 @@ class MraImageConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     classifier_hidden_size: int = 512
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.check()
-
-    def validate(self):
-        """Check all fields; also called by `save_pretrained`."""
-        super().validate()
-        self.check()
-
     def check(self) -> None:
-        """Raise a `ValueError` unless the fields of this class fit together."""
-        for name in (
-            *("image_size", "num_channels", "stem_kernel_size", "stem_stride", "block_per_row"),
-            *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-            "classifier_hidden_size",
-        ):
-            check_int(name, getattr(self, name), 1)
-        check_int("stem_padding", self.stem_padding, 0)
-        for name in ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks"):
-            check_int(name, getattr(self, name), 0)
+        super().check()
+        self.check_ints("image_size", "num_channels", "stem_kernel_size", "stem_stride")
+        self.check_ints("stem_padding", least=0)
         check_choice("attention", self.attention, ATTENTIONS)
-        check_choice("selection", self.selection, SELECTION_RULES)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} "
-                f"and {self.num_attention_heads}."
-            )
+        self.check_mra()
         if not isinstance(self.patch_size, (list, tuple)) or len(self.patch_size) != 2:
             raise ValueError(f"patch_size must be [height, width], got {self.patch_size!r}.")
-        for place, side in enumerate(self.patch_size):
-            check_int(f"patch_size[{place}]", side, 1)
+        for index, patch_side in enumerate(self.patch_size):
+            check_int(f"patch_size[{index}]", patch_side, 1)
         side = self.grid_side
-        if side < 1 or any(side % of_patch for of_patch in self.patch_size):
+        if side < 1 or any(side % patch_side for patch_side in self.patch_size):
             raise ValueError(
                 f"the stem makes {side} x {side} tokens of {self.image_size} x {self.image_size} "
-                f"pixels, which patches of {list(self.patch_size)} do not fill; change "
-                "image_size, the stem or patch_size."
+                f"pixels, which patches of {list(self.patch_size)} do not fill; "
+                "change image_size, the stem or patch_size."
             )
 
     @property
     def grid_side(self) -> int:
-        """Tokens in a row of the grid, and in a column."""
+        """Height and width of the grid, in tokens."""
         return (
             self.image_size + 2 * self.stem_padding - self.stem_kernel_size
         ) // self.stem_stride + 1
 
     @property
     def block_size(self) -> int:
-        """Tokens of a patch, which is a block."""
+        """Tokens per patch, and so per block."""
         return math.prod(self.patch_size)
 
 
 class MraForImageClassification(PreNormPreTrainedModel):
-    """Convolution, learned positions, pre-norm layers, mean over tokens, classifier."""
+    """Convolution, learned positions, pre-norm layers, mean pooling, classifier."""
 
     config_class = MraImageConfig
     base_model_prefix = "mra_image"
@@ -142,11 +121,9 @@ class MraForImageClassification(PreNormPreTrainedModel):
         )
         self.positions = nn.Embedding(config.grid_side**2, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        attend = DenseAttention if config.attention == "dense" else Mra2Attention
+        attention_layer = METHODS[config.attention].layer
         layers = range(config.num_hidden_layers)
-        self.encoder = PreNormEncoder(
-            config, [HeadsLayer(config, attend(config, layer)) for layer in layers]
-        )
+        self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
         self.classifier = Classifier(
             config.hidden_size, config.classifier_hidden_size, config.num_labels
         )
@@ -172,11 +149,11 @@ class MraForImageClassification(PreNormPreTrainedModel):
             pixel_values: `[B, channels, image_size, image_size]`.
             labels: `[B]` int64, for a loss.
             output_hidden_states: return the states of all layers, tokens patch by patch.
-            output_attentions: must be off: the matrices are never whole.
+            output_attentions: must be off: there are no matrices.
             return_dict: False for a tuple.
 
         Raises:
-            ValueError: images of another shape, or matrices asked for.
+            ValueError: images of another shape, or matrices requested.
         """
         refuse_matrices(output_attentions)
         side = self.config.image_size
@@ -193,7 +170,7 @@ class MraForImageClassification(PreNormPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         encoded = self.encoder(states[:, order], None, output_hidden_states=output_hidden_states)
-        # A mean does not care about the order, so nothing is put back.
+        # The mean does not depend on the order, so the original one is not restored.
         logits = self.classifier(encoded.last_hidden_state.mean(1))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         output = ImageClassifierOutput(

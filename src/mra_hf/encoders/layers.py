@@ -1,51 +1,42 @@
-"""The attention layers of the Long Range Arena encoder, all called as `prenorm` says."""
+"""The attention layers of the Long Range Arena encoder, all called as `prenorm` says.
+
+A layer is built by `layer(config, layer_idx)` from an `LraConfig` (or another configuration with
+the fields it reads); `baselines.methods.METHODS` lists the layers by name.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LongformerConfig, NystromformerConfig
+from transformers import LongformerConfig, NystromformerConfig, PreTrainedConfig
 
 from mra_attention import mra2_attention
 from mra_attention.blocks import compute_dtype, count_blocks
 from mra_hf.baselines.kernelized import linear, linformer, orthogonal_directions, performer
-from mra_hf.encoders.adamra import AdaMraAttention
-from mra_hf.encoders.configuration import LraConfig
 
 
-def attention_layer(config: LraConfig, layer_idx: int) -> nn.Module:
-    """The layer that `config.attention` names."""
-    match config.attention:
-        case "adamra":
-            return AdaMraAttention(config, layer_idx)
-        case "longformer":
-            return LongformerLayer(config)
-        case "nystromformer":
-            return NystromformerLayer(config)
-        case name:
-            return HeadsLayer(config, _HEADS[name](config, layer_idx))
-
-
-class HeadsLayer(nn.Module):
-    """Projections to heads, an attention of theirs, and an output projection.
+class MultiHeadLayer(nn.Module):
+    """Projections to heads, attention within each head, and an output projection.
 
     Args:
         config: sizes.
-        attend: a module `attend(query, key, value, token_mask)` of `[B, H, N, D]`.
+        attention: a module `attention(query, key, value, token_mask)` of `[B, H, N, D]`.
     """
 
-    def __init__(self, config: LraConfig, attend: nn.Module):
+    def __init__(self, config: PreTrainedConfig, attention: nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         width = config.hidden_size
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-        self.attend = attend
+        self.attend = attention
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
         query, key, value = (
-            part(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (self.query, self.key, self.value)
+            project(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
         )
-        if isinstance(self.attend, Mra2Attention):  # which chooses its own precision
+        if isinstance(self.attend, Mra2Attention):  # which handles precision itself
             output = self.attend(query, key, value, token_mask)
         else:  # in float32, as in the published runs
             wide = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
@@ -54,21 +45,32 @@ class HeadsLayer(nn.Module):
         return self.output(output.transpose(1, 2).flatten(2)), None
 
 
+def multi_head(
+    attention_class: Callable[[PreTrainedConfig, int], nn.Module],
+) -> Callable[[PreTrainedConfig, int], MultiHeadLayer]:
+    """The factory of layers with this attention within each head."""
+    return lambda config, layer_idx: MultiHeadLayer(config, attention_class(config, layer_idx))
+
+
 class DenseAttention(nn.Module):
-    def __init__(self, config: LraConfig, layer_idx: int):
+    """Softmax attention, with dropout on its weights in training."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, query, key, value, token_mask):
         mask = None
-        if token_mask is not None:  # a sample without a token reads what is there
+        if token_mask is not None:  # a sample without any token attends to its padding
             mask = (token_mask | ~token_mask.any(-1, keepdim=True))[:, None, None]
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
 
 
 class Mra2Attention(nn.Module):
-    def __init__(self, config: LraConfig, layer_idx: int):
+    """MRA-2, or MRA-2-s for `attention="mra2_s"`."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         self.settings = {
             "approx_mode": "sparse" if config.attention == "mra2_s" else "full",
@@ -84,7 +86,9 @@ class Mra2Attention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    def __init__(self, config: LraConfig, layer_idx: int):
+    """Kernelized attention with ELU + 1, the Linear Transformer's."""
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
 
     def forward(self, query, key, value, token_mask):
@@ -92,9 +96,9 @@ class LinearAttention(nn.Module):
 
 
 class LinformerAttention(nn.Module):
-    """Learned projections of the length, one for each head, shared by keys and values."""
+    """Learned projections of the length, one per head, shared by keys and values."""
 
-    def __init__(self, config: LraConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         shape = (config.num_attention_heads, config.size, config.max_position_embeddings)
         self.projection = nn.Parameter(torch.empty(shape))
@@ -102,7 +106,7 @@ class LinformerAttention(nn.Module):
 
     @torch.no_grad()
     def reset_own_parameters(self) -> None:
-        """Draw it anew."""
+        """Draw the projections, N(0, 1 / projected length)."""
         nn.init.normal_(self.projection, 0, self.projection.shape[1] ** -0.5)
 
     def forward(self, query, key, value, token_mask):
@@ -114,9 +118,9 @@ class LinformerAttention(nn.Module):
 
 
 class PerformerAttention(nn.Module):
-    """Random features, drawn once for each layer and kept with its weights."""
+    """Random features, drawn once for each layer and saved with its weights."""
 
-    def __init__(self, config: LraConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         dim = config.hidden_size // config.num_attention_heads
         self.register_buffer("directions", orthogonal_directions(config.size, dim, layer_idx))
@@ -128,12 +132,13 @@ class PerformerAttention(nn.Module):
 
 
 class NystromformerLayer(nn.Module):
-    """Transformers' Nystromformer attention without its convolution; its landmarks average over
-    padding too, which is zeros here, as published. The inverse starts from each matrix by itself,
-    where Transformers takes the largest one of the batch, so that neighbours would be seen.
+    """Transformers' Nystromformer attention without its convolution.
+
+    Landmarks average over padding (zeros) too, as published. The iteration for the inverse starts
+    from each matrix alone; in Transformers its start depends on the whole batch.
     """
 
-    def __init__(self, config: LraConfig):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         from transformers.models.nystromformer.modeling_nystromformer import (
             NystromformerSelfAttention,
@@ -166,9 +171,9 @@ class NystromformerLayer(nn.Module):
 
 
 class LongformerLayer(nn.Module):
-    """Transformers' Longformer attention, the first token global."""
+    """Transformers' Longformer attention with a global first token."""
 
-    def __init__(self, config: LraConfig):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
         from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -185,7 +190,7 @@ class LongformerLayer(nn.Module):
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple[Tensor, None]:
         length = hidden_states.shape[1]
         states, mask = _padded(hidden_states, token_mask, self.window)
-        # Global without looking at the mask: the first place is a token in every text.
+        # The mask is not read: the first position of every text holds a token.
         is_global = torch.zeros_like(mask)
         is_global[:, 0] = True
         is_padding = ~mask & ~is_global
@@ -200,8 +205,8 @@ class LongformerLayer(nn.Module):
 
 
 def iterative_inverse(matrix: Tensor, n_iter: int = 6) -> Tensor:
-    """Pseudo-inverse of `[..., m, m]` by the third-order iteration of Razavi et al. (2014), which
-    Nystromformer uses, started from each matrix alone.
+    """Pseudo-inverse of each `[..., m, m]` matrix by the third-order iteration of Razavi et al.
+    (2014), as in Nystromformer.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     sums = matrix.abs().sum(-1).amax(-1) * matrix.abs().sum(-2).amax(-1)
@@ -213,20 +218,10 @@ def iterative_inverse(matrix: Tensor, n_iter: int = 6) -> Tensor:
     return inverse
 
 
-_HEADS = {
-    "dense": DenseAttention,
-    "mra2": Mra2Attention,
-    "mra2_s": Mra2Attention,
-    "linear": LinearAttention,
-    "linformer": LinformerAttention,
-    "performer": PerformerAttention,
-}
-
-
 def _padded(
     hidden_states: Tensor, token_mask: Tensor | None, multiple: int
 ) -> tuple[Tensor, Tensor]:
-    """States and mask up to a multiple of tokens."""
+    """States and mask, padded to a multiple of so many tokens."""
     batch, length, _ = hidden_states.shape
     if token_mask is None:
         token_mask = hidden_states.new_ones((batch, length), dtype=torch.bool)

@@ -1,10 +1,9 @@
-"""The small pre-norm encoder of the Long Range Arena, around any attention layer.
+"""The pre-norm encoder that all small models share, around any attention layer.
 
 An attention layer is a module `layer(hidden_states [B, N, C], token_mask [B, N] bool or None)` that
-returns `[B, N, C]` and, if it routes its queries, a `Routing`, else None.
+returns `[B, N, C]` and a `Routing` if it routes its queries, else None.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,20 +14,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from mra_attention.order import inverse_order
-
 
 @dataclass
 class EncoderOutput(ModelOutput):
-    """What an encoder returns.
+    """Output of an encoder.
 
     Args:
         last_hidden_state: `[B, N, C]`, 0 at padding.
-        hidden_states: embeddings and the states behind each layer, when asked for.
-        routing_shares: `[layers, H]`, the share of the real tokens that each head got, where the
-            attention routes.
-        balance_loss: mean over layers of the load-balancing loss, likewise.
-        router_probs: `[B, N, H]` of each layer, when asked for.
+        hidden_states: the embeddings and the output of each layer, if requested.
+        routing_shares: `[layers, H]`, the share of the real tokens that each head received; None
+            without routing.
+        balance_loss: load-balancing loss, the mean over layers; None without routing.
+        router_probs: `[B, N, H]` for each layer, if requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -40,8 +37,8 @@ class EncoderOutput(ModelOutput):
 
 @dataclass
 class ClassifierOutput(ModelOutput):
-    """What a classifier returns: `loss` and `logits` `[B, labels]`, then as `EncoderOutput`; the
-    loss holds the balance loss times its coefficient.
+    """Output of a classifier: `loss` (which includes the balance loss times its coefficient),
+    `logits` `[B, labels]`, and the fields of `EncoderOutput`.
     """
 
     loss: Tensor | None = None
@@ -60,10 +57,10 @@ class Routing(NamedTuple):
     """What the router of a layer decided.
 
     Attributes:
-        probabilities: `[B, N, H]` float32; of a router that is not asked ("random") uniform.
+        probabilities: `[B, N, H]` float32; uniform under "random" routing.
         heads: `[B, N]` int64, the head of each query; None under "soft" routing.
-        shares: `[H]` float32, without gradient: the share of the real tokens that a head gets (its
-            mean probability under "soft" routing).
+        shares: `[H]` float32 without gradient, the share of the real tokens that each head receives
+            (under "soft" routing, its mean probability).
         balance_loss: H times the sum over heads of share times mean probability; 1 when balanced.
     """
 
@@ -74,7 +71,7 @@ class Routing(NamedTuple):
 
 
 class TokenEmbeddings(nn.Module):
-    """Tokens and learned absolute positions, added, with dropout."""
+    """The sum of token embeddings and learned absolute positions, with dropout."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -83,10 +80,10 @@ class TokenEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """`[B, N]` ids or `[B, N, C]` embeddings of tokens -> `[B, N, C]`.
+        """`[B, N]` ids or `[B, N, C]` token embeddings -> `[B, N, C]`.
 
         Raises:
-            ValueError: both or none are given, no tokens, or more than positions.
+            ValueError: both or neither are given, no tokens, or more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds.")
@@ -96,8 +93,8 @@ class TokenEmbeddings(nn.Module):
             raise ValueError("input_ids must hold at least one token, got none.")
         if length > rows:
             raise ValueError(
-                f"input_ids has {length} tokens, and the position table {rows} rows; cut the input "
-                "or build the model with a larger max_position_embeddings."
+                f"input_ids has {length} tokens, and the position table {rows} rows; "
+                "cut the input or build the model with a larger max_position_embeddings."
             )
         return self.dropout(tokens + self.positions.weight[:length])
 
@@ -116,8 +113,8 @@ class PreNormLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, token_mask: Tensor | None) -> tuple:
-        """States, and the fields of the `Routing` if there is one: checkpointing sees tensors in a
-        plain tuple alone.
+        """The new hidden states, followed by the fields of the `Routing` if there is one:
+        checkpointing only finds tensors in a plain tuple.
         """
         attended, routing = self.attention(self.attention_norm(hidden_states), token_mask)
         hidden_states = hidden_states + self.dropout(attended)
@@ -126,11 +123,11 @@ class PreNormLayer(GradientCheckpointingLayer):
 
 
 class PreNormEncoder(nn.Module):
-    """Layers and a last norm.
+    """Pre-norm layers and a final norm.
 
     Args:
         config: sizes.
-        attentions: an attention layer for each layer.
+        attentions: one attention layer for each encoder layer.
     """
 
     def __init__(self, config: PreTrainedConfig, attentions: list[nn.Module]):
@@ -146,7 +143,7 @@ class PreNormEncoder(nn.Module):
         output_hidden_states: bool = False,
         output_router_probs: bool = False,
     ) -> EncoderOutput:
-        """`[B, N, C]` embeddings and `[B, N]` bool or None."""
+        """Encode `[B, N, C]` embeddings under a `[B, N]` bool mask or None."""
         if token_mask is not None:  # padding may hold anything
             hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
         states, routings = [hidden_states], []
@@ -158,16 +155,16 @@ class PreNormEncoder(nn.Module):
         output = self.norm(hidden_states)
         if token_mask is not None:
             output = output.masked_fill(~token_mask[..., None], 0)
+        routed = {}
+        if routings:
+            routed["routing_shares"] = torch.stack([r.shares for r in routings])
+            routed["balance_loss"] = torch.stack([r.balance_loss for r in routings]).mean()
+            if output_router_probs:
+                routed["router_probs"] = tuple(r.probabilities for r in routings)
         return EncoderOutput(
             last_hidden_state=output,
             hidden_states=tuple(states) if output_hidden_states else None,
-            routing_shares=torch.stack([r.shares for r in routings]) if routings else None,
-            balance_loss=torch.stack([r.balance_loss for r in routings]).mean()
-            if routings
-            else None,
-            router_probs=tuple(r.probabilities for r in routings)
-            if routings and output_router_probs
-            else None,
+            **routed,
         )
 
 
@@ -184,8 +181,8 @@ class Classifier(nn.Module):
 
 
 def pooled(hidden_states: Tensor, token_mask: Tensor | None, config: PreTrainedConfig) -> Tensor:
-    """Mean of `[B, N, C]` over tokens, `[B, C]`: over real tokens, or under "mean_over_all" over
-    `max_position_embeddings` places, to which the published code pads every text with zeros.
+    """Mean of `[B, N, C]` over real tokens, `[B, C]`. Under "mean_over_all" the sum is divided by
+    `max_position_embeddings`, the length to which the published code pads every text with zeros.
     """
     if token_mask is not None:
         hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
@@ -197,24 +194,24 @@ def pooled(hidden_states: Tensor, token_mask: Tensor | None, config: PreTrainedC
     return sums / token_mask.sum(1, keepdim=True).clamp_min(1)
 
 
-def to_token_mask(attention_mask: Tensor | None, places: torch.Size) -> Tensor | None:
-    """The 2-D mask `[B, N]` as bool.
+def to_token_mask(attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The 2-D mask as bool; `shape` is `[B, N]`.
 
     Raises:
-        ValueError: another shape, or a mask to be added to logits.
+        ValueError: a mask of another shape, or an additive (floating-point) one.
     """
     if attention_mask is None:
         return None
-    if attention_mask.shape != places or attention_mask.is_floating_point():
+    if attention_mask.shape != shape or attention_mask.is_floating_point():
         raise ValueError(
-            f"attention_mask must be [batch, tokens] = {tuple(places)}, bool or integer, got "
-            f"{attention_mask.dtype} {tuple(attention_mask.shape)}."
+            f"attention_mask must be [batch, tokens] = {tuple(shape)}, bool or integer, "
+            f"got {attention_mask.dtype} {tuple(attention_mask.shape)}."
         )
     return attention_mask.bool()
 
 
 def refuse_matrices(output_attentions: bool | None) -> None:
-    """Raise a `ValueError` if attention matrices are asked for."""
+    """Raise a `ValueError` if attention matrices are requested."""
     if output_attentions:
         raise ValueError(
             "output_attentions=True asks for matrices that this attention never has; leave it off."
@@ -222,21 +219,21 @@ def refuse_matrices(output_attentions: bool | None) -> None:
 
 
 def check_classes(config: PreTrainedConfig) -> None:
-    """Raise a `ValueError` unless the configuration asks for one of two classes or more."""
+    """Raise a `ValueError` unless the configuration asks for one of two or more classes."""
     if config.num_labels < 2:
         raise ValueError(
             f"num_labels must be at least 2, got {config.num_labels}: this model chooses a class."
         )
     if config.problem_type not in (None, "single_label_classification"):
         raise ValueError(
-            f'problem_type must be None or "single_label_classification", got '
-            f"{config.problem_type!r}: this model chooses one class."
+            'problem_type must be None or "single_label_classification", '
+            f"got {config.problem_type!r}: this model chooses one class."
         )
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, std: float) -> None:
-    """Embeddings N(0, std), linear layers uniform after Glorot with zero biases, norms 1 and 0."""
+    """Embeddings N(0, std), linear layers Glorot uniform with zero biases, norms 1 and 0."""
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, 0, std)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -249,9 +246,9 @@ def initialise(module: nn.Module, std: float) -> None:
 
 
 class PreNormPreTrainedModel(PreTrainedModel):
-    """What all models around the encoder share: initial weights, and the table of tokens.
+    """Base class of all models around the encoder: initial weights, and the token table.
 
-    A module that holds parameters of its own has `reset_own_parameters`.
+    A module with parameters of its own initialises them in `reset_own_parameters`.
     """
 
     supports_gradient_checkpointing = True
@@ -268,71 +265,3 @@ class PreNormPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.base_model.embeddings.tokens = value
-
-
-class PreNormModel(PreNormPreTrainedModel):
-    """Embeddings and encoder.
-
-    Args:
-        config: sizes.
-        attention_layer: called as `attention_layer(config, layer_idx)` for each layer.
-    """
-
-    def __init__(
-        self,
-        config: PreTrainedConfig,
-        attention_layer: Callable[[PreTrainedConfig, int], nn.Module],
-    ):
-        super().__init__(config)
-        self.embeddings = TokenEmbeddings(config)
-        layers = range(config.num_hidden_layers)
-        self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
-        self.post_init()
-
-    def order(self, length: int, device: torch.device) -> Tensor | None:
-        """The order that tokens are put in for the layers, `[N]` int64; None: as they come."""
-        return None
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        output_router_probs: bool = False,
-        return_dict: bool | None = None,
-    ) -> EncoderOutput | tuple:
-        """Encode.
-
-        Args:
-            input_ids: `[B, N]` int64; N is that of the grid where the configuration has one.
-            attention_mask: `[B, N]` bool or integer, nonzero at real tokens; None: all are.
-            inputs_embeds: `[B, N, hidden_size]` in place of input_ids.
-            output_hidden_states: return the states of all layers (of a grid patch by patch).
-            output_attentions: must be off: there are no matrices.
-            output_router_probs: return the router's probabilities of all layers (AdaMRA).
-            return_dict: False for a tuple.
-
-        Raises:
-            ValueError: both or none of input_ids and inputs_embeds, a mask of another shape, more
-                tokens than positions or another number than the grid has, or matrices asked for.
-        """
-        refuse_matrices(output_attentions)
-        states = self.embeddings(input_ids, inputs_embeds)
-        token_mask = to_token_mask(attention_mask, states.shape[:2])
-        order = self.order(states.shape[1], states.device)
-        if order is not None:
-            states = states[:, order]
-            token_mask = None if token_mask is None else token_mask[:, order]
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = self.encoder(
-            states,
-            token_mask,
-            output_hidden_states=output_hidden_states,
-            output_router_probs=output_router_probs,
-        )
-        if order is not None:
-            output.last_hidden_state = output.last_hidden_state[:, inverse_order(order)]
-        return output if return_dict is not False else output.to_tuple()

@@ -18,9 +18,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_choice
+from mra_hf.baselines.methods import ARENA_ATTENTIONS
 from mra_hf.data.lra import TASKS, LraData
 from mra_hf.data.lra.listops import root_operators
-from mra_hf.encoders.configuration import ATTENTIONS, LraConfig
+from mra_hf.encoders.configuration import LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
 from mra_hf.encoders.modeling import LraForSequenceClassification
 from mra_hf.evaluation.metrics import load_metric
@@ -52,7 +53,9 @@ class LraArguments:
     """Which task, and which attention."""
 
     task: str = field(default="listops", metadata={"help": f"one of {', '.join(TASKS)}"})
-    attention: str = field(default="mra2", metadata={"help": f"one of {', '.join(ATTENTIONS)}"})
+    attention: str = field(
+        default="mra2", metadata={"help": f"one of {', '.join(ARENA_ATTENTIONS)}"}
+    )
     model: str = field(
         default="encoder",
         metadata={
@@ -113,7 +116,7 @@ def run_lra(
     if not training_args.do_train:
         raise ValueError("there is no trained model to evaluate here; pass --do_train true.")
     check_choice("task", lra_args.task, tuple(TASKS))
-    check_choice("attention", lra_args.attention, tuple(ATTENTIONS))
+    check_choice("attention", lra_args.attention, ARENA_ATTENTIONS)
     check_choice("model", lra_args.model, MODELS)
     runs.check_best_metric(training_args, ("loss", "accuracy"))
     if lra_args.one_cycle and training_args.max_steps > 0:

@@ -1,4 +1,4 @@
-"""The figures and Table 7 of the ICML 2022 paper, drawn again on given heads, and two more."""
+"""The figures and Table 7 of the ICML 2022 paper, redrawn on any heads, and two more figures."""
 
 import csv
 from collections.abc import Callable
@@ -20,8 +20,9 @@ from mra_hf.analysis.figures.matrices import (
     supports,
 )
 from mra_hf.analysis.head_inputs import HeadInputs
+from mra_hf.results.drawing import save_figure
 
-#: Tokens: four blocks of 32, of which a choice can be made.
+#: Least number of tokens: four blocks of 32, enough to select from.
 SHORTEST = 128
 
 FIGURES: dict[str, Callable[[HeadInputs], Drawn]] = {
@@ -48,11 +49,11 @@ def check_length(heads: HeadInputs) -> None:
 
 
 def draw(name: str, heads: HeadInputs, out: Path) -> str:
-    """Write NAME.png, NAME.csv and NAME.txt, the caption, to the folder `out`.
+    """Write NAME.png, NAME.csv and NAME.txt (the caption) to the folder `out`.
 
     Args:
-        name: one of `FIGURES`.
-        heads: what it is drawn from.
+        name: a key of `FIGURES`.
+        heads: the heads to draw it from.
         out: an existing folder.
 
     Returns:
@@ -69,6 +70,6 @@ def draw(name: str, heads: HeadInputs, out: Path) -> str:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(drawn.rows)
-    drawn.figure.savefig(out / f"{name}.png", dpi=100)
+    save_figure(drawn.figure, out / f"{name}.png", dpi=100)
     (out / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
     return caption

@@ -1,4 +1,4 @@
-"""Figures beyond the paper's: what the choice of blocks and the order of tokens do to the error."""
+"""Figures beyond the paper: error by selection rule, and by the order of the tokens."""
 
 import time
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mra_attention import BlockSelection, mra2_attention, select_blocks
 from mra_attention.order import attend_in_order, hash_order, random_directions
-from mra_hf.analysis.figures.drawing import Drawn, shape_of, sheet
+from mra_hf.analysis.figures.drawing import Drawn, shape_of
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
+from mra_hf.results.drawing import new_figure
 
 _BLOCK = 32
 _RULES = ("row_normalized", "global", "refined", "most mass")
@@ -21,18 +21,25 @@ _ORDERS = ("as it is", "shuffled", "shuffled, then by hash")
 
 @torch.no_grad()
 def selection_rules(heads: HeadInputs) -> Drawn:
-    """Error by the rule that chooses blocks, beside the choice of most softmax mass, which takes
-    the whole matrix to know.
+    """Error by selection rule, beside the selection of the most softmax mass, which needs the whole
+    matrix.
     """
     exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
     rows: list[dict[str, Any]] = []
     for blocks in _budgets(heads):
         for rule in _RULES:
-            chosen, milliseconds = _timed(
-                partial(_choose, heads, rule, blocks), is_timed=rule != "most mass"
-            )
+            select = partial(_select, heads, rule, blocks)
+            selection = select()
+            milliseconds = None if rule == "most mass" else _median_milliseconds(select)
             for mode in ("full", "sparse"):
-                output = _attend(heads, selection=chosen, approx_mode=mode)
+                output = mra2_attention(
+                    heads.query,
+                    heads.key,
+                    heads.value,
+                    scale=heads.scale,
+                    selection=selection,
+                    approx_mode=mode,
+                )
                 rows.append(
                     {
                         "block_per_row": blocks,
@@ -42,32 +49,30 @@ def selection_rules(heads: HeadInputs) -> Drawn:
                         "selection_milliseconds": milliseconds,
                     }
                 )
-    figure = sheet(11, 4.6)
+    figure = new_figure(11, 4.6)
     for axes, mode in zip(figure.subplots(1, 2), ("full", "sparse"), strict=True):
         for rule, colour in zip(_RULES, ("#b3273a", "#e08a3c", "#1f5f99", "#444444"), strict=True):
-            own = [row for row in rows if row["rule"] == rule and row["approx_mode"] == mode]
-            axes.plot(
-                [row["block_per_row"] for row in own],
-                [row["error"] for row in own],
-                marker="o",
-                color=colour,
-                label=rule,
-            )
+            points = [
+                (row["block_per_row"], row["error"])
+                for row in rows
+                if row["rule"] == rule and row["approx_mode"] == mode
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=rule)
         axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
         axes.set(title="MRA-2" if mode == "full" else "MRA-2-s")
         axes.legend(frameon=False)
 
     def mean(rule: str, key: str) -> float:
-        own = [row[key] for row in rows if row["rule"] == rule and row["approx_mode"] == "full"]
-        return sum(own) / len(own)
+        values = [row[key] for row in rows if row["rule"] == rule and row["approx_mode"] == "full"]
+        return sum(values) / len(values)
 
     errors = ", ".join(f"{rule} {mean(rule, 'error'):.3f}" for rule in _RULES)
     times = ", ".join(f"{rule} {mean(rule, 'selection_milliseconds'):.1f}" for rule in _RULES[:-1])
     caption = (
-        f"{shape_of(heads)}. The paper ranks blocks by their mean logit over the whole head "
-        "(global), its code by that less the largest one of the row (row_normalized); refined "
-        f"estimates the softmax mass from quarters of blocks. Mean errors of MRA-2 over "
-        f"{', '.join(map(str, _budgets(heads)))} blocks per row: {errors}. Milliseconds to choose "
+        f"{shape_of(heads)}. The paper ranks the blocks of a head by their mean logit (global), "
+        "its code by the mean logit minus the largest of the row (row_normalized); "
+        "refined estimates the softmax mass from quarters of blocks. Mean errors of MRA-2 over "
+        f"{', '.join(map(str, _budgets(heads)))} blocks per row: {errors}. Milliseconds to select "
         f"for {heads.query.shape[:2].numel()} heads ({torch.get_num_threads()} threads): {times}."
     )
     return Drawn(figure, rows, caption)
@@ -75,7 +80,7 @@ def selection_rules(heads: HeadInputs) -> Drawn:
 
 @torch.no_grad()
 def locality(heads: HeadInputs) -> Drawn:
-    """Error with the tokens in their order, shuffled, and shuffled but sorted by hash again."""
+    """Error with the tokens in their order, shuffled, and shuffled but sorted by hash."""
     generator = torch.Generator().manual_seed(0)
     shuffle = torch.randperm(heads.length, generator=generator)
     directions = random_directions(heads.query.shape[-1], 8, generator)
@@ -98,7 +103,7 @@ def locality(heads: HeadInputs) -> Drawn:
                 {"block_per_row": blocks, "order": order, "head": name, "error": float(error)}
                 for name, error in zip(heads.head_names, errors, strict=True)
             ]
-    figure = sheet(7, 4.6)
+    figure = new_figure(7, 4.6)
     axes = figure.subplots()
     for order, colour in zip(_ORDERS, ("#b3273a", "#444444", "#1f5f99"), strict=True):
         axes.plot(
@@ -111,11 +116,12 @@ def locality(heads: HeadInputs) -> Drawn:
     axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
     axes.legend(frameon=False)
     blocks = _budgets(heads)[-1]
-    found = ", ".join(f"{_mean_error(rows, order, blocks):.2f} {order}" for order in _ORDERS)
+    errors = ", ".join(f"{_mean_error(rows, order, blocks):.2f} {order}" for order in _ORDERS)
     caption = (
-        f"{shape_of(heads)}, MRA-2. The paper assumes that neighbours are alike, and suggests "
-        "hashing where they are not, without an experiment. Here the mean errors with "
-        f"{blocks} blocks per row are {found} (16 buckets, queries and keys by the same hash)."
+        f"{shape_of(heads)}, MRA-2. The paper assumes that neighbours are alike and suggests "
+        "hashing where they are not, without an experiment. "
+        f"Here the mean errors with {blocks} blocks per row are {errors} "
+        "(16 buckets, queries and keys by the same hash)."
     )
     return Drawn(figure, rows, caption)
 
@@ -131,35 +137,28 @@ def _budgets(heads: HeadInputs) -> list[int]:
     return [blocks for blocks in (1, 2, 4, 8, 16) if blocks <= heads.length // 64]
 
 
-def _attend(heads: HeadInputs, **settings) -> Tensor:
-    return mra2_attention(heads.query, heads.key, heads.value, scale=heads.scale, **settings)
-
-
-def _choose(heads: HeadInputs, rule: str, blocks: int) -> BlockSelection:
+def _select(heads: HeadInputs, rule: str, blocks: int) -> BlockSelection:
     if rule != "most mass":
         return select_blocks(
             heads.query, heads.key, block_per_row=blocks, selection=rule, scale=heads.scale
         )
     n_blocks = -(-heads.length // _BLOCK)
     padding = n_blocks * _BLOCK - heads.length
-    chosen = torch.zeros(*heads.query.shape[:2], n_blocks, n_blocks, dtype=torch.bool)
-    for instance, query in enumerate(heads.query):  # an instance at a time: N x N
+    selected = torch.zeros(*heads.query.shape[:2], n_blocks, n_blocks, dtype=torch.bool)
+    for instance, query in enumerate(heads.query):  # one instance at a time: N x N
         weights = attention_weights(query, heads.key[instance], heads.scale)
         weights = torch.nn.functional.pad(weights, (0, padding, 0, padding))
         mass = weights.unflatten(2, (n_blocks, _BLOCK)).unflatten(1, (n_blocks, _BLOCK))
         best = mass.sum((2, 4)).flatten(1).topk(min(blocks, n_blocks) * n_blocks).indices
-        chosen[instance].flatten(1).scatter_(1, best, True)
-    return BlockSelection(chosen, _BLOCK)
+        selected[instance].flatten(1).scatter_(1, best, True)
+    return BlockSelection(selected, _BLOCK)
 
 
-def _timed(call: Callable[[], BlockSelection], *, is_timed: bool):
-    """The result, and the median milliseconds of three calls."""
-    result = call()
-    if not is_timed:
-        return result, None
+def _median_milliseconds(call: Callable[[], Any]) -> float:
+    """Of three calls."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()
         call()
         times.append(time.perf_counter() - begin)
-    return result, 1000 * sorted(times)[1]
+    return 1000 * sorted(times)[1]

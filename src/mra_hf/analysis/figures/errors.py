@@ -11,19 +11,20 @@ import torch
 from torch import Tensor
 
 from mra_attention import mra2_attention
-from mra_hf.analysis.figures.drawing import STYLES, Drawn, shape_of, sheet
+from mra_hf.analysis.figures.drawing import Drawn, shape_of
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.analysis.paper_errors import TABLE_7
 from mra_hf.baselines.measures import dense_attention, relative_errors, row_entropies
 from mra_hf.baselines.methods import METHODS, Method
 from mra_hf.baselines.optimal import optimal_sparse, truncated_svd
+from mra_hf.results.drawing import new_figure
 
-#: Factors of the logits by which heads are made more and less diffuse.
+#: Factors of the logits that make heads less or more diffuse.
 TEMPERATURES = tuple(2.0**power for power in range(-4, 5))
 
-#: Methods in the figures of error against entropy; the others fail by any measure.
+#: Methods in the figures of error against entropy; the others fail at every entropy.
 _BY_ENTROPY = ("mra2", "mra2_s", "longformer", "bigbird", "nystromformer", "h_transformer")
-#: Tokens up to which the best sparse and low-rank matrices are found, N^3 operations each.
+#: Longest input in tokens for the best sparse and low-rank matrices, N^3 operations each.
 _LONGEST_OPTIMUM = 1024
 _STATUS = Path("/proc/self/status")
 
@@ -32,21 +33,19 @@ def error_and_time(heads: HeadInputs) -> Drawn:
     """Figure 4: what each method needs for its error."""
     rows = _measured(heads)
     dense = next(row for row in rows if row["method"] == "dense")
-    figure = sheet(8.5, 5.6)
+    figure = new_figure(8.5, 5.6)
     axes = figure.subplots()
     largest = max(row["megabytes"] or 0 for row in rows) or 1
     for name, method in METHODS.items():
-        own = [row for row in rows if row["method"] == name and row["milliseconds"]]
-        if name == "dense" or not own:
+        timed = [row for row in rows if row["method"] == name and row["milliseconds"]]
+        if name == "dense" or not timed:
             continue
-        colour, mark = STYLES[name]
-        points = [(row["milliseconds"], row["error"]) for row in own]
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1)
-        areas = [20 + 180 * (row["megabytes"] or 0) / largest for row in own]
-        axes.scatter(
-            *zip(*points, strict=True), s=areas, color=colour, marker=mark, label=method.label
-        )
-    axes.axvline(dense["milliseconds"], color="#444444", linestyle="--", linewidth=1, label="dense")
+        points = list(zip(*((row["milliseconds"], row["error"]) for row in timed), strict=True))
+        axes.plot(*points, color=method.colour, linewidth=1)
+        areas = [20 + 180 * (row["megabytes"] or 0) / largest for row in timed]
+        axes.scatter(*points, s=areas, color=method.colour, marker=method.mark, label=method.label)
+    dense_style = {"color": METHODS["dense"].colour, "linestyle": "--", "linewidth": 1}
+    axes.axvline(dense["milliseconds"], label="dense", **dense_style)
     axes.set(
         xscale="log",
         ylim=(0, 1.5),
@@ -57,17 +56,17 @@ def error_and_time(heads: HeadInputs) -> Drawn:
     limit = dense["milliseconds"]
     faster = [row for row in rows if row["milliseconds"] and row["milliseconds"] < limit]
     best = min(faster, key=lambda row: row["error"], default=None)
-    found = "no other method is faster"
+    finding = "no other method is faster"
     if best is not None:
         method = METHODS[best["method"]]
-        found = (
-            f"of what is faster the lowest error is that of {method.label} ({best['size']} "
-            f"{method.size_name}): {best['error']:.2f} in {best['milliseconds']:.0f} ms"
+        finding = (
+            f"among the faster methods {method.label} ({best['size']} {method.size_name}) has the "
+            f"lowest error: {best['error']:.2f} in {best['milliseconds']:.0f} ms"
         )
     caption = (
         f"{shape_of(heads)}, {_device()}; areas: memory above the inputs. In the paper (RTX 3090) "
         "MRA-2 and MRA-2-s have the lowest error for their time. Here dense attention takes "
-        f"{limit:.0f} ms, and {found}."
+        f"{limit:.0f} ms, and {finding}."
     )
     return Drawn(figure, rows, caption)
 
@@ -77,7 +76,7 @@ def table_7(heads: HeadInputs) -> Drawn:
     rows = _measured(heads)
     for row in rows:
         row["paper_error"] = TABLE_7.get((row["method"], heads.length, row["size"]))
-    figure = sheet(9, 0.26 * len(rows) + 1.2)
+    figure = new_figure(9, 0.26 * len(rows) + 1.2)
     axes = figure.subplots()
     axes.axis("off")
     columns = ["method", "size", "error", "paper", "ms", "MB"]
@@ -95,28 +94,30 @@ def table_7(heads: HeadInputs) -> Drawn:
     axes.table(cells, colLabels=columns, loc="center", cellLoc="left").auto_set_column_width(
         range(len(columns))
     )
-    both = [
-        row for row in rows if row["paper_error"] is not None and row["method"].startswith("mra2")
+    ratios = [
+        row["error"] / row["paper_error"]
+        for row in rows
+        if row["paper_error"] is not None and row["method"].startswith("mra2")
     ]
+    comparison = "The paper has no errors at this length."
+    if ratios:
+        comparison = (
+            f"The errors of MRA-2 and MRA-2-s are on average {sum(ratios) / len(ratios):.2f} times "
+            "the paper's, which are of a RoBERTa-base."
+        )
     caption = (
         f"{shape_of(heads)}, {_device()}; time and memory of forward and backward of an instance. "
-        + (
-            "The paper has no errors at this length."
-            if not both
-            else "MRA-2 and MRA-2-s are on average "
-            f"{sum(r['error'] / r['paper_error'] for r in both) / len(both):.2f} times the paper's "
-            "errors, which are of a RoBERTa-base."
-        )
-        + " Linformer's projections are random here and there; Performer is corrected here."
+        f"{comparison} Linformer's projections are random here as in the paper; Performer is "
+        "corrected here."
     )
     return Drawn(figure, rows, caption)
 
 
 def error_and_entropy(heads: HeadInputs) -> Drawn:
-    """Figure 5: at equal work, error against the entropy of the head."""
+    """Figure 5: error against the entropy of the head, at equal work."""
     shares = (1 / 4, 1 / 8)
     rows = []
-    figure = sheet(12, 5)
+    figure = new_figure(12, 5)
     panels = figure.subplots(1, len(shares), sharey=True)
     for axes, share in zip(panels, shares, strict=True):
         sizes = {
@@ -130,10 +131,10 @@ def error_and_entropy(heads: HeadInputs) -> Drawn:
             )
             for name in _BY_ENTROPY
         }
-        own = list(_over_temperatures(heads, {name: size for name, size in sizes.items() if size}))
-        rows += [{"share_computed": share, **row} for row in own]
+        panel = list(_over_temperatures(heads, {name: n for name, n in sizes.items() if n}))
+        rows += [{"share_computed": share, **row} for row in panel]
         for name in _BY_ENTROPY:
-            _smooth(axes, [row for row in own if row["method"] == name], name)
+            _smooth(axes, [row for row in panel if row["method"] == name], name)
         axes.set(
             xlabel="mean entropy of a row, nats",
             ylim=(0, 1.5),
@@ -142,27 +143,28 @@ def error_and_entropy(heads: HeadInputs) -> Drawn:
     panels[0].set_ylabel("relative error")
     panels[0].legend(frameon=False, fontsize=8)
     caption = (
-        f"{shape_of(heads)}, logits times 1/16 to 16. The paper compares the largest sizes of "
-        "equal time on its card; here those of equal work. The paper finds MRA-2 low at every "
-        "entropy, Nystromformer failing at low entropy and local patterns at high. "
-        + _extremes(rows, 1 / 4)
+        f"{shape_of(heads)}, logits times 1/16 to 16. "
+        "The paper compares sizes of equal time on its GPU; this figure compares sizes of equal "
+        "work. In the paper MRA-2 has low errors at every entropy, while Nystromformer fails at "
+        "low entropy and local patterns at high. "
+        + _extremes([row for row in rows if row["share_computed"] == 1 / 4])
     )
     return Drawn(figure, rows, caption)
 
 
 def work_and_length(heads: HeadInputs) -> Drawn:
-    """Figure 7: the work that an error takes, against length; and error against entropy with a
+    """Figure 7: the work needed for an error against length, and error against entropy with a
     quarter of the entries, ranks or blocks.
     """
     lengths = [n for n in (128, 256, 512, 1024) if n <= heads.length]
-    kinds = {"mra2": "MRA-2", "sparse": "best sparse", "low_rank": "best low rank"}
+    kinds = ("mra2", "sparse", "low_rank")
     rows: list[dict[str, Any]] = []
     for length in lengths:
-        some = heads.first_tokens(length)
-        exact = _exact(some)
+        first = heads.first_tokens(length)
+        exact = _exact(first)
         for name in kinds:
             for limit in (0.05, 0.10):
-                share = _least_share(some, exact, name, limit)
+                share = _least_share(first, exact, name, limit)
                 rows.append(
                     {
                         "part": "work",
@@ -172,28 +174,32 @@ def work_and_length(heads: HeadInputs) -> Drawn:
                         "share": share,
                     }
                 )
-    figure = sheet(12, 5)
+    figure = new_figure(12, 5)
     left, right = figure.subplots(1, 2)
-    for name, label in kinds.items():
+    for name in kinds:
+        method = METHODS[name]
         for limit, line in ((0.05, "-"), (0.10, "--")):
-            own = [row for row in rows if row["method"] == name and row["limit"] == limit]
-            points = [(row["length"], row["share"] * row["length"] ** 2) for row in own]
+            points = [
+                (row["length"], row["share"] * row["length"] ** 2)
+                for row in rows
+                if row["method"] == name and row["limit"] == limit
+            ]
             left.plot(
                 *zip(*points, strict=True),
                 line,
-                color=STYLES[name][0],
-                marker=STYLES[name][1],
-                label=f"{label}, error < {limit:g}",
+                color=method.colour,
+                marker=method.mark,
+                label=f"{method.label}, error < {limit:g}",
             )
     left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="least work, pairs of N x N")
     left.set_xticks(lengths, lengths)
     left.minorticks_off()
     left.legend(frameon=False, fontsize=8)
-    part = heads.first_tokens(min(heads.length, 512))
-    own = list(_over_temperatures(part, dict.fromkeys(kinds)))
-    rows += [{"part": "entropy", **row} for row in own]
+    first = heads.first_tokens(min(heads.length, 512))
+    by_entropy = list(_over_temperatures(first, dict.fromkeys(kinds)))
+    rows += [{"part": "entropy", **row} for row in by_entropy]
     for name in kinds:
-        _smooth(right, [row for row in own if row["method"] == name], name)
+        _smooth(right, [row for row in by_entropy if row["method"] == name], name)
     right.set(xlabel="mean entropy of a row, nats", ylabel="relative error", ylim=(0, 1))
     right.set_title("a quarter of the entries, ranks or blocks", fontsize=10)
     right.legend(frameon=False, fontsize=8)
@@ -207,18 +213,17 @@ def work_and_length(heads: HeadInputs) -> Drawn:
     }
     caption = (
         f"{shape_of(heads)}; left over the first {', '.join(map(str, lengths))} tokens, right "
-        f"over the first {part.length}. In the paper the work of low rank grows faster than "
-        "linearly and that of MRA-2 nearly linearly; low rank fails at low entropy, the best "
-        "sparse matrix at high. Here an error below 0.1 takes at "
-        f"{lengths[-1]} tokens {last['mra2']:.0%} (MRA-2), {last['sparse']:.0%} (best sparse) and "
-        f"{last['low_rank']:.0%} (best low rank) "
-        "of the work. " + _extremes([row | {"share_computed": 1 / 4} for row in own], 1 / 4)
+        f"over the first {first.length}. In the paper the work of low rank grows faster than "
+        "linearly, the work of MRA-2 nearly linearly; low rank fails at low entropy, the best "
+        f"sparse matrix at high. Here an error below 0.1 at {lengths[-1]} tokens takes "
+        f"{last['mra2']:.0%} (MRA-2), {last['sparse']:.0%} (best sparse) and "
+        f"{last['low_rank']:.0%} (best low rank) of the work. " + _extremes(by_entropy)
     )
     return Drawn(figure, rows, caption)
 
 
 def _measured(heads: HeadInputs) -> list[dict[str, Any]]:
-    """Error, time and memory of every method at every size; at great lengths without the optima."""
+    """Error, time and memory of every method at every size; without the optima at great lengths."""
     exact = _exact(heads)
     rows = []
     for name, method in METHODS.items():
@@ -251,8 +256,8 @@ def _exact(heads: HeadInputs) -> Tensor:
 
 
 def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, float | None]:
-    """Median milliseconds of three runs of one instance, and MB above the inputs; None for methods
-    that are no way to compute attention.
+    """Median milliseconds of three runs of one instance, and MB above the inputs; None for
+    impractical methods.
     """
     if not method.is_practical:
         return None, None
@@ -289,7 +294,7 @@ def _kilobytes(name: str) -> float:
 
 
 def _over_temperatures(heads: HeadInputs, sizes: dict[str, int | None]) -> Iterator[dict[str, Any]]:
-    """Entropy and error of every head at every temperature; without a size, a quarter."""
+    """Entropy and error of every head at every temperature; size None means a quarter."""
     for factor in TEMPERATURES:
         scaled = heads.at_temperature(factor)
         exact = _exact(scaled)
@@ -300,21 +305,21 @@ def _over_temperatures(heads: HeadInputs, sizes: dict[str, int | None]) -> Itera
             else:
                 output = _attend(METHODS[name], scaled, size)
             errors = relative_errors(output, exact)
-            for place in torch.cartesian_prod(*map(torch.arange, errors.shape)).tolist():
+            for instance, head in torch.cartesian_prod(*map(torch.arange, errors.shape)).tolist():
                 yield {
                     "method": name,
                     "size": size or "a quarter",
                     "factor": factor,
-                    "instance": heads.instance_names[place[0]],
-                    "head": heads.head_names[place[1]],
-                    "entropy": float(entropies[tuple(place)]),
-                    "error": float(errors[tuple(place)]),
+                    "instance": heads.instance_names[instance],
+                    "head": heads.head_names[head],
+                    "entropy": float(entropies[instance, head]),
+                    "error": float(errors[instance, head]),
                 }
 
 
 @torch.no_grad()
 def _with_share(heads: HeadInputs, name: str, share: float) -> Tensor:
-    """The output with a share of the entries, of the ranks or of the blocks."""
+    """The output with this share of the entries, ranks or blocks."""
     length = heads.length
     parts = (heads.query, heads.key, heads.value)
     if name == "mra2":
@@ -325,7 +330,7 @@ def _with_share(heads: HeadInputs, name: str, share: float) -> Tensor:
 
 
 def _least_share(heads: HeadInputs, exact: Tensor, name: str, limit: float) -> float:
-    """The least share of a grid of 1/64, 1/32, ... with a mean error below `limit`; 1 if none."""
+    """The least share of 1/64, 1/32, ..., 7/8 with a mean error below `limit`; 1 if none."""
     for share in (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8):
         if float(relative_errors(_with_share(heads, name, share), exact).mean()) < limit:
             return share
@@ -333,37 +338,35 @@ def _least_share(heads: HeadInputs, exact: Tensor, name: str, limit: float) -> f
 
 
 def _smooth(axes, rows: list[dict[str, Any]], name: str) -> None:
-    """The points, and their mean under the kernel exp(-5 d^2) of the paper's figure."""
+    """Plot the points, and their mean under the kernel exp(-5 d^2) of the paper's figure."""
     if not rows:
         return
     entropy, error = (torch.tensor([row[key] for row in rows]) for key in ("entropy", "error"))
     grid = torch.linspace(float(entropy.min()), float(entropy.max()), 100)
     weights = torch.exp(-5 * (grid[:, None] - entropy) ** 2)
-    colour, _ = STYLES[name]
-    axes.scatter(entropy, error, s=3, color=colour, alpha=0.25)
+    method = METHODS[name]
+    axes.scatter(entropy, error, s=3, color=method.colour, alpha=0.25)
     axes.plot(
         grid,
         (weights * error).sum(1) / weights.sum(1),
-        color=colour,
-        label=f"{METHODS[name].label} ({rows[0]['size']})",
+        color=method.colour,
+        label=f"{method.label} ({rows[0]['size']})",
     )
 
 
-def _extremes(rows: list[dict[str, Any]], share: float) -> str:
-    """Mean errors of the third of the heads of least and of most entropy, in words."""
-    own = [row for row in rows if row["share_computed"] == share]
-    order = sorted(row["entropy"] for row in own)
-    low, high = order[len(order) // 3], order[2 * len(order) // 3]
+def _extremes(rows: list[dict[str, Any]]) -> str:
+    """Mean errors of the thirds of the heads with the least and the most entropy, in words."""
+    entropies = sorted(row["entropy"] for row in rows)
+    low, high = entropies[len(rows) // 3], entropies[2 * len(rows) // 3]
 
     def mean(name: str, keep) -> str:
-        errors = [row["error"] for row in own if row["method"] == name and keep(row["entropy"])]
+        errors = [row["error"] for row in rows if row["method"] == name and keep(row["entropy"])]
         return f"{sum(errors) / len(errors):.2f}" if errors else "-"
 
-    names = dict.fromkeys(row["method"] for row in own)
     listed = "; ".join(
-        f"{METHODS[name].label} {mean(name, lambda e: e <= low)} and "
-        f"{mean(name, lambda e: e >= high)}"
-        for name in names
+        f"{METHODS[name].label} {mean(name, lambda entropy: entropy <= low)} and "
+        f"{mean(name, lambda entropy: entropy >= high)}"
+        for name in dict.fromkeys(row["method"] for row in rows)
     )
     return (
         f"Mean errors at entropies below {low:.1f} and above {high:.1f} nats, a quarter computed: "

@@ -1,4 +1,4 @@
-"""Figures 1, 2, 3, 6 and 8 of the paper: attention matrices and what approximates them."""
+"""Figures 1, 2, 3, 6 and 8 of the paper: attention matrices and their approximations."""
 
 from typing import Any
 
@@ -9,14 +9,16 @@ from torch import Tensor
 
 from mra_attention import multiresolution_attention_matrix, select_blocks
 from mra_hf.analysis import frame
-from mra_hf.analysis.figures.drawing import Drawn, sheet
+from mra_hf.analysis.figures.drawing import Drawn
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.baselines.measures import attention_weights
-from mra_hf.baselines.optimal import of_rank
+from mra_hf.baselines.optimal import low_rank
+from mra_hf.results.drawing import new_figure
 
-#: Sides that pictures of whole matrices are cut to; a transform of one takes a power of 2.
+#: Pictures of whole matrices are cut to at most this side; the Haar transform takes a power of 2.
 _LARGEST_SIDE = 1024
 _STAGES = ((16,), (16, 4), (16, 4, 1))
+_BY_TENTH = ("haar", "sparse", "low_rank")
 
 
 def haar_coefficients(heads: HeadInputs) -> Drawn:
@@ -33,96 +35,83 @@ def haar_coefficients(heads: HeadInputs) -> Drawn:
                 "tiny_coefficients": float((coefficients.abs() < 0.005).double().mean()),
                 "haar_error": float(coefficients.abs().flatten().sort().values[:-tenth].norm()),
                 "sparse_error": float(weights.flatten().sort().values[:-tenth].norm()),
-                "low_rank_error": float((of_rank(weights, len(weights) // 10) - weights).norm()),
+                "low_rank_error": float((low_rank(weights, len(weights) // 10) - weights).norm()),
             }
         )
-    chosen = sorted(range(len(rows)), key=lambda head: rows[head]["haar_error"])[len(rows) // 2]
-    weights = _weights(heads, 0, chosen)
+    median = sorted(range(len(rows)), key=lambda head: rows[head]["haar_error"])[len(rows) // 2]
+    weights = _weights(heads, 0, median)
     coefficients = frame.haar_2d(weights)
-    figure = sheet(13, 7)
+    figure = new_figure(13, 7)
     axes = figure.subplots(2, 3)
     norm = _log_scale(weights)
     pictures = [("softmax attention", weights)]
     for share in (0.05, 0.10):
-        kept = coefficients.abs().flatten().topk(int(share * coefficients.numel())).indices
-        some = torch.zeros_like(coefficients).flatten()
-        some[kept] = coefficients.flatten()[kept]
-        pictures.append(
-            (
-                f"largest {share:.0%} of Haar coefficients",
-                frame.inverse_haar_2d(some.view_as(weights)),
-            )
-        )
-    for place, (title, matrix) in zip(axes[0], pictures, strict=True):
-        place.imshow(matrix.clamp_min(1e-12).numpy(), norm=norm, cmap="magma")
-        place.set_title(title, fontsize=10)
+        largest = coefficients.abs().flatten().topk(int(share * coefficients.numel())).indices
+        kept = torch.zeros_like(coefficients).flatten()
+        kept[largest] = coefficients.flatten()[largest]
+        matrix = frame.inverse_haar_2d(kept.view_as(weights))
+        pictures.append((f"largest {share:.0%} of Haar coefficients", matrix))
+    for panel, (title, matrix) in zip(axes[0], pictures, strict=True):
+        _show(panel, matrix, title, norm)
     axes[1, 0].hist(coefficients.abs().flatten().log10().clamp_min(-9).numpy(), bins=60, log=True)
     axes[1, 0].axvline(torch.tensor(0.005).log10().item(), color="#b3273a", linewidth=1)
     axes[1, 0].set(xlabel="log10 of a Haar coefficient", ylabel="coefficients")
-    places = range(len(rows))
-    for number, key in enumerate(("haar_error", "sparse_error", "low_rank_error")):
+    ticks = list(range(len(rows)))
+    for number, name in enumerate(_BY_TENTH):
         axes[1, 1].bar(
-            [place + 0.27 * number for place in places],
-            [row[key] for row in rows],
+            [tick + 0.27 * number for tick in ticks],
+            [row[f"{name}_error"] for row in rows],
             0.27,
-            label=key.removesuffix("_error").replace("_", " "),
+            label=name.replace("_", " "),
         )
-    axes[1, 1].set_xticks(list(places), heads.head_names, rotation=90, fontsize=7)
+    axes[1, 1].set_xticks(ticks, heads.head_names, rotation=90, fontsize=7)
     axes[1, 1].set(ylabel="error with a tenth kept (Frobenius)", yscale="log")
     axes[1, 1].legend(frameon=False)
-    axes[1, 2].bar(list(places), [row["tiny_coefficients"] for row in rows])
-    axes[1, 2].set_xticks(list(places), heads.head_names, rotation=90, fontsize=7)
+    axes[1, 2].bar(ticks, [row["tiny_coefficients"] for row in rows])
+    axes[1, 2].set_xticks(ticks, heads.head_names, rotation=90, fontsize=7)
     axes[1, 2].set(ylabel="share of coefficients below 0.005", ylim=(0, 1))
-    best = {
-        name: sum(
-            row[f"{name}_error"] == min(row[f"{other}_error"] for other in _TENTHS) for row in rows
-        )
-        for name in _TENTHS
-    }
-    means = {name: _mean(rows, f"{name}_error") for name in _TENTHS}
+    winners = [min(_BY_TENTH, key=lambda name, row=row: row[f"{name}_error"]) for row in rows]
+    means = {name: _mean(rows, f"{name}_error") for name in _BY_TENTH}
     caption = (
         f"Instance {heads.instance_names[0]}, {len(rows)} heads, {heads.length} tokens; pictures "
-        f"of {heads.head_names[chosen]}. The paper's matrix has over 95 % of its Haar coefficients "
+        f"of {heads.head_names[median]}. The paper's matrix has over 95 % of its Haar coefficients "
         "below 0.005, and with a tenth kept errors of 0.30 (Haar), 0.39 (largest entries) and 1.24 "
         f"(low rank). Here {_mean(rows, 'tiny_coefficients'):.1%} are below 0.005, and the errors "
         f"are {means['haar']:.2f}, {means['sparse']:.2f} and {means['low_rank']:.2f} (means over "
-        f"heads); Haar is the best for {best['haar']} heads, the largest entries for "
-        f"{best['sparse']}, low rank for {best['low_rank']}."
+        f"heads). Haar is the best for {winners.count('haar')} heads, the largest entries for "
+        f"{winners.count('sparse')}, low rank for {winners.count('low_rank')}."
     )
     return Drawn(figure, rows, caption)
-
-
-_TENTHS = ("haar", "sparse", "low_rank")
 
 
 def frame_and_haar(_: HeadInputs) -> Drawn:
     """Figure 2: the frame and the Haar basis of an 8 x 8 matrix."""
     side = 8
     scales = (1, 2, 4, 8)
-    figure = sheet(11, 6)
+    figure = new_figure(11, 6)
     axes = figure.subplots(2, len(scales))
     rows = []
     members = list(frame.components(side))
-    for place, scale in enumerate(scales):
+    for column, scale in enumerate(scales):
         count = sum(member.scale == scale for member in members)
         details = 3 * (side // scale) ** 2 if scale > 1 else 1
         rows.append({"scale": scale, "frame": count, "haar": details})
-        _grid(axes[0, place], side, scale, f"scale {scale}: {count}")
+        _grid(axes[0, column], side, scale, f"scale {scale}: {count}")
         title = f"scale {scale}: 3 x {details // 3}" if scale > 1 else "constant: 1"
-        _grid(axes[1, place], side, scale if scale > 1 else side, title, signs=scale > 1)
+        _grid(axes[1, column], side, scale if scale > 1 else side, title, signs=scale > 1)
     totals = {name: sum(row[name] for row in rows) for name in ("frame", "haar")}
     axes[0, 0].set_ylabel(f"frame: {totals['frame']}")
     axes[1, 0].set_ylabel(f"Haar basis: {totals['haar']}")
     caption = (
         f"Components of the frame and of the Haar basis of 8 x 8 matrices: {totals['frame']} and "
-        f"{totals['haar']}, as in the paper (85 and 64). The frame has blocks of one sign; a Haar "
-        "detail has two."
+        f"{totals['haar']}, as in the paper (85 and 64). "
+        "A component of the frame has one sign; a Haar detail has two."
     )
     return Drawn(figure, rows, caption)
 
 
 def stages_in_logarithms(heads: HeadInputs) -> Drawn:
-    """Figure 3: the approximation after each scale of {16, 4, 1}, colours by the logarithm."""
+    """Figure 3: the approximation after each scale of {16, 4, 1}, in logarithmic colours."""
     return _stages(heads, linear=False)
 
 
@@ -146,35 +135,34 @@ def _stages(heads: HeadInputs, *, linear: bool) -> Drawn:
             }
             rows.append({"instance": heads.instance_names[instance], "head": name, **named})
     keys = [key for key in rows[0] if key.startswith("error")]
-    chosen = sorted(range(len(rows)), key=lambda row: rows[row][keys[-1]])[len(rows) // 2]
-    instance, head = divmod(chosen, len(heads.head_names))
+    median = sorted(range(len(rows)), key=lambda row: rows[row][keys[-1]])[len(rows) // 2]
+    instance, head = divmod(median, len(heads.head_names))
     exact = _weights(heads, instance, head)
     pictures = [("softmax attention", exact)] + [
         (
-            f"R = {{{', '.join(map(str, scales))}}}, error {rows[chosen][key]:.2f}",
+            f"R = {{{', '.join(map(str, scales))}}}, error {rows[median][key]:.2f}",
             _stage(heads, instance, head, scales),
         )
         for scales, key in zip(_STAGES, keys, strict=True)
     ]
-    figure = sheet(16, 4.4)
+    figure = new_figure(16, 4.4)
     norm = Normalize(0, float(exact.flatten().quantile(0.999))) if linear else _log_scale(exact)
-    for place, (title, matrix) in zip(figure.subplots(1, len(pictures)), pictures, strict=True):
-        image = place.imshow(matrix.clamp_min(1e-12).numpy(), norm=norm, cmap="magma")
-        place.set_title(title, fontsize=10)
+    for panel, (title, matrix) in zip(figure.subplots(1, len(pictures)), pictures, strict=True):
+        image = _show(panel, matrix, title, norm)
     figure.colorbar(image, ax=figure.axes, shrink=0.8, label="attention weight")
     falls = sum(row[keys[0]] >= row[keys[1]] >= row[keys[2]] for row in rows)
     means = ", ".join(f"{_mean(rows, key):.2f}" for key in keys)
     caption = (
-        f"{heads.instance_names[instance]}, {heads.head_names[head]}, {heads.length} tokens; a "
-        "quarter of the blocks of 16 is cut to blocks of 4, a quarter of those to entries. In the "
-        f"paper the error falls with each stage. Here the means over {len(rows)} heads are "
+        f"{heads.instance_names[instance]}, {heads.head_names[head]}, {heads.length} tokens; "
+        "a quarter of the blocks of 16 is cut to blocks of 4, and a quarter of these to entries. "
+        f"In the paper the error falls with each stage. Here its means over {len(rows)} heads are "
         f"{means} (relative, of the matrix), and it falls with each stage for {falls} of them."
     )
     return Drawn(figure, rows, caption)
 
 
 def supports(heads: HeadInputs) -> Drawn:
-    """Figure 8: the largest fifth of the entries, and the blocks that MRA-2 computes exactly."""
+    """Figure 8: the largest fifth of the entries beside the blocks that MRA-2 computes exactly."""
     length = heads.length - heads.length % 32
     budget = round(0.2 * (length // 32) ** 2)
     rows = []
@@ -186,13 +174,14 @@ def supports(heads: HeadInputs) -> Drawn:
             best = torch.zeros_like(weights, dtype=torch.bool).flatten()
             best[weights.flatten().topk(round(0.2 * weights.numel())).indices] = True
             best = best.view_as(weights)
-            blocks = select_blocks(one.query, one.key, block_budget=budget, scale=one.scale)
-            chosen = blocks.blocks[0, 0]
-            # Blocks by how many of the best entries they hold: the best a choice of blocks can do.
+            selection = select_blocks(one.query, one.key, block_budget=budget, scale=one.scale)
+            blocks = selection.blocks[0, 0]
+            # The blocks of most softmax mass: the best that a selection can do.
             mass = weights.unflatten(0, (-1, 32)).unflatten(2, (-1, 32)).sum((1, 3))
-            ideal = torch.zeros_like(chosen).flatten()
+            ideal = torch.zeros_like(blocks).flatten()
             ideal[mass.flatten().topk(budget).indices] = True
-            full = chosen.repeat_interleave(32, 0).repeat_interleave(32, 1)
+            ideal = ideal.view_as(blocks)
+            full = blocks.repeat_interleave(32, 0).repeat_interleave(32, 1)
             rows.append(
                 {
                     "instance": heads.instance_names[instance],
@@ -203,23 +192,21 @@ def supports(heads: HeadInputs) -> Drawn:
                         (weights[full] ** 2).sum() / (weights[best] ** 2).sum()
                     ),
                     "blocks_iou_with_best_blocks": float(
-                        (chosen & ideal.view_as(chosen)).sum()
-                        / (chosen | ideal.view_as(chosen)).sum()
+                        (blocks & ideal).sum() / (blocks | ideal).sum()
                     ),
                 }
             )
             masks.append((best, full))
     order = sorted(range(len(rows)), key=lambda row: rows[row]["squares_of_mra2_over_best"])
     shown = [order[len(order) * quarter // 4] for quarter in (1, 2, 3)]
-    figure = sheet(11, 7.4)
+    figure = new_figure(11, 7.4)
     axes = figure.subplots(2, 3)
     for column, row in enumerate(shown):
         title = f"{rows[row]['instance']} {rows[row]['head']}"
-        for line, (mask, what) in enumerate(
-            zip(masks[row], ("largest 20 % of entries", "blocks of MRA-2, 20 %"), strict=True)
-        ):
-            axes[line, column].imshow(mask.numpy(), cmap="Greys", interpolation="antialiased")
-            axes[line, column].set_title(f"{title}\n{what}", fontsize=9)
+        names = ("largest 20 % of entries", "blocks of MRA-2, 20 %")
+        for panel, mask, name in zip(axes[:, column], masks[row], names, strict=True):
+            panel.imshow(mask.numpy(), cmap="Greys", interpolation="antialiased")
+            panel.set_title(f"{title}\n{name}", fontsize=9)
     caption = (
         f"{len(rows)} heads, {length} tokens; the heads shown are the quartiles. The paper shows "
         "supports of similar shape: bands, blocks and vertical stripes. Here MRA-2 holds "
@@ -257,6 +244,12 @@ def _of_power_of_2(heads: HeadInputs) -> HeadInputs:
 
 def _cut(heads: HeadInputs, length: int) -> HeadInputs:
     return heads if heads.length == length else heads.first_tokens(length)
+
+
+def _show(panel, matrix: Tensor, title: str, norm: Normalize):
+    """Draw a matrix and return the image, for a colour bar."""
+    panel.set_title(title, fontsize=10)
+    return panel.imshow(matrix.clamp_min(1e-12).numpy(), norm=norm, cmap="magma")
 
 
 def _log_scale(weights: Tensor) -> LogNorm:
