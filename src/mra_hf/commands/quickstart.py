@@ -209,11 +209,7 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
         original = model.config._attn_implementation
         model.set_attn_implementation(attention)
         scores = masked_token_scores(
-            model,
-            tokenizer,
-            text,
-            length=report.max_length,
-            max_tokens=report.scores[-1].n_tokens,
+            model, tokenizer, text, length=report.max_length, max_tokens=report.scores[-1].n_tokens
         )
         model.set_attn_implementation(original)
         label = "dense" if attention == "sdpa" else report.scores[-1].attention

@@ -14,19 +14,10 @@ import argparse
 from transformers import TrainingArguments
 
 from mra_hf.commands import experiments
-from mra_hf.training.masked_lm import (
-    MaskedLMDataArguments,
-    MaskedLMModelArguments,
-    run_masked_lm,
-)
+from mra_hf.training.masked_lm import MaskedLMDataArguments, MaskedLMModelArguments, run_masked_lm
 from mra_hf.training.runs import StoppingArguments
 
-DATACLASSES = (
-    MaskedLMModelArguments,
-    MaskedLMDataArguments,
-    StoppingArguments,
-    TrainingArguments,
-)
+DATACLASSES = (MaskedLMModelArguments, MaskedLMDataArguments, StoppingArguments, TrainingArguments)
 
 add_arguments = experiments.add_training_arguments
 

@@ -238,10 +238,7 @@ def pack(
         counted = f", part {number} of {len(starts)}" * (len(starts) > 1)
         parts.append(
             part.map(
-                pack_shard,
-                num_proc=workers,
-                desc=f"packing to {length} tokens{counted}",
-                **options,
+                pack_shard, num_proc=workers, desc=f"packing to {length} tokens{counted}", **options
             )
         )
     return concatenate_datasets(parts)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,19 @@ def write_text(path: "str | os.PathLike[str]", text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def read_file(path: Path, remedy: str) -> Any:
+    """The content of a file that a run wrote, YAML or JSON.
+
+    Raises:
+        ValueError: it cannot be read; the message ends with the `remedy`.
+    """
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
 
 
 def _is_default(item: dataclasses.Field, value: Any) -> bool:

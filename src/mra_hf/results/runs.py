@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
-from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME, STATE_NAME
+from mra_hf.results.files import (
+    EXPERIMENT_NAME,
+    HISTORY_NAME,
+    RESULTS_NAME,
+    STATE_NAME,
+    read_file,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -153,7 +158,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def _read_run(folder: Path, name: str) -> Run:
     settings, results, history = {}, {}, []
     if (folder / EXPERIMENT_NAME).is_file():
-        settings = _read_mapping(folder / EXPERIMENT_NAME, yaml.safe_load)
+        settings = _read_mapping(folder / EXPERIMENT_NAME)
     if (folder / HISTORY_NAME).is_file():
         history = _read_history(folder / HISTORY_NAME)
     if (folder / RESULTS_NAME).is_file():
@@ -175,7 +180,7 @@ def _read_run(folder: Path, name: str) -> Run:
 
 
 def _read_results(file: Path) -> dict[str, Any]:
-    results = _read_mapping(file, json.loads)
+    results = _read_mapping(file)
     if not isinstance(results.get("task"), str):
         raise ValueError(
             f'{file} names no "task", as the results of a run do; add it, or leave {file.parent} '
@@ -189,13 +194,8 @@ def _read_results(file: Path) -> dict[str, Any]:
     return results
 
 
-def _read_mapping(file: Path, parse) -> dict[str, Any]:
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); repeat the run, or leave {file.parent} out."
-        ) from error
+def _read_mapping(file: Path) -> dict[str, Any]:
+    content = read_file(file, f"repeat the run, or leave {file.parent} out")
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold names and values; leave {file.parent} out.")
     return content

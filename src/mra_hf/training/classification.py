@@ -25,6 +25,8 @@ from mra_hf.training import runs
 
 #: Prefixes of the weights of sequence classifiers' heads, which may start at random.
 HEAD_WEIGHTS = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
+#: Key of the training data beside the evaluation sets, none of which has such a name.
+_TRAIN = "<train>"
 
 
 @dataclass
@@ -110,13 +112,11 @@ def run_classification(
     settings = (model_args, data_args, stopping_args, training_args)
     experiment = runs.Experiment("classification", "text", *settings)
     tokenizer = model_args.load_tokenizer()
-    texts, sets = _read_texts(data_args, training_args)
+    texts = _read_texts(data_args, training_args)
     trained_labels = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
-    names = _label_names(data_args, [texts, *sets.values()], trained_labels)
-    without_label = sum(each.without_label for each in (texts, *sets.values()) if each is not None)
-    training, sets = _tokenise(
-        data_args, training_args, tokenizer, names, texts if training_args.do_train else None, sets
-    )
+    names = _label_names(data_args, texts, trained_labels)
+    sets = _tokenise(data_args, training_args, tokenizer, names, texts)
+    training = sets.pop(_TRAIN, None)
     model = load_model(
         AutoModelForSequenceClassification,
         model_args.model_name_or_path,
@@ -159,11 +159,8 @@ def run_classification(
         for name, rows in sets.items():
             predicted = trainer.predict(rows, metric_key_prefix=prefixes[name])
             scores |= predicted.metrics
-            counts = confusion.compute(
-                predictions=predicted.predictions,
-                references=predicted.label_ids,
-                n_classes=len(names),
-            )
+            answers = {"predictions": predicted.predictions, "references": predicted.label_ids}
+            counts = confusion.compute(**answers, n_classes=len(names))
             matrices[name] = counts["confusion_matrix"]
             trainer.save_predictions(name, predicted, names)
         return scores
@@ -171,7 +168,7 @@ def run_classification(
     conditions = {
         "paper_row": model_args.paper_row,
         "labels": list(names),
-        "rows_without_label": without_label,
+        "rows_without_label": sum(each.without_label for each in texts.values()),
         "majority": {name: _majority(rows) for name, rows in sets.items()},
     }
     return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
@@ -254,56 +251,56 @@ def _check(model_args, data_args, training_args) -> None:
 
 def _read_texts(
     data_args: ClassificationDataArguments, training_args: TrainingArguments
-) -> tuple[data.LabelledTexts | None, dict[str, data.LabelledTexts]]:
-    """The rows of the training data (None if there are none) and the sets to evaluate on by name.
+) -> dict[str, data.LabelledTexts]:
+    """The rows of the training data, if there are any, and of the sets to evaluate on, by name.
 
-    Training files are read even for an evaluation: rows may be held out of them.
+    Training files are read for an evaluation too: its rows may be held out of them.
     """
     columns = data.Columns(tuple(data_args.text_columns or ()), data_args.label_column)
-    texts, sets = None, {}
+    texts = {}
     if data_args.dataset_name:
         dataset = (data_args.dataset_name, data_args.dataset_config_name)
         if training_args.do_train:
-            texts = data.read_split(*dataset, data_args.train_split, columns)
+            texts[_TRAIN] = data.read_split(*dataset, data_args.train_split, columns)
         if _evaluates(training_args):
             for split in data_args.validation_split:
-                sets[data.set_name(split)] = data.read_split(*dataset, split, columns)
-        return texts, sets
+                texts[data.set_name(split)] = data.read_split(*dataset, split, columns)
+        return texts
     if data_args.train_file:
-        texts = data.read_files(data_args.train_file, columns)
+        texts[_TRAIN] = data.read_files(data_args.train_file, columns)
     if _evaluates(training_args):
         for file in data_args.validation_file or ():
-            sets[data.set_name(file)] = data.read_files([file], columns)
-    if data_args.held_out_rows is not None:
-        order = np.random.default_rng(data_args.held_out_seed).permutation(len(texts.labels))
-        if data_args.held_out_rows >= len(order):
+            texts[data.set_name(file)] = data.read_files([file], columns)
+    count = data_args.held_out_rows
+    if count is not None:
+        rows = texts[_TRAIN]
+        order = np.random.default_rng(data_args.held_out_seed).permutation(len(rows.labels))
+        if count >= len(order):
             raise ValueError(
-                f"held_out_rows must leave rows to train on, "
-                f"got {data_args.held_out_rows} of {len(order)}."
+                f"held_out_rows must leave rows to train on, got {count} of {len(order)}."
             )
-        sets["held_out"] = texts.select(order[: data_args.held_out_rows])
-        texts = texts.select(order[data_args.held_out_rows :])
-    return texts, sets
+        texts = {_TRAIN: rows.select(order[count:]), "held_out": rows.select(order[:count])}
+    return texts
 
 
 def _label_names(
     data_args: ClassificationDataArguments,
-    all_texts: list[data.LabelledTexts | None],
+    texts: Mapping[str, data.LabelledTexts],
     trained_labels: tuple[str, ...] | None,
 ) -> tuple[str, ...]:
     """Names of the labels in their order.
 
     Args:
         data_args: may declare them.
-        all_texts: the training data, if any, then the evaluation sets.
+        texts: as `_read_texts` returns them.
         trained_labels: the labels of a checkpoint that is only evaluated, if it names them.
 
     Raises:
         ValueError: too few labels, two that differ only in case, or other labels than the
             checkpoint's; or some sets hold texts and others pairs.
     """
-    all_texts = [texts for texts in all_texts if texts is not None]
-    # A label that only the evaluation has is a fault, not a class.
+    all_texts = list(texts.values())
+    # A label that only an evaluation set has beside training data is a fault, not a class.
     names = tuple(data_args.labels or trained_labels or data.label_names(all_texts[:1]))
     if len({name.lower() for name in names}) < len(names):
         raise ValueError(f"labels must differ in more than their case, got {list(names)}.")
@@ -317,7 +314,7 @@ def _label_names(
             f"there must be two labels or more to learn, got {list(names)}; "
             "if the data has others elsewhere, declare all with --labels."
         )
-    if len({len(texts.texts[0]) for texts in all_texts if texts.texts}) > 1:
+    if len({len(each.texts[0]) for each in all_texts if each.texts}) > 1:
         raise ValueError(
             "the sets differ in whether they hold texts or pairs of texts; "
             "name the columns with --text_columns."
@@ -330,15 +327,17 @@ def _tokenise(
     training_args: TrainingArguments,
     tokenizer,
     names: tuple[str, ...],
-    training: data.LabelledTexts | None,
-    sets: Mapping[str, data.LabelledTexts],
-) -> tuple[Dataset | None, dict[str, Dataset]]:
-    """The training data and the evaluation sets as token ids, cut to `max_*_samples` rows."""
+    texts: Mapping[str, data.LabelledTexts],
+) -> dict[str, Dataset]:
+    """The sets as token ids, cut to `max_*_samples` rows; training data only for a training."""
 
-    def tokenised(texts: data.LabelledTexts, where: str, limit: int | None) -> Dataset:
+    def tokenised(name: str, part: data.LabelledTexts) -> Dataset:
+        is_train = name == _TRAIN
+        limit = data_args.max_train_samples if is_train else data_args.max_eval_samples
+        where = "the training data" if is_train else f"the set {name!r}"
         # Drawn for each set by itself, so that an evaluation without training takes the same rows.
-        rows = sample_rows(len(texts.labels), limit, data_args.held_out_seed)
-        return data.to_dataset(texts.select(rows), names, where).map(
+        rows = sample_rows(len(part.labels), limit, data_args.held_out_seed)
+        return data.to_dataset(part.select(rows), names, where).map(
             _tokenise_batch,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "max_length": data_args.max_seq_length},
@@ -348,12 +347,10 @@ def _tokenise(
         )
 
     with training_args.main_process_first(desc="tokenising"):
-        train_rows = None
-        if training is not None:
-            train_rows = tokenised(training, "the training data", data_args.max_train_samples)
-        return train_rows, {
-            name: tokenised(texts, f"the set {name!r}", data_args.max_eval_samples)
-            for name, texts in sets.items()
+        return {
+            name: tokenised(name, part)
+            for name, part in texts.items()
+            if name != _TRAIN or training_args.do_train
         }
 
 

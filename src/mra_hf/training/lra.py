@@ -83,9 +83,7 @@ class LraArguments:
 
 
 def run_lra(
-    lra_args: LraArguments,
-    stopping_args: runs.StoppingArguments,
-    training_args: TrainingArguments,
+    lra_args: LraArguments, stopping_args: runs.StoppingArguments, training_args: TrainingArguments
 ) -> dict[str, Any]:
     """Train an encoder on a task, choose a checkpoint by dev accuracy, and test it.
 

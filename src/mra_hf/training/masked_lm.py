@@ -22,11 +22,7 @@ from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import check_files, is_unreadable, load_documents, pack
 from mra_hf.data.samples import check_amounts
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
-from mra_hf.sparse_prediction import (
-    cross_entropy,
-    labelled_logits,
-    predict_masked_places,
-)
+from mra_hf.sparse_prediction import cross_entropy, labelled_logits, predict_masked_places
 from mra_hf.training import runs
 from mra_hf.training.initialization import init_previous_token_heads
 
@@ -46,8 +42,7 @@ class MaskedLMModelArguments(runs.ModelArguments):
         metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
     )
     sparse_prediction: bool = field(
-        default=True,
-        metadata={"help": "while training, compute logits at masked positions only"},
+        default=True, metadata={"help": "while training, compute logits at masked positions only"}
     )
 
 
@@ -131,9 +126,7 @@ def run_masked_lm(
     with _naming_faults(data_args):
         training, validation = _examples(data_args, training_args, tokenizer)
     masking = SeededMasking(
-        tokenizer,
-        masking_seed=training_args.seed,
-        mlm_probability=data_args.mlm_probability,
+        tokenizer, masking_seed=training_args.seed, mlm_probability=data_args.mlm_probability
     )
     trainer = MaskedLMTrainer(
         model=model,

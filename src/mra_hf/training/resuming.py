@@ -7,42 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from mra_hf.results.files import EXPERIMENT_NAME, RESULTS_NAME, STATE_NAME
+from mra_hf.results.files import EXPERIMENT_NAME, RESULTS_NAME, STATE_NAME, read_file
 
 logger = logging.get_logger(__name__)
 
 #: Settings of `experiment.yaml` that shape the course of a training. Trainer restores the optimizer
 #: and its schedule from a checkpoint, so most of them would be ignored silently.
 _COURSE = (
-    "seed",
-    "data_seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "warmup_ratio",
-    "weight_decay",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "neftune_noise_alpha",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "ignore_data_skip",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "metric_for_best_model",
-    "config_overrides",
-    "mlm_probability",
-    "streaming",
+    *("seed", "data_seed"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip"),
+    *("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model"),
+    *("config_overrides", "mlm_probability", "streaming"),
+)
+
+#: Settings of multi-resolution attention that `results.json` has; None for other attentions.
+ATTENTION_CONDITIONS = (
+    *("approx_mode", "block_per_row", "resolutions", "block_budgets"),
+    *("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection"),
 )
 
 #: Prefixes of the files and folders with the optimizer's state: Trainer's, FSDP's, DeepSpeed's.
@@ -50,19 +38,8 @@ _OPTIMIZER_FILES = ("optimizer", "pytorch_model_fsdp", "global_step")
 
 #: Entries of `results.json` that shape the course of a training.
 _CONDITIONS = (
-    "model_type",
-    "attention",
-    "approx_mode",
-    "block_per_row",
-    "resolutions",
-    "block_budgets",
-    "initial_prior_first_n_blocks",
-    "initial_prior_diagonal_n_blocks",
-    "selection",
-    "parameters",
-    "max_seq_length",
-    "dtype",
-    "train_batch_size",
+    *("model_type", "parameters", "max_seq_length", "dtype", "train_batch_size"),
+    *("attention", *ATTENTION_CONDITIONS),
 )
 
 
@@ -83,7 +60,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
             raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
         return None
-    results = _read(output / RESULTS_NAME, json.loads)
+    results = _read(output / RESULTS_NAME)
     if request.lower() == "true":
         checkpoints = _checkpoints(output)
         if not checkpoints and "train" in results:
@@ -166,8 +143,8 @@ def check_same_run(
         ValueError: the message says what differs, and how.
     """
     folder = Path(checkpoint).parent
-    settings_before = _read(folder / EXPERIMENT_NAME, yaml.safe_load)
-    results_before = _read(folder / RESULTS_NAME, json.loads)
+    settings_before = _read(folder / EXPERIMENT_NAME)
+    results_before = _read(folder / RESULTS_NAME)
     compared = []
     if settings_before:
         compared += [(name, settings_before.get(name), settings.get(name)) for name in _COURSE]
@@ -232,14 +209,9 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _read(file: Path, parse) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     """The mapping in a file; empty if there is no file or no mapping."""
-    if not file.is_file():
-        return {}
-    try:
-        content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); name another output_dir.") from error
+    content = read_file(file, "name another output_dir") if file.is_file() else {}
     return content if isinstance(content, dict) else {}
 
 

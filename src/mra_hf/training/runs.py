@@ -48,7 +48,12 @@ from mra_hf.results.files import (
     write_predictions,
     write_text,
 )
-from mra_hf.training.resuming import check_same_run, checkpoint_to_resume, is_at_its_end
+from mra_hf.training.resuming import (
+    ATTENTION_CONDITIONS,
+    check_same_run,
+    checkpoint_to_resume,
+    is_at_its_end,
+)
 
 #: Rows that `data_fingerprint` reads at a time.
 _FINGERPRINT_ROWS = 1000
@@ -72,8 +77,7 @@ class ModelArguments:
         default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
     )
     paper_row: str | None = field(
-        default=None,
-        metadata={"help": "id of the row of the paper's tables that this run repeats"},
+        default=None, metadata={"help": "id of the row of the paper's tables that this run repeats"}
     )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -298,13 +302,7 @@ def run_metadata(
         "task": task,
         "model_type": model.config.model_type,
         "attention": attention,
-        "approx_mode": settings.get("approx_mode"),
-        "block_per_row": settings.get("block_per_row"),
-        "resolutions": settings.get("resolutions"),
-        "block_budgets": settings.get("block_budgets"),
-        "initial_prior_first_n_blocks": settings.get("initial_prior_first_n_blocks"),
-        "initial_prior_diagonal_n_blocks": settings.get("initial_prior_diagonal_n_blocks"),
-        "selection": settings.get("selection"),
+        **{name: settings.get(name) for name in ATTENTION_CONDITIONS},
         "parameters": model.num_parameters(),
         "max_seq_length": max_seq_length,
         "seed": training_args.seed,
@@ -363,15 +361,14 @@ def data_fingerprint(data: "datasets.Dataset | datasets.IterableDataset | None")
 def _describe_data(trainer: Trainer) -> dict[str, Any]:
     """Fingerprints of the training and evaluation data, and the number of training rows."""
     train, held_out = trainer.train_dataset, trainer.eval_dataset
-    description = {
+    sets = {"eval": held_out}
+    if isinstance(held_out, dict):
+        sets = {f"eval_{name}": rows for name, rows in held_out.items()}
+    return {
         "train": data_fingerprint(train),
         "train_rows": len(train) if isinstance(train, datasets.Dataset) else None,
+        **{name: data_fingerprint(rows) for name, rows in sets.items()},
     }
-    if isinstance(held_out, dict):
-        return description | {
-            f"eval_{name}": data_fingerprint(rows) for name, rows in held_out.items()
-        }
-    return description | {"eval": data_fingerprint(held_out)}
 
 
 def _restore(trainer: Trainer, checkpoint: str) -> None:

@@ -202,12 +202,8 @@ def _examples(file, data_args, tokenizer, limit: int | None, seed: int | None) -
         questions = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        columns: dict[str, list] = {
-            "input_ids": [],
-            "candidate_spans": [],
-            "label": [],
-            "length": [],
-        }
+        names = ("input_ids", "candidate_spans", "label", "length")
+        columns: dict[str, list] = {name: [] for name in names}
         all_parts = wikihop.tokenize_parts(questions, tokenizer)
         for question, parts in zip(questions, all_parts, strict=True):
             sequences = wikihop.assemble(parts, tokenizer, data_args.max_seq_length, question["id"])

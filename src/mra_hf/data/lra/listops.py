@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from mra_attention.checks import check_int
-from mra_hf.data.lra.parts import PARTS, LraData, features
+from mra_hf.data.lra.parts import PARTS, LraData, generated
 from mra_hf.data.samples import check_amounts
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
@@ -29,7 +29,7 @@ _CLOSING = len(SYMBOLS)
 _OPERATOR_PROBABILITY = 0.25
 #: Trees that one generator draws; each shard is seeded by itself.
 _SHARD = 500
-#: To be raised when the same seed gives other trees: the cache then forgets the old ones.
+#: Raise it when the same seed gives other trees: the cache then forgets the old ones.
 _VERSION = 1
 
 
@@ -72,17 +72,8 @@ def listops(
     check_int("max_arguments", max_arguments, 2)
     total = sum(sizes.values())
     shards = -(-total // _SHARD) + 1  # one more, as some trees are drawn twice
-    trees = Dataset.from_generator(
-        _shards,
-        features=features("input_ids"),
-        gen_kwargs={
-            "shards": list(range(shards)),
-            "seed": seed,
-            "rules": (min_length, max_length, max_depth, max_arguments),
-            "version": _VERSION,
-        },
-        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
-    )
+    rules = (min_length, max_length, max_depth, max_arguments)
+    trees = generated(_shards, shards, num_proc, seed=seed, rules=rules, version=_VERSION)
     different = _different(trees)
     if len(different) < total:
         raise ValueError(
@@ -114,7 +105,7 @@ def _different(trees: Dataset) -> list[int]:
 def _shards(
     shards: list[int], seed: int, rules: tuple[int, int, int, int], version: int
 ) -> Iterator[dict]:
-    """Rows of some shards; `version` is there for the cache."""
+    """Rows of some shards; the cache reads `version`."""
     min_length, max_length, max_depth, max_arguments = rules
     for shard in shards:
         draw = random.Random(f"{seed}-{shard}")

@@ -1,6 +1,6 @@
 """The form that every task of the Long Range Arena comes in: three data sets and their facts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset, Features, Value
@@ -44,6 +44,24 @@ def features(*columns: str) -> Features:
     """The features of rows with these columns of ids, and a label."""
     ids = {name: ListOf(Value("int16")) for name in columns}
     return Features({**ids, "label": Value("int8")})
+
+
+def generated(draw_shards: Callable, shards: int, num_proc: int | None, **arguments) -> Dataset:
+    """Rows that `draw_shards(shards=[0, 1, ...], **arguments)` yields, read from the cache of
+    datasets if they were drawn before.
+
+    Args:
+        draw_shards: a generator function whose rows depend on its arguments only.
+        shards: how many there are.
+        num_proc: processes to share them out to.
+        arguments: a `version` among them makes the cache forget rows drawn by another one.
+    """
+    return Dataset.from_generator(
+        draw_shards,
+        features=features("input_ids"),
+        gen_kwargs={"shards": list(range(shards)), **arguments},
+        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
+    )
 
 
 def rows(

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
 
 from mra_attention.checks import check_int
-from mra_hf.data.lra.parts import LraData, features
+from mra_hf.data.lra.parts import LraData, generated
 from mra_hf.data.samples import check_amounts, split_rows
 
 SIDE = 32
@@ -49,7 +48,7 @@ _LANCZOS = 3
 _FAINTEST = 0.01
 #: Images that one generator draws; each shard is seeded by itself.
 _SHARD = 250
-#: To be raised when the same seed gives other images: the cache then forgets the old ones.
+#: Raise it when the same seed gives other images: the cache then forgets the old ones.
 _VERSION = 2
 
 _OFFSETS = (np.arange(_POINTS) + 0.5) / _POINTS - 0.5
@@ -91,18 +90,8 @@ def pathfinder(
     check_int("paddles", paddles, 3, 16)
     shards = -(-count // _SHARD)
     offset = 0 if mask_zero_pixels else 1
-    images = Dataset.from_generator(
-        _shards,
-        features=features("input_ids"),
-        gen_kwargs={
-            "shards": list(range(shards)),
-            "seed": seed,
-            "paddles": paddles,
-            "offset": offset,
-            "version": _VERSION,
-        },
-        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
-    )
+    drawing = {"seed": seed, "paddles": paddles, "offset": offset, "version": _VERSION}
+    images = generated(_shards, shards, num_proc, **drawing)
     parts = {
         name: images.select(rows) for name, rows in split_rows(count, (0.1, 0.1), seed).items()
     }
@@ -121,7 +110,7 @@ def pathfinder(
 def _shards(
     shards: list[int], seed: int, paddles: int, offset: int, version: int
 ) -> Iterator[dict]:
-    """Rows of some shards; `version` is there for the cache."""
+    """Rows of some shards; the cache reads `version`."""
     for shard in shards:
         draw = np.random.default_rng((seed, shard))
         for _ in range(_SHARD):
