@@ -147,7 +147,7 @@ def build_wordnet_hop(
     """Write the splits of WordNet-Hop as JSON in WikiHop's schema.
 
     The splits share no answer: a chain belongs to the split of its root, which is its answer. The
-    candidates of an instance are ends of chains of its own split, and of its own file of WordNet.
+    candidates of an instance are ends of chains of its split, and of its file of WordNet.
 
     Args:
         output: folder to write: `train.json`, `dev.json`, `test.json`, each a list of

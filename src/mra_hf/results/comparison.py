@@ -10,7 +10,7 @@ class PairedDifference:
     """How two models differ in accuracy on the same examples.
 
     Args:
-        difference: accuracy of the first minus that of the second.
+        difference: accuracy of the first model minus accuracy of the second.
         low: lower end of the 95 % interval.
         high: its upper end.
         n_examples: examples that both models answered.

@@ -20,7 +20,7 @@ _MODEL_COLUMNS = ("task", "model", "attention", "mode", "blocks", "tokens")
 
 
 def runs_csv(runs: "Sequence[Run]") -> str:
-    """A line per run as CSV, every metric in a column of its own, unrounded."""
+    """A line per run as CSV, a column per metric, unrounded."""
     metrics = sorted({key for run in runs for key in run.metrics})
     columns = [
         *("run", "status", "task", "model", "attention", "approx_mode", "block_per_row"),

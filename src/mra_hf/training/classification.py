@@ -38,7 +38,7 @@ class ClassificationDataArguments:
         metadata={"help": "rows to train on: .tsv, .csv or .jsonl files (also .gz, .xz)"},
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "rows to evaluate on; each file is a set of its own"}
+        default=None, metadata={"help": "rows to evaluate on; each file is a separate set"}
     )
     held_out_rows: int | None = field(
         default=None,
@@ -129,14 +129,8 @@ def run_classification(
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
     prefixes = {name: f"eval_{name}" if len(sets) > 1 else "eval" for name in sets}
-    runs.check_best_metric(
-        training_args,
-        [
-            f"{each}_{name}"
-            for each in prefixes.values() or ["eval"]
-            for name in ("loss", "accuracy")
-        ],
-    )
+    metrics = [f"{prefix}_{name}" for prefix in prefixes.values() for name in ("loss", "accuracy")]
+    runs.check_best_metric(training_args, metrics)
     trainer = runs.ChoiceTrainer(
         model=model,
         args=training_args,

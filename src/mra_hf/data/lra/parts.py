@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, Features, Value
 
-try:  # datasets 4 has lists of its own
+try:  # datasets 4 has a type for lists
     from datasets import List as ListOf
 except ImportError:
     from datasets import Sequence as ListOf
