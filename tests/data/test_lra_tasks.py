@@ -371,7 +371,7 @@ def test_passages_of_works(tmp_path):
     data = retrieval(str(tmp_path), max_bytes=70, train=60, dev=10, test=10)
     works = {}
     for part in ("train", "dev", "test"):
-        for row in data.part(part):
+        for row in getattr(data, part):
             sides = [
                 bytes(i - 1 for i in row[name]).decode() for name in ("input_ids", "input_ids_2")
             ]

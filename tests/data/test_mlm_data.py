@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset, load_dataset
 
 from mra_hf.commands import main
-from mra_hf.data import debian_text, mlm
+from mra_hf.data import corpus, debian_text, mlm
+from mra_hf.data.corpus import TextSource, build_english_corpus, train_tokenizer
 from mra_hf.data.masking import SeededMasking
-from mra_hf.data.mlm import TextSource, build_english_corpus, load_documents, pack, train_tokenizer
+from mra_hf.data.mlm import load_documents, pack
 from tiny_models import word_tokenizer
 
 PROSE = "The bend of the river was seen from the tower, and nobody spoke of it again. "
@@ -134,7 +135,7 @@ def test_a_corpus_that_fails_leaves_nothing_behind(sources, tmp_path, monkeypatc
     def fail(*arguments, **options):
         raise OSError("no room")
 
-    monkeypatch.setattr(mlm, "train_tokenizer", fail)
+    monkeypatch.setattr(corpus, "train_tokenizer", fail)
     with pytest.raises(OSError, match="no room"):
         build_english_corpus(tmp_path / "corpus", vocab_size=320, sources=sources)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import yaml
 from mra_hf.commands import main
 from mra_hf.results.files import write_history
 from mra_hf.results.paper import PAPER_ROWS
-from mra_hf.results.tables import T_QUANTILES, find_runs, mean_interval
+from mra_hf.results.runs import T_QUANTILES, find_runs, mean_interval
 from tiny_models import word_tokenizer
 
 CONDITIONS = {
@@ -30,7 +30,7 @@ CONDITIONS = {
 
 
 def write_run(folder, evaluation, settings=None, train=None, history=True, **conditions):
-    """A run directory as `runs.fit` leaves it; `evaluation` None is a run that was cut off."""
+    """A run directory as `Experiment.fit` leaves it; `evaluation` None: the run was cut off."""
     folder.mkdir(parents=True)
     results = CONDITIONS | conditions
     given = {"model_name_or_path": "checkpoints/some-base", "seed": results["seed"]}

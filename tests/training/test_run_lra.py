@@ -11,8 +11,8 @@ from mra_hf import LraForSequenceClassification
 from mra_hf.commands import main
 from mra_hf.data.lra.listops import listops
 from mra_hf.data.lra.pathfinder import pathfinder
+from mra_hf.results.runs import find_runs
 from mra_hf.results.smat import smat_scores, smat_table
-from mra_hf.results.tables import find_runs
 from mra_hf.training.lra import PAPER_PRIORS, Collator, PixelCollator, controls, lra_config
 
 TASK = "train=60,dev=20,test=20,min_length=10,max_length=60"

@@ -386,7 +386,7 @@ def test_a_run_that_fails_says_how_to_repeat_it(folder, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.InOrder, "train", interrupted)
+    monkeypatch.setattr(runs.ChoiceTrainer, "train", interrupted)
     assert main(["run-mnli", pairs(folder)]) == 130
     written = yaml.safe_load((folder / "run" / "experiment.yaml").read_text())
     assert written["learning_rate"] == COMMON["learning_rate"]

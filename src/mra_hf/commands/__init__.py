@@ -1,8 +1,8 @@
 """The `mra-hf` program: `mra-hf NAME ...` runs the module `mra_hf.commands.NAME`.
 
 Such a module has a docstring (the help text, with an example), `add_arguments(parser)` and
-`run(args) -> int`; one that runs an experiment has `DATACLASSES` too, whose fields become arguments
-and keys of a YAML file. Scripts call the same function through `run_command`.
+`run(args) -> int`. A module that runs an experiment also has `DATACLASSES`, whose fields become
+arguments and keys of a YAML file. Scripts call the same function through `run_command`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mra_hf.commands import experiments
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Name of a command -> what it does; its module is imported when it is asked for.
+#: Name of a command -> what it does; its module is imported when the command runs.
 COMMANDS = {
     "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
     "run-mlm": "train or evaluate a masked language model with Trainer",
@@ -88,8 +88,8 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
 
 
 def _leave_process_group() -> None:
-    """End the threads of a run in several processes: one that exits while they work may abort, and
-    its launcher then stops the others before they have saved.
+    """End the communication threads of a run in several processes: a process that exits while they
+    work may abort, and the launcher then stops the other processes before they have saved.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

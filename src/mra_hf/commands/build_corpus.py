@@ -1,7 +1,7 @@
 """Build the English corpus of the embedded checkpoint, and a tokenizer for it.
 
-The text is in the public domain or permissively licensed and comes out of Debian packages, which
-are downloaded; needs Debian or Ubuntu, no root.
+The text is in the public domain or permissively licensed. It comes from Debian packages, which are
+downloaded; this needs Debian or Ubuntu, but no root.
 
 example:
   mra-hf build-corpus corpus/english
@@ -10,7 +10,7 @@ example:
 import argparse
 from pathlib import Path
 
-from mra_hf.data.mlm import build_english_corpus
+from mra_hf.data.corpus import build_english_corpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=6144, help="of the tokenizer (default: %(default)s)"
     )
-    parser.add_argument("--packages", type=Path, help="folder of packages downloaded before")
+    parser.add_argument("--packages", type=Path, help="folder of packages already downloaded")
 
 
 def run(args: argparse.Namespace) -> int:

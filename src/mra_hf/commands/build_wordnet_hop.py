@@ -1,7 +1,7 @@
 """Build WordNet-Hop: two-hop questions over many short documents, in WikiHop's schema.
 
-The documents are glosses of WordNet, which comes out of a Debian package that is downloaded; needs
-Debian or Ubuntu, no root.
+The documents are glosses of WordNet, which comes from a Debian package. The package is downloaded;
+this needs Debian or Ubuntu, but no root.
 
 example:
   mra-hf build-wordnet-hop wordnet-hop
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions of a split with the same answer (default: 12)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all choices (default: 0)")
-    parser.add_argument("--packages", type=Path, help="folder of packages downloaded before")
+    parser.add_argument("--packages", type=Path, help="folder of packages already downloaded")
 
 
 def run(args: argparse.Namespace) -> int:

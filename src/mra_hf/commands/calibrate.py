@@ -1,9 +1,9 @@
 r"""Propose block_per_row for each layer of a checkpoint, from the errors of its heads on a text.
 
-Writes a CSV with a row for each head: entropy, softmax mass in the chosen blocks and error with 2,
-4, 8 and 16 blocks per row, and the error of attending to everything alike. The checkpoint attends
-densely while it reads; errors are of each layer alone, on the inputs that a dense model gives it.
-What an early layer gets wrong passes through all others: check a list on the task before use.
+Writes a CSV with a row for each head: its entropy, the softmax mass in the selected blocks and the
+error with 2, 4, 8 and 16 blocks per row, and the error of uniform attention. The checkpoint attends
+densely while it reads; the errors are of each layer by itself, on the inputs that a dense model
+gives it. An early layer's errors pass through all others: check a list on the task before use.
 
 example:
   mra-hf calibrate roberta-4096 book.txt --target-error 0.2 --length 4096
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write the heads and print the proposal."""
+    """Measure the heads, write them as CSV and print the proposal."""
     check_new_file(args.out)
     from mra_hf.analysis.calibration import head_report, layers_of, propose
     from mra_hf.analysis.recording import record_checkpoint
@@ -52,26 +52,26 @@ def run(args: argparse.Namespace) -> int:
     writer.writerows(rows)
     write_text(args.out, text.getvalue())
 
-    of_instance = dict(zip(heads.instance_names, layers_of(heads), strict=True))
+    layer_of = dict(zip(heads.instance_names, layers_of(heads), strict=True))
     print(
         f"{'layer':>5}{'entropy':>9}{'blocks':>8}{'error':>8}{f'error at {proposal.uniform}':>14}"
     )
     for layer, blocks in enumerate(proposal.block_per_row):
-        own = [row["entropy"] for row in rows if of_instance[row["instance"]] == layer]
+        entropies = [row["entropy"] for row in rows if layer_of[row["instance"]] == layer]
         print(
-            f"{layer:>5}{sum(own) / len(own):>9.2f}{blocks:>8}{proposal.errors[layer]:>8.3f}"
-            f"{proposal.uniform_errors[layer]:>14.3f}"
+            f"{layer:>5}{sum(entropies) / len(entropies):>9.2f}{blocks:>8}"
+            f"{proposal.errors[layer]:>8.3f}{proposal.uniform_errors[layer]:>14.3f}"
         )
     listed = ",".join(map(str, proposal.block_per_row))
     mean = sum(proposal.block_per_row) / len(proposal.block_per_row)
     print(
-        f"\nblock_per_row=[{listed}]: {mean:.1f} blocks per row on average, every layer below "
-        f"{args.target_error:g}. With {proposal.uniform} in every layer the worst layer has "
-        f"{max(proposal.uniform_errors):.3f}.\n"
+        f"\nblock_per_row=[{listed}]: {mean:.1f} blocks per row on average, "
+        f"every layer below {args.target_error:g}. With {proposal.uniform} in every layer "
+        f"the worst layer has {max(proposal.uniform_errors):.3f}.\n"
         f"use it as MraConfig(block_per_row=[{listed}]), mra_hf.set_attention(model, "
-        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'; models "
-        "whose layers do not know their place (DistilBERT, ViT, ALBERT) take one number for all: "
-        f"{proposal.uniform}\n"
+        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'; "
+        "models whose layers do not know their index (DistilBERT, ViT, ALBERT) "
+        f"take one number for all: {proposal.uniform}\n"
         f"heads written to {args.out}"
     )
     return 0

@@ -1,7 +1,7 @@
 r"""Compare the predictions of two runs on the same examples, with a paired bootstrap.
 
 Reads `predictions_SET.csv` of both run directories. Prints the accuracies, their difference and its
-95 % interval; an interval around 0 says that the examples do not tell the runs apart.
+95 % interval. If the interval holds 0, the examples do not tell the runs apart.
 
 example:
   mra-hf compare runs/mnli-mra runs/mnli-dense
@@ -35,16 +35,15 @@ def run(args: argparse.Namespace) -> int:
     shared = sorted(names[0] & names[1])
     if not shared:
         raise ValueError(
-            f"{args.first} and {args.second} have no predictions_SET.csv of the same set; both "
-            "must be runs with do_eval on the same data."
+            f"{args.first} and {args.second} have no predictions_SET.csv of the same set; "
+            "both must be runs with do_eval on the same data."
         )
-    lines = [
-        f"{'set':<16}{'examples':>9}{'first':>9}{'second':>9}{'difference':>12}  95 % interval"
-    ]
+    header = f"{'set':<16}{'examples':>9}{'first':>9}{'second':>9}{'difference':>12}"
+    lines = [f"{header}  95 % interval"]
     for name in shared:
-        keys, first = _read(args.first / name)
-        others, second = _read(args.second / name)
-        if keys != others:
+        first_examples, first = _read(args.first / name)
+        second_examples, second = _read(args.second / name)
+        if first_examples != second_examples:
             raise ValueError(f"{name} of {args.first} and {args.second} are of other examples.")
         result = paired_bootstrap(first, second, draws=args.draws, seed=args.seed)
         lines.append(

@@ -1,9 +1,13 @@
-"""Commands whose settings are dataclasses: a YAML file, overridden by the command line."""
+"""Commands whose settings are dataclasses: a YAML file, overridden by the command line.
+
+Such a command has `DATACLASSES`, `add_arguments = add_training_arguments`, and a `run` that hands
+the function of its task to `run_experiment`.
+"""
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +18,16 @@ from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the YAML file as the first argument, and defaults of `TrainingArguments` that differ.
+    """Add the YAML file as the first argument, and change defaults of `TrainingArguments`.
 
-    Progress bars show in a terminal alone: in a log file they are a line per step.
+    Progress bars are shown in a terminal only: in a log file they are a line per step.
     """
     parser.add_argument("config", nargs="?", help="YAML file of settings; the command line wins")
     parser.set_defaults(disable_tqdm=quiet_outside_terminals(), report_to="none")
 
 
 def quiet_outside_terminals() -> bool:
-    """Switch the bars of datasets off where there is no terminal to draw them on."""
+    """Switch off the progress bars of datasets unless stderr is a terminal; True if so."""
     from datasets import disable_progress_bars  # slow to import; commands without it stay quick
 
     quiet = not sys.stderr.isatty()
@@ -32,10 +36,31 @@ def quiet_outside_terminals() -> bool:
     return quiet
 
 
-def print_results(results: dict[str, Any], training_args: TrainingArguments) -> None:
-    """Print the metrics of a run and what it wrote, in its main process."""
-    if training_args.process_index:
-        return
+def run_experiment(
+    args: argparse.Namespace,
+    kinds: Sequence[type],
+    run: Callable[..., dict[str, Any]],
+    print_more: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
+    """Run an experiment and print its results in the main process; return the exit status.
+
+    Args:
+        args: as parsed.
+        kinds: the dataclasses that `run` takes, `TrainingArguments` last.
+        run: the function of the task; returns what `results.json` holds.
+        print_more: prints results beside the metrics.
+    """
+    arguments = dataclasses_of(args, kinds)
+    results = run(*arguments)
+    if arguments[-1].process_index == 0:
+        _print_results(results, arguments[-1])
+        if print_more is not None:
+            print_more(results)
+    return 0
+
+
+def _print_results(results: dict[str, Any], training_args: TrainingArguments) -> None:
+    """Print the metrics of a run and the files it wrote."""
     for part in ("train", "eval"):
         for name, value in results.get(part, {}).items():
             if isinstance(value, float):
@@ -56,22 +81,21 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     first, _ = parser.parse_known_args(argv)
     if first.config is not None:
         settings = _read(first.config)
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(str(name) for name in set(settings) - known)
+        actions = {action.dest: action for action in parser._actions}
+        unknown = sorted(str(name) for name in set(settings) - set(actions))
         if unknown:
             raise ValueError(
-                f"{first.config} holds settings that do not exist: {', '.join(unknown)}; see "
-                f"{parser.prog} --help."
+                f"{first.config} holds settings that do not exist: {', '.join(unknown)}; "
+                f"see {parser.prog} --help."
             )
-        actions = {action.dest: action for action in parser._actions}
-        single = {action.dest for action in parser._actions if action.nargs not in ("+", "*")}
+        single = {name for name, action in actions.items() if action.nargs not in ("+", "*")}
         for name, value in settings.items():
-            if isinstance(value, list) and name in single:
-                raise ValueError(f"{first.config}: {name} must be one value, got {value}.")
-            if isinstance(value, str) and name not in single:
-                settings[name] = [value]
             if name in single:
+                if isinstance(value, list):
+                    raise ValueError(f"{first.config}: {name} must be one value, got {value}.")
                 _check_value(first.config, actions[name], value)
+            elif isinstance(value, str):
+                settings[name] = [value]
         parser.set_defaults(**settings)
     return parser.parse_args(argv)
 
@@ -84,20 +108,20 @@ def _check_value(config: str, action: argparse.Action, value: Any) -> None:
     """
     if value is None or isinstance(value, dict) or action.type is None:
         is_fault = value is None and action.default is not None
-        wanted = "set"
+        allowed = "set"
     else:
-        wanted = f"of type {getattr(action.type, '__name__', action.type)}"
+        allowed = f"of type {getattr(action.type, '__name__', action.type)}"
         if action.choices is not None:
-            wanted = f"one of {list(action.choices)}"
+            allowed = f"one of {list(action.choices)}"
         try:
             if action.type is int and isinstance(value, (bool, float)):
                 raise ValueError("no integer")
-            found = action.type(str(value))
-            is_fault = action.choices is not None and found not in action.choices
+            converted = action.type(str(value))
+            is_fault = action.choices is not None and converted not in action.choices
         except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):
             is_fault = True
     if is_fault:
-        raise ValueError(f"{config}: {action.dest} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{config}: {action.dest} must be {allowed}, got {value!r}.")
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 r"""Draw the figures and Table 7 of the MRA paper on heads of a checkpoint, or on synthetic ones.
 
-Each figure becomes a picture, a table of its numbers and a caption that says what the paper found
-and what was found.
+Each figure becomes a picture, a table of its numbers, and a caption that compares the result with
+the paper's.
 
 example:
   mra-hf figures --out figures
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mra_hf.commands.experiments import quiet_outside_terminals
 
-#: The names of `mra_hf.analysis.figures.FIGURES`, without importing what draws them.
+#: The names of `mra_hf.analysis.figures.FIGURES`, without importing the functions that draw them.
 NAMES = (*(f"figure-{number}" for number in range(1, 9)), "table-7", "locality", "selection")
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="synthetic",
         help='"synthetic" (default), a file of mra-hf record, or a checkpoint (with --text)',
     )
-    parser.add_argument("--text", help="what the checkpoint reads: .txt or .jsonl, or a folder")
+    parser.add_argument("--text", help="text for the checkpoint: .txt or .jsonl, or a folder")
     parser.add_argument(
         "--length", type=int, help="tokens, 128 or more (default: 512, or what was recorded)"
     )
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, and print each caption when its figure is written."""
+    """Draw the figures; print each caption once its figure is written."""
     if args.out.is_file():
         raise ValueError(f"out must be a folder, and {args.out} is a file.")
     is_recorded = Path(args.source).is_file()

@@ -1,8 +1,8 @@
 """Convert a real checkpoint and see what comes out, in two minutes on a CPU, offline.
 
 Converts SOURCE to a long MRA checkpoint, compares both on masked tokens, fills masks in a long
-document, times attention against dense at 4096 tokens on this machine, and draws one head in two
-resolutions. Without SOURCE: a small English RoBERTa, and what becomes of it when training goes on.
+document, times its attention against dense attention at 4096 tokens on this machine, and draws one
+head in two resolutions. Without SOURCE: a small English RoBERTa, before and after further training.
 
 example:
   mra-hf quickstart
@@ -37,7 +37,7 @@ _PICTURE_TOKENS = 1024
 
 _CONVERSION_SETTINGS = ("block_per_row", "approx_mode", "initial_prior_diagonal_n_blocks")
 
-#: What byte-level BPE and SentencePiece put before a piece that begins a word.
+#: The marks of byte-level BPE and SentencePiece before a token that begins a word.
 WORD_STARTS = ("\u0120", "\u2581")
 
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         **_settings(args),
         text=[text],
-        force=(checkpoint / REPORT_NAME).exists(),  # one of an earlier quickstart
+        force=(checkpoint / REPORT_NAME).exists(),  # left by an earlier quickstart
     )
     print(dataclasses.replace(report, scores=()).summary())
 
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     models = {"untrained": (model, "sdpa")}
     continued = None
-    own = args.source is None and args.block_per_row is None
-    if own and args.max_length <= max(ENGLISH_LENGTHS):
+    is_embedded = args.source is None and args.block_per_row is None
+    if is_embedded and args.max_length <= max(ENGLISH_LENGTHS):
         continued = AutoModelForMaskedLM.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
         continued.eval()
         models["continued"] = (continued, "mra2")
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Steps:
-    """Progress lines on stderr: what is being done, and for how long the run has been going."""
+    """Progress lines on stderr: the current step, and the seconds since the start."""
 
     def __init__(self, total: int):
         self.total, self.done, self.start = total, 0, time.perf_counter()
@@ -156,7 +156,9 @@ class _Steps:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    """Of the conversion: those of the continued checkpoint, so that both rows are of one model."""
+    """Settings of the conversion. Without SOURCE, the continued checkpoint's, so that the rows of
+    the table are of one model.
+    """
     if args.source is None and args.block_per_row is None:
         config = AutoConfig.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
         return {name: getattr(config, name) for name in _CONVERSION_SETTINGS}
@@ -169,7 +171,7 @@ def _text(args: argparse.Namespace) -> str:
 
 
 def _readable(text: str, source: str) -> str:
-    """The text, or words of the tokenizer of `source` where it is unknown to it."""
+    """The text, or random words if the tokenizer of `source` does not know its words."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
@@ -179,8 +181,9 @@ def _readable(text: str, source: str) -> str:
     if sum(known) >= len(known) / 2:
         return text
     print(
-        "The English sample is unknown to this tokenizer: random words of its vocabulary take its "
-        "place.\nPass --text FILE, a text the model was made for, for scores that mean something."
+        "The English sample is unknown to this tokenizer: "
+        "random words of its vocabulary take its place.\n"
+        "Pass --text FILE, a text the model was made for, for scores that mean something."
     )
     words = sorted({token for token in tokenizer.get_vocab().values() if token not in special})
     generator = random.Random(0)
@@ -203,18 +206,14 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
     names = {"source": "source"}
     rows = [row(names.get(s.model, "untrained"), s.attention, s) for s in report.scores]
     for name, (model, attention) in models.items():
-        own = model.config._attn_implementation
+        original = model.config._attn_implementation
         model.set_attn_implementation(attention)
         scores = masked_token_scores(
-            model,
-            tokenizer,
-            text,
-            length=report.max_length,
-            max_tokens=report.scores[-1].n_tokens,
+            model, tokenizer, text, length=report.max_length, max_tokens=report.scores[-1].n_tokens
         )
-        model.set_attn_implementation(own)
-        shown = "dense" if attention == "sdpa" else report.scores[-1].attention
-        rows.append(row(name, shown, scores))
+        model.set_attn_implementation(original)
+        label = "dense" if attention == "sdpa" else report.scores[-1].attention
+        rows.append(row(name, label, scores))
     print(f"{'model':<14}{'attention':<11}{'chunk':>6}{'accuracy':>10}{'loss':>8}{'masked':>8}")
     for entry in rows:
         print(
@@ -224,8 +223,8 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
     print(f"Up to {report.dense_length} tokens the result is dense attention.", end=" ")
     if report.max_length > report.source_length:
         print(
-            f"Beyond the {report.source_length} learned positions the\ntiled ones cost accuracy, "
-            "with dense attention too, until training continues.",
+            f"Beyond the {report.source_length} learned positions the\n"
+            "tiled ones cost accuracy, with dense attention too, until training continues.",
             end="",
         )
     print()
@@ -233,55 +232,62 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
 
 
 @torch.no_grad()
-def _fill_masks(model, tokenizer, text: str, places: int = 8) -> list[dict]:
-    """Hide some words of the document at once and print what the model puts there."""
+def _fill_masks(model, tokenizer, text: str, count: int = 8) -> list[dict]:
+    """Hide `count` words of the document at once and print the model's guesses."""
     ids = tokenizer(
         text, truncation=True, max_length=model.config.max_tokens, return_tensors="pt"
     ).input_ids
-    hidden = _words(ids[0].tolist(), tokenizer, places)
+    hidden = _words(ids[0].tolist(), tokenizer, count)
     masked = ids.clone()
     masked[0, hidden] = tokenizer.mask_token_id
     begin = time.perf_counter()
     states = model.base_model(masked).last_hidden_state[0, hidden]
-    probabilities = model.lm_head(states).float().softmax(-1)  # [places, vocabulary]
+    probabilities = model.lm_head(states).float().softmax(-1)  # [hidden, vocabulary]
     seconds = time.perf_counter() - begin
     print(f"{ids.shape[1]} tokens, {len(hidden)} of them hidden, read at once in {seconds:.2f} s")
     rows = []
-    for place, guess in zip(hidden, probabilities, strict=True):
+    for position, guess in zip(hidden, probabilities, strict=True):
         best = guess.topk(3)
+        left, right = ids[0, max(0, position - 12) : position], ids[0, position + 1 : position + 9]
         before, after = (
-            " ".join(tokenizer.decode(part, skip_special_tokens=True).split())
-            for part in (ids[0, max(0, place - 12) : place], ids[0, place + 1 : place + 9])
+            " ".join(tokenizer.decode(context, skip_special_tokens=True).split())
+            for context in (left, right)
         )
-        truth = tokenizer.decode(ids[0, place]).strip()
+        truth = tokenizer.decode(ids[0, position]).strip()
         guesses = [
             (tokenizer.decode([token]).strip(), round(score, 3))
             for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         rows.append(
-            {"place": place, "before": before, "after": after, "truth": truth, "guesses": guesses}
+            {
+                "place": position,
+                "before": before,
+                "after": after,
+                "truth": truth,
+                "guesses": guesses,
+            }
         )
-        shown = ", ".join(f"{token} {score:.0%}" for token, score in guesses)
-        print(f"{place:>6}  ...{before[-34:]} [{truth}] {after[:20]}...  ->  {shown}")
+        listed = ", ".join(f"{token} {score:.0%}" for token, score in guesses)
+        print(f"{position:>6}  ...{before[-34:]} [{truth}] {after[:20]}...  ->  {listed}")
     return rows
 
 
-def _words(ids: list[int], tokenizer, places: int) -> list[int]:
-    """Places of whole words, spread evenly over the document; of any tokens if it has no words."""
+def _words(ids: list[int], tokenizer, count: int) -> list[int]:
+    """Positions of whole words, spread evenly over the document; of any tokens if words are few."""
     special = set(tokenizer.all_special_ids)
-    pieces = tokenizer.convert_ids_to_tokens(ids)
+    tokens = tokenizer.convert_ids_to_tokens(ids)
     words = [
         i
-        for i, (token, piece) in enumerate(zip(ids[:-1], pieces[:-1], strict=True))
-        if token not in special
-        and piece[:1] in WORD_STARTS
-        and piece[1:].isalpha()
-        and not pieces[i + 1][:1].isalpha()  # no piece of the same word follows
+        for i, token in enumerate(tokens[:-1])
+        if ids[i] not in special
+        and token[:1] in WORD_STARTS
+        and token[1:].isalpha()
+        and not tokens[i + 1][:1].isalpha()  # the word has no second token
     ]
-    if len(words) < places:
+    if len(words) < count:
         words = [i for i, token in enumerate(ids) if token not in special]
-    step = max(1, len(words) // places)
-    return words[step // 2 :: step][:places]
+    step = max(1, len(words) // count)
+    return words[step // 2 :: step][:count]
 
 
 def _time_attention(block_per_row: int, repeats: int = 3) -> dict:
@@ -318,17 +324,17 @@ def _draw(model, tokenizer, text: str, path: Path) -> dict:
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=model.config.max_tokens)
     ids = ids["input_ids"][:, :_PICTURE_TOKENS]
     heads = sorted(matrices_of_all_heads(model, {"input_ids": ids}), key=lambda m: m.relative_error)
-    chosen = heads[len(heads) // 2]  # neither the best nor the worst head
+    head = heads[len(heads) // 2]  # neither the best nor the worst
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_two_resolutions(chosen, path, f"{ids.shape[1]} tokens")
+    plot_two_resolutions(head, path, f"{ids.shape[1]} tokens")
     errors = f"{heads[0].relative_error:.2f} to {heads[-1].relative_error:.2f}"
     print(
-        f"layer {chosen.layer}, head {chosen.head}: relative error {chosen.relative_error:.2f}, "
+        f"layer {head.layer}, head {head.head}: relative error {head.relative_error:.2f}, "
         f"the median of {len(heads)} heads ({errors})"
     )
     return {
-        "layer": chosen.layer,
-        "head": chosen.head,
+        "layer": head.layer,
+        "head": head.head,
         "tokens": ids.shape[1],
-        "relative_error": round(chosen.relative_error, 4),
+        "relative_error": round(head.relative_error, 4),
     }

@@ -1,7 +1,7 @@
 r"""Record the queries, keys and values of all heads of a checkpoint that reads text.
 
-What it writes is an input of `mra-hf figures` and of `mra_hf.analysis`. The checkpoint attends
-densely while it reads.
+The file is an input of `mra-hf figures` and of `mra_hf.analysis`. The checkpoint attends densely
+while it reads.
 
 example:
   mra-hf record roberta-base book.txt heads.safetensors --length 512
@@ -20,17 +20,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add which checkpoint reads what."""
+    """Add the arguments that say which checkpoint reads what."""
     parser.add_argument("checkpoint", help="directory or hub id of an encoder")
     parser.add_argument("text", help=".txt or .jsonl file, or a folder of them")
     parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument(
-        "--texts", type=int, default=2, help="so many pieces of the text (default: %(default)s)"
+        "--texts", type=int, default=2, help="so many chunks of the text (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record and say how much."""
+    """Record the heads and print their sizes."""
     check_new_file(args.out)
     from mra_hf.analysis.recording import record_checkpoint  # slow to import; --help stays quick
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_new_file(out: Path) -> None:
-    """Refuse a file that could not be written, before there is anything to write.
+    """Refuse a file that could not be written, before anything is computed.
 
     Raises:
         ValueError: it exists, or its folder does not.

@@ -1,10 +1,10 @@
 """Put run directories into one table (Markdown and CSV) and their curves into one picture per task.
 
-A run directory is the output_dir of run-mlm, run-mnli, run-wikihop or run-lra; folders are
-searched for them. Runs that differ in seed alone also get a mean and a 95 % interval; several
-attentions on a task of the Long Range Arena get a score of speed, memory and accuracy. With
---paper, the tables of the paper are repeated beside our figures: only a run that names its row
-(paper_row) is matched.
+A run directory is the output_dir of run-mlm, run-mnli, run-wikihop or run-lra; folders are searched
+for them. Runs that differ only in the seed also get a mean and a 95 % interval; several attentions
+on a task of the Long Range Arena get a score of speed, memory and accuracy. With --paper, the
+tables of the paper are repeated beside our figures: only a run that names its row (paper_row) is
+matched.
 
 example:
   mra-hf results runs --out results
@@ -13,16 +13,12 @@ example:
 import argparse
 from pathlib import Path
 
+from mra_hf.results.curves import plot_curves
 from mra_hf.results.files import write_text
 from mra_hf.results.paper import paper_table
+from mra_hf.results.runs import find_runs
 from mra_hf.results.smat import smat_table
-from mra_hf.results.tables import (
-    find_runs,
-    plot_curves,
-    runs_csv,
-    runs_table,
-    seeds_table,
-)
+from mra_hf.results.tables import runs_csv, runs_table, seeds_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ example:
 """
 
 import argparse
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -23,12 +24,11 @@ add_arguments = experiments.add_training_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment and print its metrics, and what needs no reading beside them."""
-    arguments = experiments.dataclasses_of(args, DATACLASSES)
-    results = run_lra(*arguments)
-    experiments.print_results(results, arguments[-1])
-    if arguments[-1].process_index == 0:
-        print(f"data: {results['split']}")
-        for name, accuracy in results["controls"].items():
-            print(f"{'test accuracy of ' + name:<36}{accuracy:>14.4f}")
-    return 0
+    """Run the experiment and print its metrics, and the accuracies that need no reading."""
+    return experiments.run_experiment(args, DATACLASSES, run_lra, _print_controls)
+
+
+def _print_controls(results: dict[str, Any]) -> None:
+    print(f"data: {results['split']}")
+    for name, accuracy in results["controls"].items():
+        print(f"{'test accuracy of ' + name:<36}{accuracy:>14.4f}")

@@ -14,27 +14,14 @@ import argparse
 from transformers import TrainingArguments
 
 from mra_hf.commands import experiments
-from mra_hf.training.masked_lm import (
-    MaskedLMDataArguments,
-    MaskedLMModelArguments,
-    run_masked_lm,
-)
+from mra_hf.training.masked_lm import MaskedLMDataArguments, MaskedLMModelArguments, run_masked_lm
 from mra_hf.training.runs import StoppingArguments
 
-DATACLASSES = (
-    MaskedLMModelArguments,
-    MaskedLMDataArguments,
-    StoppingArguments,
-    TrainingArguments,
-)
-
+DATACLASSES = (MaskedLMModelArguments, MaskedLMDataArguments, StoppingArguments, TrainingArguments)
 
 add_arguments = experiments.add_training_arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and print its metrics."""
-    arguments = experiments.dataclasses_of(args, DATACLASSES)
-    results = run_masked_lm(*arguments)
-    experiments.print_results(results, arguments[-1])
-    return 0
+    return experiments.run_experiment(args, DATACLASSES, run_masked_lm)

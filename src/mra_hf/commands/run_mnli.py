@@ -11,6 +11,7 @@ example:
 """
 
 import argparse
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -24,16 +25,14 @@ add_arguments = experiments.add_training_arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the experiment and print its metrics."""
-    arguments = experiments.dataclasses_of(args, DATACLASSES)
-    results = run_classification(*arguments)
-    experiments.print_results(results, arguments[-1])
-    if arguments[-1].process_index:
-        return 0
+    """Run the experiment and print its metrics and confusion matrices."""
+    return experiments.run_experiment(args, DATACLASSES, run_classification, _print_confusion)
+
+
+def _print_confusion(results: dict[str, Any]) -> None:
     labels = results["labels"]
     for name, counts in results.get("confusion_matrix", {}).items():
         print(f"confusion matrix, {name} (rows: the label, columns: predicted)")
         print(" " * 16 + "".join(f"{label[:14]:>16}" for label in labels))
         for label, row in zip(labels, counts, strict=True):
             print(f"{label[:14]:<16}" + "".join(f"{count:>16}" for count in row))
-    return 0

@@ -24,7 +24,4 @@ add_arguments = experiments.add_training_arguments
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and print its metrics."""
-    arguments = experiments.dataclasses_of(args, DATACLASSES)
-    results = run_wikihop(*arguments)
-    experiments.print_results(results, arguments[-1])
-    return 0
+    return experiments.run_experiment(args, DATACLASSES, run_wikihop)

@@ -1,6 +1,6 @@
 """Score masked language models on held-out text: accuracy and loss of hidden tokens.
 
-Every checkpoint hides the same tokens of the text at every length, so that rows can be compared.
+The same tokens of the text are hidden from every checkpoint at every length, so rows compare.
 
 example:
   mra-hf score roberta-base roberta-4096 --text held-out.txt --length 512 --out scores.csv
@@ -27,7 +27,7 @@ COLUMNS = (
     *("text", "tokens", "masked_tokens", "accuracy", "nll"),
 )
 
-#: Tokenizers without a length of their own say 1e30.
+#: Tokenizers without a limit report 1e30.
 _NO_LENGTH = 10**9
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", type=int, help="tokens of a chunk (default: what each model can read)"
     )
     parser.add_argument("--attention", help="sdpa, mra2, mra2_s (default: each model's own)")
-    parser.add_argument("--max-tokens", type=int, help="read only the first so many tokens")
+    parser.add_argument("--max-tokens", type=int, help="read only so many tokens from the start")
     parser.add_argument("--out", type=Path, help="CSV to append the rows to")
 
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _longest(model, tokenizer, name: str) -> int:
-    """What the model can read: its learned positions, or the tokenizer's limit."""
+    """Tokens that the model can read: its learned positions, or the tokenizer's limit."""
     limits = (longest_input(model), tokenizer.model_max_length)
     known = [limit for limit in limits if limit is not None and limit < _NO_LENGTH]
     if not known:
@@ -108,17 +108,17 @@ def _longest(model, tokenizer, name: str) -> int:
 
 def _check_columns(file: Path) -> None:
     if file.exists():
-        with file.open(newline="", encoding="utf-8") as held:
-            columns = next(csv.reader(held), [])
+        with file.open(newline="", encoding="utf-8") as lines:
+            columns = next(csv.reader(lines), [])
         if tuple(columns) != COLUMNS:
             raise ValueError(f"--out {file} has other columns than this command; name a new file.")
 
 
 def _append(row: dict, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    begin = not file.exists()
+    is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        if begin:
+        if is_new:
             writer.writeheader()
         writer.writerow(row)

@@ -1,4 +1,4 @@
-"""Texts and pairs of texts with a label: MNLI and anything of its form, from files or by name."""
+"""Texts and pairs of texts with a label: MNLI and data of its form, from files or by name."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ KNOWN_LABELS = (
     ("negative", "positive"),
 )
 
-#: What stands where the annotators of MNLI and SNLI did not agree, or a label is held back.
+#: The marks of rows whose annotators did not agree (MNLI, SNLI), or whose label is held back.
 NO_LABEL = ("-", -1)
 
 
@@ -37,18 +37,18 @@ class Columns:
     """Which columns are read.
 
     Args:
-        texts: one or two names; none: the first of `TEXT_COLUMNS` that are there.
-        label: a name; none: the first of `LABEL_COLUMNS` that is there.
+        texts: one or two names; empty: the first of `TEXT_COLUMNS` that the data has.
+        label: a name; None: the first of `LABEL_COLUMNS` that the data has.
     """
 
     texts: tuple[str, ...] = ()
     label: str | None = None
 
     def among(self, names: Iterable[str], where: str) -> "Columns":
-        """These columns, found among `names`.
+        """These columns, looked up among `names`.
 
         Raises:
-            ValueError: they are not there; `where` says in what.
+            ValueError: a column is missing; the message says `where`.
         """
         names = list(names)
         texts, label = self.texts, self.label
@@ -58,10 +58,10 @@ class Columns:
             label = next((name for name in LABEL_COLUMNS if name in names), None)
         missing = [name for name in (*texts, label) if name is not None and name not in names]
         if missing or not texts or label is None:
-            wanted = missing or ["text_columns"] * (not texts) + ["label_column"] * (label is None)
+            missing = missing or ["text_columns"] * (not texts) + ["label_column"] * (label is None)
             raise ValueError(
-                f"{where} has no column for {', '.join(map(repr, wanted))}; it has {names}. Name "
-                "them with --text_columns (one or two) and --label_column."
+                f"{where} has no column for {', '.join(map(repr, missing))}; it has {names}. "
+                "Name them with --text_columns (one or two) and --label_column."
             )
         return Columns(tuple(texts), label)
 
@@ -73,23 +73,23 @@ class LabelledTexts:
     Args:
         texts: tuples of one or two texts.
         labels: a label for each, as the data has it.
-        places: where each row stands: a file or split, and the number of its line or row.
+        origins: where each row comes from: a file or split, and the number of its line or row.
         label_names: the names of the labels, if the data set declares them.
         without_label: rows left out because they have no label.
     """
 
     texts: list[tuple[str, ...]]
     labels: list[Any]
-    places: list[tuple[str, int]]
+    origins: list[tuple[str, int]]
     label_names: tuple[str, ...] | None = None
     without_label: int = 0
 
-    def part(self, rows: Sequence[int]) -> "LabelledTexts":
-        """Those rows."""
+    def select(self, rows: Sequence[int]) -> "LabelledTexts":
+        """The rows of these indices."""
         return LabelledTexts(
             [self.texts[row] for row in rows],
             [self.labels[row] for row in rows],
-            [self.places[row] for row in rows],
+            [self.origins[row] for row in rows],
             self.label_names,
         )
 
@@ -101,34 +101,33 @@ def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
         ValueError: a file that cannot be read, no such column, or a row with an empty text or no
             label; the message gives file and line.
     """
-    texts, labels, places, without = [], [], [], 0
+    texts, labels, origins, without_label = [], [], [], 0
     for file in files:
-        found = None
+        present = None
         for line, row in read_table(file):
-            if found is None:
-                found = columns.among(row, f"{file}, line {line}")
-            values = []
-            for name in found.texts:
-                value = row.get(name)
+            where = f"{file}, line {line}"
+            if present is None:
+                present = columns.among(row, where)
+            values = tuple(row.get(name) for name in present.texts)
+            for name, value in zip(present.texts, values, strict=True):
                 if not isinstance(value, str) or not value.strip():
-                    raise ValueError(f"{file}, line {line}: column {name!r} is empty or no text.")
-                values.append(value)
-            label = row.get(found.label)
+                    raise ValueError(f"{where}: column {name!r} is empty or no text.")
+            label = row.get(present.label)
             label = label.strip() if isinstance(label, str) else label
             if label is None or label == "":
-                raise ValueError(f"{file}, line {line}: column {found.label!r} is empty.")
+                raise ValueError(f"{where}: column {present.label!r} is empty.")
             if isinstance(label, (float, list, dict)):
                 raise ValueError(
-                    f"{file}, line {line}: column {found.label!r} must be a class, a text or an "
-                    f"integer, got {label!r}."
+                    f"{where}: column {present.label!r} must be a class, a text or an integer, "
+                    f"got {label!r}."
                 )
             if label == "-":  # MNLI's mark of pairs that its annotators did not agree on
-                without += 1
+                without_label += 1
                 continue
-            texts.append(tuple(values))
+            texts.append(values)
             labels.append(label)
-            places.append((f"{file}, line", line))
-    return LabelledTexts(texts, labels, places, None, without)
+            origins.append((f"{file}, line", line))
+    return LabelledTexts(texts, labels, origins, None, without_label)
 
 
 def read_split(name: str, config_name: str | None, split: str, columns: Columns) -> LabelledTexts:
@@ -139,80 +138,81 @@ def read_split(name: str, config_name: str | None, split: str, columns: Columns)
     """
     data = load_dataset(name, config_name, split=split)
     where = f"split {split!r} of {name}"
-    found = columns.among(data.column_names, where)
-    feature = data.features[found.label]
+    columns = columns.among(data.column_names, where)
+    feature = data.features[columns.label]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    texts, labels, places, without = [], [], [], 0
-    for number, row in enumerate(data.select_columns([*found.texts, found.label])):
-        values = tuple(row[name] for name in found.texts)
+    texts, labels, origins, without_label = [], [], [], 0
+    for number, row in enumerate(data.select_columns([*columns.texts, columns.label])):
+        values = tuple(row[column] for column in columns.texts)
         if not all(isinstance(value, str) and value.strip() for value in values):
             raise ValueError(f"{where}, row {number}: a text is empty.")
-        if row[found.label] in NO_LABEL:
-            without += 1
+        label = row[columns.label]
+        if label in NO_LABEL:
+            without_label += 1
             continue
         texts.append(values)
-        labels.append(names[row[found.label]] if names else row[found.label])
-        places.append((f"{where}, row", number))
-    return LabelledTexts(texts, labels, places, names, without)
+        labels.append(names[label] if names else label)
+        origins.append((f"{where}, row", number))
+    return LabelledTexts(texts, labels, origins, names, without_label)
 
 
-def label_names(parts: Iterable[LabelledTexts]) -> tuple[str, ...]:
-    """The labels of all parts in their order: as declared, as settled for a task, or sorted.
+def label_names(sets: Iterable[LabelledTexts]) -> tuple[str, ...]:
+    """The labels of all sets in their order: as declared, as settled for a task, or sorted.
 
     Raises:
         ValueError: all labels of a known task and others besides, which are most likely slips.
     """
-    parts = list(parts)
-    for part in parts:
-        if part.label_names is not None:
-            return part.label_names
-    found = {label for part in parts for label in part.labels}
-    lowered = {str(label).lower() for label in found}
+    sets = list(sets)
+    for texts in sets:
+        if texts.label_names is not None:
+            return texts.label_names
+    labels = {label for texts in sets for label in texts.labels}
+    lowered = {str(label).lower() for label in labels}
     for known in KNOWN_LABELS:
         if lowered == set(known):
-            # Each in one spelling: its own if some row has it so, else that of the rows.
-            spelled = {label.lower(): label for label in sorted(map(str, found))}
+            # Each in one spelling: the known one if some row has it, else the rows' own.
+            spelled = {label.lower(): label for label in sorted(map(str, labels))}
             return tuple(spelled[label] for label in known)
     for known in KNOWN_LABELS:
         if lowered > set(known):
-            _refuse_label(parts, known, "; mend it, or declare all with --labels")
-    if all(isinstance(label, int) for label in found):
-        return tuple(str(label) for label in sorted(found))
-    return tuple(sorted(str(label) for label in found))
+            _refuse_label(sets, known, "; mend it, or declare all with --labels")
+    if all(isinstance(label, int) for label in labels):
+        return tuple(str(label) for label in sorted(labels))
+    return tuple(sorted(str(label) for label in labels))
 
 
-def _refuse_label(parts: Iterable[LabelledTexts], names: Sequence[str], remedy: str = "") -> None:
-    """Raise for the first label that is none of `names`, if there is one."""
+def _refuse_label(sets: Iterable[LabelledTexts], names: Sequence[str], remedy: str = "") -> None:
+    """Raise a `ValueError` for the first label that is none of `names`, if there is one."""
     lowered = {name.lower() for name in names}
-    for part in parts:
-        for label, (where, number) in zip(part.labels, part.places, strict=True):
+    for texts in sets:
+        for label, (where, number) in zip(texts.labels, texts.origins, strict=True):
             if str(label).lower() not in lowered:
                 raise ValueError(
                     f"{where} {number}: label {label!r} is none of {list(names)}{remedy}."
                 )
 
 
-def to_dataset(part: LabelledTexts, names: Sequence[str], where: str) -> Dataset:
-    """A `Dataset` with the columns "text", "pair" (None without one) and "label", a number.
+def to_dataset(rows: LabelledTexts, names: Sequence[str], where: str) -> Dataset:
+    """A `Dataset` with the columns "text", "pair" (None if there is none) and "label", a number.
 
     Raises:
         ValueError: a label that is none of `names`, or no rows; `where` says in what.
     """
     numbers = {name.lower(): number for number, name in enumerate(names)}
-    _refuse_label([part], names)
-    if not part.labels:
+    _refuse_label([rows], names)
+    if not rows.labels:
         raise ValueError(f"{where} holds no rows with a label.")
     return Dataset.from_dict(
         {
-            "text": [texts[0] for texts in part.texts],
-            "pair": [texts[1] if len(texts) == 2 else None for texts in part.texts],
-            "label": [numbers[str(label).lower()] for label in part.labels],
+            "text": [texts[0] for texts in rows.texts],
+            "pair": [texts[1] if len(texts) == 2 else None for texts in rows.texts],
+            "label": [numbers[str(label).lower()] for label in rows.labels],
         }
     )
 
 
 def set_name(source: str) -> str:
-    """What an evaluation on `source`, a file or split, is called: "matched", "mismatched", ..."""
+    """The name of the set that `source`, a file or split, holds: "matched", "mismatched", ..."""
     stem = Path(source).name.lower().removesuffix(".gz").removesuffix(".xz")
     for suffix in KINDS:
         stem = stem.removesuffix(suffix)

@@ -1,15 +1,18 @@
-"""English text out of Debian packages: fetched with `apt-get download`, unpacked, decoded.
+"""English text from Debian packages: fetched with `apt-get download`, unpacked, decoded.
 
-The packages carry public-domain or permissively licensed text in formats of their own. Every
-decoder takes the unpacked folder and yields `(title, text)`: paragraphs are lines of the text.
+The packages carry public-domain or permissively licensed text in various formats. Every decoder
+takes the unpacked folder and yields `(title, text)`: paragraphs are lines of the text.
 """
 
+import contextlib
 import gzip
 import html.parser
+import os
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +28,36 @@ _HTML_BLOCKS = frozenset(
 _HTML_DROPPED = frozenset(("script", "style", "pre", "svg", "head"))
 
 
+@contextlib.contextmanager
+def built_folder(
+    output: str | os.PathLike[str], packages: str | os.PathLike[str] | None
+) -> Iterator[tuple[Path, Path]]:
+    """Fill a folder that appears at `output` when the block ends, and not at all if it fails.
+
+    Args:
+        output: folder that must not exist.
+        packages: folder of downloaded packages; None: a temporary one.
+
+    Yields:
+        The folder to fill, and the folder of packages.
+
+    Raises:
+        ValueError: `output` exists.
+    """
+    output = Path(output).expanduser().absolute()
+    if output.exists():
+        raise ValueError(f"output {output} exists; name a folder that does not, or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+        partial, downloads = Path(scratch) / "partial", Path(scratch) / "packages"
+        if packages is not None:
+            downloads = Path(packages).expanduser().absolute()
+        partial.mkdir()
+        downloads.mkdir(parents=True, exist_ok=True)
+        yield partial, downloads
+        shutil.move(partial, output)
+
+
 def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
     """Download the Debian package `name` into `folder` and unpack it there; no root is needed.
 
@@ -32,33 +65,35 @@ def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
         The folder it was unpacked to, and the version of the package.
 
     Raises:
-        OSError: no `apt-get` or `dpkg-deb` on this machine, or the package could not be had or
-            read.
+        OSError: no `apt-get` or `dpkg-deb` on this machine, or the package could not be downloaded
+            or read.
     """
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise OSError(
-                f"the corpus is built from Debian packages and needs {tool}, which is not on this "
-                "machine; run it on Debian or Ubuntu, or train on text files of your own."
+                f"the corpus is built from Debian packages and needs {tool}, "
+                "which is not on this machine; "
+                "run it on Debian or Ubuntu, or train on text files of your own."
             )
     unpacked = folder / name
-    found = sorted(folder.glob(f"{name}_*.deb"))
-    if not found:
+    archives = sorted(folder.glob(f"{name}_*.deb"))
+    if not archives:
         downloaded = subprocess.run(
             ["apt-get", "download", name], cwd=folder, capture_output=True, text=True, check=False
         )
-        found = sorted(folder.glob(f"{name}_*.deb"))
-        if downloaded.returncode or not found:
+        archives = sorted(folder.glob(f"{name}_*.deb"))
+        if downloaded.returncode or not archives:
             reason = " ".join(downloaded.stderr.split())
             raise OSError(
-                f"the Debian package {name} could not be downloaded ({reason}); is the machine "
-                "online, and are its package lists there (apt-get update)?"
+                f"the Debian package {name} could not be downloaded ({reason}); "
+                "is the machine online, and are its package lists there (apt-get update)?"
             )
+    archive = archives[-1]
     version = ""
-    for command in (["-x", found[-1], unpacked], ["-f", found[-1], "Version"]):
+    for command in (["-x", archive, unpacked], ["-f", archive, "Version"]):
         done = subprocess.run(["dpkg-deb", *command], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise OSError(f"the package {found[-1]} is damaged ({done.stderr.strip()}); delete it.")
+            raise OSError(f"the package {archive} is damaged ({done.stderr.strip()}); delete it.")
         version = done.stdout.strip()
     return unpacked, version
 
@@ -89,15 +124,15 @@ def dictionary(folder: Path) -> Documents:
     file = _only(folder, "*.dict.dz")
     text = gzip.decompress(file.read_bytes()).decode("utf-8", errors="replace")
     text = re.sub(r"[{}_]", "", text)
-    yield from _pieces(file.name.removesuffix(".dict.dz"), unwrap(text).splitlines())
+    yield from _documents(file.name.removesuffix(".dict.dz"), unwrap(text).splitlines())
 
 
 def html_pages(folder: Path) -> Documents:
-    """The prose of HTML pages: code, tables of symbols and pages without prose are left out."""
+    """The prose of HTML pages; code, tables of symbols and pages without prose are left out."""
     for file in sorted(folder.rglob("*.html")):
         reader = _HtmlText()
         reader.feed(file.read_text(encoding="utf-8", errors="replace"))
-        lines = (" ".join(line.split()) for line in "".join(reader.pieces).splitlines())
+        lines = (" ".join(line.split()) for line in "".join(reader.texts).splitlines())
         prose = [line for line in lines if len(line) > 60 and _is_prose(line)]
         if sum(map(len, prose)) >= 2000:
             yield file.stem, "\n".join(prose)
@@ -115,16 +150,16 @@ def _is_prose(line: str) -> bool:
 
 
 def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.rglob(pattern))
-    if len(found) != 1:
+    files = sorted(folder.rglob(pattern))
+    if len(files) != 1:
         raise OSError(
-            f"{folder.name} should hold one {pattern}, found {len(found)}: this version of the "
-            "package is laid out differently."
+            f"{folder.name} should hold one {pattern}, found {len(files)}: "
+            "this version of the package is laid out differently."
         )
-    return found[0]
+    return files[0]
 
 
-def _pieces(title: str, lines: list[str]) -> Documents:
+def _documents(title: str, lines: list[str]) -> Documents:
     """Consecutive lines in documents of about `DICTIONARY_DOCUMENT` characters."""
     document: list[str] = []
     size = number = 0
@@ -144,8 +179,8 @@ def _r_vectors(data: bytes) -> Iterator[list[str]]:
         stream = zlib.decompressobj()
         serialized = stream.decompress(data[4:])
         data = stream.unused_data
-        # After the header (version 3, native encoding, STRSXP, count) every string is
-        # flags (4 bytes, the last one 9), length (4 bytes big-endian), bytes.
+        # A header (version 3, native encoding, STRSXP, count), then for every string: flags
+        # (4 bytes, the last one 9), length (4 bytes big-endian), bytes.
         start = serialized.index(b"\x00\x00\x00\x10") + 4
         (count,) = struct.unpack_from(">i", serialized, start)
         position, strings = start + 4, []
@@ -158,7 +193,7 @@ def _r_vectors(data: bytes) -> Iterator[list[str]]:
 
 def _osis_text(markup: str) -> str:
     markup = re.sub(r"<note\b.*?</note>|<title\b.*?</title>", " ", markup, flags=re.S)
-    # A word is wrapped in markup of its own: only the marks of paragraphs separate text.
+    # Words are wrapped in markup too: only the marks of paragraphs separate text.
     markup = re.sub(r"<(div|chapter|lg|l)\b[^>]*>", "\n\n", markup)
     markup = re.sub(r"<verse\b[^>]*>", " ", markup)
     return unwrap(html.unescape(re.sub(r"<[^>]+>", "", markup)))
@@ -169,20 +204,20 @@ class _HtmlText(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.pieces: list[str] = []
+        self.texts: list[str] = []
         self._dropped = 0
 
     def handle_starttag(self, tag, attrs):
         self._dropped += tag in _HTML_DROPPED
         if tag in _HTML_BLOCKS:
-            self.pieces.append("\n")
+            self.texts.append("\n")
 
     def handle_endtag(self, tag):
         if tag in _HTML_DROPPED:
             self._dropped = max(0, self._dropped - 1)
         if tag in _HTML_BLOCKS:
-            self.pieces.append("\n")
+            self.texts.append("\n")
 
     def handle_data(self, data):
         if not self._dropped:
-            self.pieces.append(data.replace("\n", " "))
+            self.texts.append(data.replace("\n", " "))

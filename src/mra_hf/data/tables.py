@@ -1,4 +1,4 @@
-"""Tables of text, `.jsonl`, `.tsv` or `.csv`; a faulty row is named by its file and line."""
+"""Tables of text: `.jsonl`, `.tsv` or `.csv`. A faulty row is named by its file and line."""
 
 import csv
 import gzip
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
-#: A document may be one cell; the module's own limit is 131072 characters.
+#: A document may be one cell; the limit of `csv` is 131072 characters by default.
 _LONGEST_CELL = 2**31 - 1
 
-#: Suffixes (before that of the compression) -> the character between columns; None: JSON lines.
+#: Suffix (before the compression's) -> the character between columns; None: JSON lines.
 KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
 
 
@@ -26,11 +26,11 @@ def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, 
 
     `.tsv` and `.txt` files have a header and tabs between columns, and quotes mean nothing, as in
     the files of GLUE and MNLI; `.csv` files have a header, commas and quotes; `.jsonl` files hold
-    one JSON object a line. `.gz` and `.xz` are read through.
+    one JSON object a line. `.gz` and `.xz` files are decompressed.
 
     Raises:
-        ValueError: no such file, another kind, a row that cannot be read, no rows; the message
-            gives file and line.
+        ValueError: no such file, another kind of file, a row that cannot be read, or no rows; the
+            message gives file and line.
     """
     path = Path(path).expanduser()
     compression = path.suffix if path.suffix in _OPENERS else ""
@@ -71,7 +71,7 @@ def _json_rows(lines, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             cut = "" if line.endswith("\n") else " (the file is cut off?)"
             raise ValueError(f"{path}, line {number}: not JSON: {error.msg}{cut}.") from error
-        except ValueError as error:  # of a number with thousands of digits
+        except ValueError as error:  # a number with thousands of digits
             raise ValueError(f"{path}, line {number}: {error}.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: must be a JSON object, got {row!r:.60}.")
@@ -84,7 +84,7 @@ def check_characters(content: Any, where: str) -> None:
     r"""Refuse halves of surrogate pairs ("\ud83d" alone), which JSON can spell and UTF-8 cannot.
 
     Raises:
-        ValueError: there is one; `where` says in what.
+        ValueError: there is one; the message says `where`.
     """
     try:
         json.dumps(content, ensure_ascii=False).encode()

@@ -1,8 +1,8 @@
 """WikiHop (Welbl et al. 2018): its schema, checked, and how a question becomes sequences.
 
-The assembly is that of Longformer (Beltagy et al. 2020, appendix D): question, candidates, then the
-supports, as many as fit; what does not fit goes into further sequences that repeat question and
-candidates. Nothing is dropped.
+Questions are assembled as Longformer does it (Beltagy et al. 2020, appendix D): question,
+candidates, then as many supports as fit. The other supports go into further sequences that repeat
+question and candidates. Nothing is dropped.
 
     <s> <question> q </question> <answer> c1 </answer> ... </s> support 1 </s> support 2 </s>
 """
@@ -26,7 +26,7 @@ from mra_hf.data.tables import check_characters
 if TYPE_CHECKING:
     import os
 
-#: Tokens that mark the parts of the prefix, in the order in which they are added.
+#: Tokens that mark the parts of the prefix, in the order in which they join the vocabulary.
 MARKERS = ("<question>", "</question>", "<answer>", "</answer>")
 
 #: A sequence must leave this much room for supports, in tokens.
@@ -41,7 +41,7 @@ class Piece:
 
     Args:
         input_ids: its tokens.
-        candidate_spans: where the marker that opens a candidate stands, and the one that closes it.
+        candidate_spans: positions of the markers that open and close each candidate.
     """
 
     input_ids: list[int]
@@ -64,7 +64,7 @@ def read_wikihop(path: "str | os.PathLike[str]") -> list[dict[str, Any]]:
     candidates.
 
     Raises:
-        ValueError: another content; the message gives the file and the line.
+        ValueError: the file holds anything else; the message gives file and line.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -89,49 +89,49 @@ def read_wikihop(path: "str | os.PathLike[str]") -> list[dict[str, Any]]:
 
 
 def _elements(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON list and where in `text` each begins."""
-    decoder, place = json.JSONDecoder(), _skip(text, 0)
-    if text[place : place + 1] != "[":
+    """The elements of a JSON list, each with the index in `text` at which it begins."""
+    decoder, start = json.JSONDecoder(), _skip_space(text, 0)
+    if text[start : start + 1] != "[":
         raise ValueError(f"{path}, line 1: must be a JSON list of questions.")
-    place = _skip(text, place + 1)
-    while text[place : place + 1] != "]":
+    start = _skip_space(text, start + 1)
+    while text[start : start + 1] != "]":
         try:
-            element, end = decoder.raw_decode(text, place)
+            element, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             cut = " (the file is cut off)" if error.pos >= len(text.rstrip()) - 1 else ""
             raise ValueError(
-                f"{path}, line {error.lineno}: not JSON: {error.msg}{cut}; the question begins in "
-                f"line {_line(text, place)}."
+                f"{path}, line {error.lineno}: not JSON: {error.msg}{cut}; "
+                f"the question begins in line {_line(text, start)}."
             ) from error
         except (RecursionError, ValueError) as error:
-            where = f"{path}, line {_line(text, place)}"
+            where = f"{path}, line {_line(text, start)}"
             raise ValueError(f"{where}: the question cannot be read: {error}.") from error
-        if "\\u" in text[place:end]:
-            check_characters(element, f"{path}, line {_line(text, place)}")
-        yield place, element
-        place = _skip(text, end)
-        if text[place : place + 1] == ",":
-            place = _skip(text, place + 1)
-        elif text[place : place + 1] != "]":
+        if "\\u" in text[start:end]:
+            check_characters(element, f"{path}, line {_line(text, start)}")
+        yield start, element
+        start = _skip_space(text, end)
+        if text[start : start + 1] == ",":
+            start = _skip_space(text, start + 1)
+        elif text[start : start + 1] != "]":
             raise ValueError(
-                f"{path}, line {_line(text, place)}: the list is not closed (cut off?)."
+                f"{path}, line {_line(text, start)}: the list is not closed (cut off?)."
             )
-    place = _skip(text, place + 1)
-    if place < len(text):
+    rest = _skip_space(text, start + 1)
+    if rest < len(text):
         raise ValueError(
-            f"{path}, line {_line(text, place)}: text after the list of questions; put all "
-            "questions into one list."
+            f"{path}, line {_line(text, rest)}: text after the list of questions; "
+            "put all questions into one list."
         )
 
 
-def _skip(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n":
-        place += 1
-    return place
+def _skip_space(text: str, start: int) -> int:
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    return start
 
 
-def _line(text: str, place: int) -> int:
-    return text.count("\n", 0, place) + 1
+def _line(text: str, start: int) -> int:
+    return text.count("\n", 0, start) + 1
 
 
 def _fault(instance: Any) -> str | None:
@@ -195,7 +195,7 @@ def assemble(
 
     Args:
         parts: of the question.
-        tokenizer: knows the markers, see `add_markers`.
+        tokenizer: with the markers, see `add_markers`.
         max_length: tokens of a sequence, special tokens included.
         name: of the question, for the error message.
 
@@ -214,16 +214,16 @@ def assemble(
     room = max_length - len(prefix)
     if room < (_LEAST_ROOM if parts.supports else 0):
         raise ValueError(
-            f"max_seq_length must leave room for the supports, and question and candidates of "
-            f"{name} alone take {len(prefix)} of {max_length} tokens; raise it."
+            "max_seq_length must leave room for the supports, and question and candidates "
+            f"of {name} alone take {len(prefix)} of {max_length} tokens; raise it."
         )
     bodies: list[list[int]] = [[]]
     for support in parts.supports:
         for start in range(0, len(support), room - 1):
-            part = [*support[start : start + room - 1], last]
-            if len(bodies[-1]) + len(part) > room:
+            chunk = [*support[start : start + room - 1], last]
+            if len(bodies[-1]) + len(chunk) > room:
                 bodies.append([])
-            bodies[-1] += part
+            bodies[-1] += chunk
     return [Piece([*prefix, *body], spans) for body in bodies]
 
 
@@ -231,8 +231,9 @@ def assemble(
 class CandidateCollator:
     """Batches of assembled questions for `MraForCandidateChoice`.
 
-    Features hold `input_ids` (a list of pieces), `candidate_spans` (the same places in each piece)
-    and `label`. The batch is padded to its longest piece, most pieces and most candidates.
+    Features hold `input_ids` (a list of pieces), `candidate_spans` (the same in every piece) and
+    `label`. A batch has `input_ids` and `attention_mask` `[B, pieces, N]`, `candidate_spans`
+    `[B, pieces, candidates, 2]`, -1 where there is none, and `labels` `[B]`.
 
     Args:
         pad_token_id: fills up pieces.
@@ -251,8 +252,8 @@ class CandidateCollator:
             for number, ids in enumerate(feature["input_ids"]):
                 input_ids[row, number, : len(ids)] = torch.tensor(ids)
                 attention_mask[row, number, : len(ids)] = 1
-                held = feature["candidate_spans"]
-                spans[row, number, : len(held)] = torch.tensor(held)
+                candidate_spans = torch.tensor(feature["candidate_spans"])
+                spans[row, number, : len(candidate_spans)] = candidate_spans
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

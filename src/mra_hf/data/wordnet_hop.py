@@ -5,16 +5,14 @@ glosses. A chain A -> B -> C goes up WordNet's hypernyms, and each gloss names t
 "pepin: king of the Franks ..." -> "king: a male sovereign ..." -> "sovereign". The question is
 `hypernym2 pepin`, the answer `sovereign`, and the other candidates are the ends of other chains
 whose glosses lie among the supports too, so that the presence of a word does not give the answer
-away. Those chains begin in the same of WordNet's files (persons, artifacts, acts, ...) as the
-question, so that a guess from the words alone has less to go by.
+away. Those chains begin in the same file of WordNet (persons, artifacts, acts, ...) as the
+question, so that the words alone help a guess less.
 """
 
 import hashlib
 import json
 import random
 import re
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,9 +37,8 @@ _DRAWS = 2000
 
 @dataclass(frozen=True)
 class Synset:
-    """A noun of WordNet: its file (the number of its subject), words, hypernyms, and gloss.
-
-    Hypernyms are given by their offsets.
+    """A noun of WordNet: its file (the number of its subject), its words, the offsets of its
+    hypernyms, and its gloss.
     """
 
     file: int
@@ -70,7 +67,7 @@ def read_nouns(file: "str | os.PathLike[str]") -> dict[int, Synset]:
     nouns = {}
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):
-            continue  # the licence, in front
+            continue  # the licence at the beginning of the file
         fields, _, gloss = line.partition("|")
         parts = fields.split()
         n_words = int(parts[3], 16)
@@ -101,7 +98,7 @@ def _hinted(answer: str, text: str) -> bool:
 def find_chains(nouns: dict[int, Synset], hops: int = 2) -> list[Chain]:
     """All chains of that many hops in which every gloss names the next link.
 
-    The answer stands, not even in another form, in a title or in any gloss but the last.
+    The answer, in whatever form, stands in no title and in no gloss but the last.
     """
     links = defaultdict(list)  # offset -> (hypernym, the word its gloss uses for it)
     for offset, noun in nouns.items():
@@ -118,8 +115,7 @@ def find_chains(nouns: dict[int, Synset], hops: int = 2) -> list[Chain]:
                     chains.append(Chain((title,), (first,), word))
                 continue
             for _, answer in links.get(second, ()):
-                seen = f"{title} {word} {nouns[first].gloss}"
-                if not _hinted(answer, seen):
+                if not _hinted(answer, f"{title} {word} {nouns[first].gloss}"):
                     chains.append(Chain((title, word), (first, second), answer))
     return chains
 
@@ -127,11 +123,11 @@ def find_chains(nouns: dict[int, Synset], hops: int = 2) -> list[Chain]:
 def _split_of(answer: str, seed: int) -> str:
     """The split that all chains to `answer` belong to."""
     digest = hashlib.sha256(f"{seed} {answer}".encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    fraction = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in _SHARES.items():
-        if place < share:
+        if fraction < share:
             return split
-        place -= share
+        fraction -= share
     return split
 
 
@@ -151,12 +147,12 @@ def build_wordnet_hop(
     """Write the splits of WordNet-Hop as JSON in WikiHop's schema.
 
     The splits share no answer: a chain belongs to the split of its root, which is its answer. The
-    candidates of an instance are ends of chains of its own split, and of its own file of WordNet.
+    candidates of an instance are ends of chains of its split, and of its file of WordNet.
 
     Args:
         output: folder to write: `train.json`, `dev.json`, `test.json`, each a list of
             `{"id", "query", "answer", "candidates", "supports"}`, and `manifest.json`. It must not
-            exist and appears when everything is done.
+            exist, and appears when everything is done.
         n_train: instances of the training split; likewise `n_dev` and `n_test`.
         hops: 2, or 1 for the control whose answer stands in the gloss of the word asked about.
         n_candidates: candidates of an instance, the answer included.
@@ -164,18 +160,17 @@ def build_wordnet_hop(
         max_per_answer: questions of a split that may have the same answer, so that common ones
             ("person") do not fill it.
         seed: of the split and of every choice; the same seed gives the same files.
-        packages: where to download the package, and to look for it (default None: a temporary
-            folder).
+        packages: folder to download the package to; a package already there is used (default
+            None: a temporary folder).
 
     Returns:
-        The manifest: the package, its version and licence, the settings, and per split the
-        instances, answers, chains there were, and the SHA-256 of the file.
+        The manifest: the package, its version and licence, the settings, and per split the number
+        of instances, answers and chains, and the SHA-256 of the file.
 
     Raises:
         ValueError: `output` exists, a setting out of range, or more instances than there are.
-        OSError: the package could not be had; see `debian_text.fetch_package`.
+        OSError: the package could not be downloaded or read; see `debian_text.fetch_package`.
     """
-    output = Path(output).expanduser().absolute()
     sizes = {"train": n_train, "dev": n_dev, "test": n_test}
     for split, size in sizes.items():
         check_int(f"n_{split}", size, 1)
@@ -185,19 +180,12 @@ def build_wordnet_hop(
         raise ValueError(f"hops must be 1 or 2, got {hops!r}.")
     if not 0 < words[0] <= words[1]:
         raise ValueError(f"words must be the shortest and the longest length, got {words}.")
-    if output.exists():
-        raise ValueError(f"output {output} exists; name a folder that does not, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        downloads = Path(scratch) / "packages" if packages is None else Path(packages).expanduser()
-        downloads.mkdir(parents=True, exist_ok=True)
-        unpacked, version = debian_text.fetch_package(PACKAGE, downloads.absolute())
+    with debian_text.built_folder(output, packages) as (folder, downloads):
+        unpacked, version = debian_text.fetch_package(PACKAGE, downloads)
         nouns = read_nouns(unpacked / "usr/share/wordnet/data.noun")
         chains = defaultdict(list)
         for chain in find_chains(nouns, hops):
             chains[_split_of(chain.answer, seed)].append(chain)
-        partial = Path(scratch) / "wordnet-hop"
-        partial.mkdir()
         manifest = {
             "package": PACKAGE,
             "version": version,
@@ -215,15 +203,14 @@ def build_wordnet_hop(
             )
             instances = list(drawer.instances(split, size))
             written = (json.dumps(instances, indent=1, ensure_ascii=False) + "\n").encode()
-            (partial / f"{split}.json").write_bytes(written)
+            (folder / f"{split}.json").write_bytes(written)
             manifest["splits"][split] = {
                 "instances": len(instances),
                 "answers": len({instance["answer"] for instance in instances}),
                 "chains": len(chains[split]),
                 "sha256": hashlib.sha256(written).hexdigest(),
             }
-        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.move(partial, output)
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -238,16 +225,16 @@ class _Drawer:
         self.max_per_answer = max_per_answer
         self.random = random.Random(seed)
         self.all_offsets = sorted(nouns)
-        self.of_file = defaultdict(list)  # the chains that begin in a file of WordNet
+        self.chains_of = defaultdict(list)  # file of WordNet -> the chains that begin in it
         for chain in chains:
-            self.of_file[self._file(chain)].append(chain)
+            self.chains_of[self._file(chain)].append(chain)
 
     def _file(self, chain: Chain) -> int:
         return self.nouns[chain.synsets[0]].file
 
     def instances(self, split: str, size: int) -> Iterator[dict]:
         answers_of = {
-            file: len({chain.answer for chain in chains}) for file, chains in self.of_file.items()
+            file: len({chain.answer for chain in chains}) for file, chains in self.chains_of.items()
         }
         asked: dict[str, int] = defaultdict(int)
         number = 0
@@ -258,17 +245,17 @@ class _Drawer:
                 continue
             if asked[chain.answer] == self.max_per_answer:
                 continue
-            chosen = self._candidates(chain)
-            if chosen is None:
+            candidates = self._candidates(chain)
+            if candidates is None:
                 continue
             asked[chain.answer] += 1
-            yield self._instance(chain, *chosen, f"{split}_{number}")
+            yield self._instance(chain, *candidates, f"{split}_{number}")
             number += 1
         if number < size:
             raise ValueError(
-                f"n_{split} must be at most {number}, got {size}: no more questions have "
-                f"n_candidates={self.n_candidates} that fit together (fewer candidates, or a "
-                "larger max_per_answer, give more)."
+                f"n_{split} must be at most {number}, got {size}: "
+                f"no more questions have n_candidates={self.n_candidates} that fit together "
+                "(fewer candidates, or a larger max_per_answer, give more)."
             )
 
     def _candidates(self, chain: Chain) -> tuple[list[str], dict[str, int]] | None:
@@ -279,7 +266,7 @@ class _Drawer:
         for _ in range(_DRAWS):
             if len(candidates) == self.n_candidates:
                 return candidates, supports
-            other = self.random.choice(self.of_file[self._file(chain)])
+            other = self.random.choice(self.chains_of[self._file(chain)])
             if other.answer in candidates or set(other.titles) & set(supports):
                 continue
             if len(chain.titles) == 2 and _hinted(other.answer, about):
@@ -291,10 +278,10 @@ class _Drawer:
     def _instance(self, chain, candidates, supports, name: str) -> dict:
         texts = [self._support(title, offset) for title, offset in supports.items()]
         length = sum(len(text.split()) for text in texts)
-        wanted = self.random.randint(*self.words)
-        if wanted > length and len(supports) + wanted > len(self.all_offsets):
+        target = self.random.randint(*self.words)
+        if target > length and len(supports) + target > len(self.all_offsets):
             raise ValueError(f"words must be smaller, got {self.words}: there are too few glosses.")
-        while length < wanted:
+        while length < target:
             offset = self.random.choice(self.all_offsets)
             title = self.nouns[offset].words[0]
             if title not in supports:

@@ -1,4 +1,4 @@
-"""How well a model does on held-out text, and the metrics of the commands."""
+"""Scores of masked language models on held-out text, and the metrics of the commands."""
 
 from mra_hf.evaluation.masked_tokens import MaskedTokenScores, masked_token_scores, read_texts
 

@@ -1,8 +1,9 @@
 """How well a masked language model fills in hidden tokens: accuracy and negative log-likelihood.
 
-The texts become one stream of T tokens. A fixed share of it is drawn for masking before the stream
-is cut into chunks, so scores at different chunk lengths are about the same tokens. A text that fits
-into a chunk is never cut: a chunk holds as many whole texts as fit, or a piece of a longer one.
+The texts become one stream of T tokens. A fixed share of the tokens is drawn for masking before the
+stream is cut into chunks, so scores at different chunk lengths are about the same tokens. A text
+that fits into a chunk is never cut: a chunk holds as many whole texts as fit, or part of a longer
+one.
 """
 
 import itertools
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mra_attention.checks import check_int
+from mra_hf.data.samples import check_amounts
 from mra_hf.sparse_prediction import masked_lm_head
 
 if TYPE_CHECKING:
@@ -67,18 +69,19 @@ def masked_token_scores(
         tokenizer: its tokenizer, with a mask token.
         texts: one text or several, in this order; a text is cut only if it is longer than a chunk.
         length: the most tokens of a chunk, with the special tokens the tokenizer puts around each.
-        fraction: share of the tokens that is masked, special tokens never; at least one is.
+        fraction: share of the tokens that is masked; at least one is, special tokens never are.
         seed: which tokens are masked; the same ones at every `length`.
         batch_size: chunks per forward pass (default None: about 4096 tokens).
         max_chunks: score only the first chunks (default None: all).
         max_tokens: read only the first tokens of the stream (default None: all); unlike
-            `max_chunks` it keeps the tokens the same at every `length`.
+            `max_chunks` this scores the same tokens at every `length`.
 
     Returns:
         Accuracy and negative log-likelihood over all masked tokens, computed in float32.
 
     Raises:
-        ValueError: no mask token, no text, a share outside (0, 1], or a length that leaves no room.
+        ValueError: no mask token, no text, a fraction outside (0, 1], or a length that leaves no
+            room for text.
     """
     texts = read_texts([texts] if isinstance(texts, str) else texts)
     if not isinstance(fraction, (int, float)):
@@ -87,17 +90,11 @@ def masked_token_scores(
         raise ValueError("tokenizer must have a mask token to score masked tokens; it has none.")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}; 0.15 is usual.")
-    for name, limit in (
-        ("batch_size", batch_size),
-        ("max_chunks", max_chunks),
-        ("max_tokens", max_tokens),
-    ):
-        if limit is not None:
-            check_int(name, limit, 1)
+    check_amounts(batch_size=batch_size, max_chunks=max_chunks, max_tokens=max_tokens)
     stream, ends, before, after = _token_stream(tokenizer, texts)
     stream = stream[:max_tokens]  # [T]
     check_int("length", length, 1 + len(before) + len(after))
-    masked = _choose(stream, tokenizer, fraction, seed)  # [T]
+    masked = _draw_mask(stream, tokenizer, fraction, seed)  # [T]
 
     per_chunk = length - len(before) - len(after)
     chunks = _pack(ends, len(stream), per_chunk)[:max_chunks]
@@ -140,15 +137,15 @@ def read_texts(text: "str | os.PathLike[str] | Sequence[str]") -> list[str]:
             raise ValueError(f"text {file} is not UTF-8 ({error}); convert it first.") from error
     else:
         texts = list(text) if isinstance(text, Iterable) else [None]
-        if not all(isinstance(piece, str) for piece in texts):
+        if not all(isinstance(content, str) for content in texts):
             raise ValueError("text must be a file or a list of strings, got a list of other types.")
-    if not any(piece.strip() for piece in texts):
+    if not any(content.strip() for content in texts):
         raise ValueError("text holds nothing to score; pass a text of a few sentences at least.")
     return texts
 
 
 def _pack(ends: list[int], total: int, per_chunk: int) -> list[tuple[int, int]]:
-    """Cut a stream of `total` tokens, whose texts end at `ends`, into (start, end) of chunks."""
+    """Cut a stream of `total` tokens, whose texts end at `ends`, into chunks (start, end)."""
     chunks, start, end = [], 0, 0
     for text_end in ends:
         text_end = min(text_end, total)
@@ -163,18 +160,18 @@ def _pack(ends: list[int], total: int, per_chunk: int) -> list[tuple[int, int]]:
 
 
 def _token_stream(tokenizer, texts: list[str]) -> tuple[Tensor, list[int], list[int], list[int]]:
-    """All tokens `[T]`, where texts end, the special tokens before and after a chunk."""
+    """All tokens `[T]`, the ends of the texts, and the special tokens before and after a chunk."""
 
     def encode(text: str, special: bool) -> list[int]:
         options = {"add_special_tokens": special, "truncation": False, "padding": False}
         return tokenizer(text, verbose=False, **options)["input_ids"]
 
-    pieces = [encode(text, False) for text in texts]
-    stream = [token for piece in pieces for token in piece]
+    encoded = [encode(text, False) for text in texts]
+    stream = [token for tokens in encoded for token in tokens]
     if not stream:
         raise ValueError("texts must hold at least one token, got none; pass a longer text.")
     plain, text = min(
-        ((piece, text) for piece, text in zip(pieces, texts, strict=True) if piece),
+        ((tokens, text) for tokens, text in zip(encoded, texts, strict=True) if tokens),
         key=lambda pair: len(pair[0]),
     )
     wrapped = encode(text, True)
@@ -182,18 +179,18 @@ def _token_stream(tokenizer, texts: list[str]) -> tuple[Tensor, list[int], list[
     first = next(starts, None)
     if first is None:
         raise ValueError("tokenizer cuts a text differently when it adds special tokens.")
-    ends = list(itertools.accumulate(len(piece) for piece in pieces))
+    ends = list(itertools.accumulate(map(len, encoded)))
     return torch.tensor(stream), ends, wrapped[:first], wrapped[first + len(plain) :]
 
 
-def _choose(stream: Tensor, tokenizer, fraction: float, seed: int) -> Tensor:
-    """Which tokens of the stream are masked, `[T]` bool."""
+def _draw_mask(stream: Tensor, tokenizer, fraction: float, seed: int) -> Tensor:
+    """The tokens of the stream to mask, `[T]` bool."""
     draws = torch.rand(len(stream), generator=torch.Generator().manual_seed(seed))
     draws[torch.isin(stream, torch.tensor(tokenizer.all_special_ids))] = 2.0
     if draws.min() > 1:
         raise ValueError(
-            "texts hold nothing but special and unknown tokens of this tokenizer; pass a text in "
-            "the language and alphabet of the model (--text FILE)."
+            "texts hold nothing but special and unknown tokens of this tokenizer; "
+            "pass a text in the language and alphabet of the model (--text FILE)."
         )
     return (draws < fraction) | (draws == draws.min())
 
@@ -211,10 +208,11 @@ def _predictions(model, tokenizer, rows, before, after) -> "Iterator[tuple[Tenso
         attention_mask[row, : len(whole)] = 1
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    # The head is applied to the masked tokens alone: all logits of 4096 tokens can take gigabytes.
+    # The head sees masked tokens only: the logits of all of 4096 tokens can take gigabytes.
     head = masked_lm_head(model)
     states = model(**inputs).logits if head is None else model.base_model(**inputs)[0]
     for row, (tokens, masked) in enumerate(rows):
         if masked.any():
-            chosen = states[row, len(before) + masked.nonzero()[:, 0].to(states.device)]
-            yield chosen if head is None else head(chosen), tokens[masked].to(states.device)
+            masked_states = states[row, len(before) + masked.nonzero()[:, 0].to(states.device)]
+            logits = masked_states if head is None else head(masked_states)
+            yield logits, tokens[masked].to(states.device)

@@ -10,10 +10,10 @@ class PairedDifference:
     """How two models differ in accuracy on the same examples.
 
     Args:
-        difference: accuracy of the first minus that of the second.
+        difference: accuracy of the first model minus accuracy of the second.
         low: lower end of the 95 % interval.
         high: its upper end.
-        n_examples: examples that both have answered.
+        n_examples: examples that both models answered.
     """
 
     difference: float
@@ -35,12 +35,12 @@ def paired_bootstrap(
 
     Args:
         first_right: `[examples]`, whether the first model is right.
-        second_right: the same of the second model, for the same examples in the same order.
-        draws: samples of the examples.
+        second_right: the same for the second model, examples in the same order.
+        draws: how many samples of the examples are drawn.
         seed: of the draws.
 
     Raises:
-        ValueError: no examples, or not the same number.
+        ValueError: no examples, or different numbers of them.
     """
     if len(first_right) == 0 or len(first_right) != len(second_right):
         raise ValueError(

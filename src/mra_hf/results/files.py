@@ -1,8 +1,9 @@
-"""Files that a run leaves beside its result: the settings in force and the log as rows."""
+"""The files of a run directory: their names, the settings in force, and the log as rows."""
 
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,26 +19,28 @@ EXPERIMENT_NAME = "experiment.yaml"
 RESULTS_NAME = "results.json"
 HISTORY_NAME = "training_curve.csv"
 PICTURE_NAME = "training_curve.png"
+#: Written last by `Trainer` in a checkpoint folder.
+STATE_NAME = "trainer_state.json"
 
-#: Fields of `TrainingArguments` that become False or empty when nothing is given.
+#: Fields of `TrainingArguments` that it sets to False or empty when they are not given.
 _FILLED_IN = frozenset(
     {"activation_checkpointing", "gradient_checkpointing", "disable_tqdm", "report_to", "debug"}
 )
 
-#: Endings of what `Trainer` says about the time of an evaluation.
+#: Endings of the entries in which `Trainer` reports the speed of an evaluation.
 _SPEED = ("_runtime", "_per_second")
 
 
 def save_experiment(path: "str | os.PathLike[str]", *arguments: Any) -> None:
-    """Write `experiment_settings` to one YAML file that the command reads back."""
+    """Write `experiment_settings` to a YAML file that the command reads back."""
     write_text(path, yaml.safe_dump(experiment_settings(*arguments), sort_keys=False))
 
 
 def experiment_settings(*arguments: Any) -> dict[str, Any]:
     """The settings of dataclasses by name.
 
-    Of `TrainingArguments` only what differs from its defaults is there, and never
-    `resume_from_checkpoint`: a repetition begins at the beginning.
+    Of `TrainingArguments` only what differs from its defaults is kept, and never
+    `resume_from_checkpoint`: a repetition starts from the beginning.
     """
     settings: dict[str, Any] = {}
     for group in arguments:
@@ -50,7 +53,7 @@ def experiment_settings(*arguments: Any) -> dict[str, Any]:
             if item.name == "resume_from_checkpoint":
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
-                settings[item.name] = getattr(value, "value", value)  # an enum by its name
+                settings[item.name] = getattr(value, "value", value)  # an enum by its value
     return settings
 
 
@@ -62,8 +65,21 @@ def write_text(path: "str | os.PathLike[str]", text: str) -> None:
     partial.replace(path)
 
 
+def read_file(path: Path, remedy: str) -> Any:
+    """The content of a file that a run wrote, YAML or JSON.
+
+    Raises:
+        ValueError: it cannot be read; the message ends with the `remedy`.
+    """
+    parse = yaml.safe_load if path.suffix == ".yaml" else json.loads
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
+
+
 def _is_default(item: dataclasses.Field, value: Any) -> bool:
-    """Whether a field was left alone, some of which `TrainingArguments` fills in itself.
+    """Whether a field has its default value, or what `TrainingArguments` fills in for it.
 
     No second `TrainingArguments` is made to compare with: it would reset accelerate's state.
     """
@@ -76,7 +92,7 @@ def _is_default(item: dataclasses.Field, value: Any) -> bool:
 def write_predictions(
     path: "str | os.PathLike[str]", rows: Iterable[tuple[object, str, str]]
 ) -> None:
-    """Write the columns row, label and prediction as CSV, which `mra-hf compare` reads."""
+    """Write CSV with the columns row, label and prediction, which `mra-hf compare` reads."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(("row", "label", "prediction"))
@@ -89,18 +105,19 @@ def write_history(
 ) -> list[dict[str, float]]:
     """Write the log of a `Trainer` as CSV, a row per step, and return the rows.
 
-    The columns are those of training, what a router was seen to do ("share_..."), and every metric
-    of the evaluations but their speed.
+    The columns are what training logs, the share of the tokens that a router sent to each head
+    ("share_..."), and every metric of the evaluations without their speed.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         if "train_runtime" not in entry:
             rows.setdefault(entry["step"], {}).update(entry)
     logged = {name for row in rows.values() for name in row}
-    measured = {name for name in logged if name.startswith("eval_")}
     columns = ["step", "epoch", "loss", "learning_rate", "grad_norm"]
     columns += sorted(name for name in logged if name.startswith("share_"))
-    columns += sorted(name for name in measured if not name.endswith(_SPEED))
+    columns += sorted(
+        name for name in logged if name.startswith("eval_") and not name.endswith(_SPEED)
+    )
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,9 +1,8 @@
 """Results of the MRA paper (arXiv 2207.10284, ICML 2022), Tables 1 to 4, as data, beside ours.
 
-A row is one result of one model, all figures in percent; its name is what a run gives as
-`paper_row` to say that it repeats that row: "table1/base-512/mra2-4/mnli". Of the methods compared
-there these are the ones this package has: dense softmax attention, MRA-2 and MRA-2-s. None stands
-for a figure that is not recorded here.
+A row is one result of one model, all figures in percent. A run that repeats a row gives the row's
+name as its `paper_row`: "table1/base-512/mra2-4/mnli". Only the methods of this package are here:
+dense softmax attention, MRA-2 and MRA-2-s. None stands for a figure that is not recorded.
 """
 
 import difflib
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mra_hf.results.files import RESULTS_NAME
-from mra_hf.results.tables import Run, markdown_table, mean_text, seed_groups
+from mra_hf.results.runs import Run, seed_groups
+from mra_hf.results.tables import markdown_table, mean_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: result -> task of a run, and the metrics of its evaluation that answer the figures.
+#: result -> task of a run, and the metrics of its evaluation that compare with the figures.
 RESULTS = {
     "mlm-before": ("masked-lm", ("eval_accuracy",)),
     "mlm": ("masked-lm", ("eval_accuracy",)),
@@ -38,7 +38,7 @@ ATTENTION_OF_MODE = {None: "dense", "full": "mra2", "sparse": "mra2_s"}
 #: size -> least and most parameters; other heads and positions change it by a few percent.
 _PARAMETERS = {"base": (120e6, 130e6), "small": (12e6, 16e6)}
 
-#: result -> least rows of its training set; a smaller one is not the paper's.
+#: result -> least rows of its training set; a smaller set is not the paper's.
 _TRAINING_ROWS = {"mnli": 390_000, "wikihop": 43_000}
 
 # (table, size, tokens) -> {(attention, blocks per row): {result: figures}}
@@ -94,7 +94,7 @@ class PaperRow:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics of a run's evaluation that answer `figures`."""
+        """The metrics of a run's evaluation that compare with `figures`."""
         return RESULTS[self.result][1]
 
 
@@ -111,7 +111,7 @@ PAPER_ROWS = {
 def check_paper_row(
     name: str, results: "Mapping[str, Any]", settings: "Mapping[str, Any]"
 ) -> PaperRow:
-    """Return the row that a run says it repeats, if its conditions are those of the row.
+    """Return the row that a run says it repeats, once its conditions are checked against the row.
 
     Args:
         name: the run's `paper_row`.
@@ -145,11 +145,11 @@ def check_paper_row(
     rows, least = results.get("data", {}).get("train_rows"), _TRAINING_ROWS.get(row.result, 0)
     if rows is not None and rows < least:
         compared["training rows"] = (f"{least} or more", rows)
-    for what, (wanted, given) in compared.items():
-        if given != wanted:
+    for what, (of_row, of_run) in compared.items():
+        if of_run != of_row:
             raise ValueError(
-                f"paper_row {name!r} has {what} {wanted!r} and the run {given!r}; give the run the "
-                "row it repeats, or none."
+                f"paper_row {name!r} has {what} {of_row!r} and the run {of_run!r}; "
+                "give the run the row it repeats, or none."
             )
     return row
 
@@ -158,7 +158,7 @@ def paper_table(runs: "Sequence[Run]") -> str:
     """A line per result of the paper as Markdown: the paper's figures, ours, or "not run".
 
     Raises:
-        ValueError: a run repeats no row of the paper, or another than it says.
+        ValueError: a run names a row that does not exist, or that it does not repeat.
     """
     repeated: dict[str, list[Run]] = {}
     for run in runs:
@@ -195,8 +195,8 @@ def paper_table(runs: "Sequence[Run]") -> str:
         "Accuracy in percent, Tables 1 to 4 of arXiv 2207.10284. Ours is a run that names the row "
         "in its paper_row, with its task, attention, length and size of model, on the whole of the "
         "data. Stand-in data never fill a row of the paper; a run without paper_row is never "
-        "matched. Several seeds: mean ± 95 % "
-        "interval. ?: a figure not recorded here.\n\n" + markdown_table(columns, rows)
+        "matched. Several seeds: mean ± 95 % interval. ?: a figure not recorded here.\n\n"
+        + markdown_table(columns, rows)
     )
 
 

@@ -1,6 +1,6 @@
 """The score of AdaMRA's Table 3: speed, memory and accuracy in one number.
 
-It compares models with one another: each of the three is scaled to 0 ... 1 over them, so that the
+It compares models with one another: each of the three is scaled to 0 ... 1 over the models, so the
 score of a model depends on the others.
 """
 
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mra_hf.results.tables import Run, markdown_table, seed_groups
+from mra_hf.results.runs import Run, seed_groups
+from mra_hf.results.tables import markdown_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ACCURACY = "eval_test_accuracy"
+#: Conditions that a comparison holds fixed, beside the data.
 _FIXED = ("device", "threads", "processes", "train_batch_size", "dtype", "max_seq_length")
 
 
@@ -50,26 +52,25 @@ def _scaled(values: "Sequence[float]") -> np.ndarray:
 
 
 def smat_table(runs: "Sequence[Run]") -> str:
-    """The score of the finished Long Range Arena runs as Markdown, a table for each set of data and
+    """The scores of the finished Long Range Arena runs as Markdown, a table for each data set and
     machine; seeds are averaged.
 
     Returns:
         "" where no two results can be compared.
     """
     groups, _ = seed_groups([run for run in runs if not run.missing])
-    by_place: dict[tuple, list[list[Run]]] = {}
+    comparable: dict[tuple, list[list[Run]]] = {}  # what is held fixed -> groups of seeds
     for group in groups:
         first = group[0].results
         measured = all(_measured(run) is not None for run in group)
         if group[0].task.startswith("lra-") and measured:
-            # What a comparison holds fixed: the data, the machine and how it is used.
             fixed = [first.get(name) for name in _FIXED]
             fixed += [group[0].settings.get(name) for name in ("source", "task_settings", "model")]
             fixed += [sorted(first.get("data", {}).items())]
-            place = (group[0].task, json.dumps(fixed, sort_keys=True, default=str))
-            by_place.setdefault(place, []).append(group)
+            key = (group[0].task, json.dumps(fixed, sort_keys=True, default=str))
+            comparable.setdefault(key, []).append(group)
     parts = []
-    for (task, _), compared in by_place.items():
+    for (task, _), compared in comparable.items():
         if len(compared) < 2:
             continue
         first = compared[0][0]
@@ -103,10 +104,11 @@ def smat_table(runs: "Sequence[Run]") -> str:
 
 
 def _measured(run: Run) -> tuple[float, float, float] | None:
+    """Examples per second, peak megabytes and test accuracy; None where one is missing."""
     train = run.results.get("train", {})
-    found = (
+    measures = (
         train.get("train_samples_per_second"),
         train.get("peak_memory_mb"),
         run.metrics.get(_ACCURACY),
     )
-    return None if None in found else found
+    return None if None in measures else measures

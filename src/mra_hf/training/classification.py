@@ -1,8 +1,8 @@
-"""Classification of texts and pairs of texts with `Trainer`: MNLI and whatever has its form."""
+"""Classification of texts and pairs of texts with `Trainer`: MNLI and data of the same form."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +11,22 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     TrainingArguments,
-    set_seed,
 )
-from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
 from mra_hf.data import classification as data
+from mra_hf.data.samples import check_amounts, sample_rows
 from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import check_length, load_model
-from mra_hf.results.files import write_predictions
 from mra_hf.sparse_prediction import cross_entropy
-from mra_hf.training import resuming, runs
+from mra_hf.training import runs
 
-#: Weights of the heads of sequence classifiers, which may start at random.
+#: Prefixes of the weights of sequence classifiers' heads, which may start at random.
 HEAD_WEIGHTS = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
+#: Key of the training data beside the evaluation sets, none of which has such a name.
+_TRAIN = "<train>"
 
 
 @dataclass
@@ -39,7 +38,7 @@ class ClassificationDataArguments:
         metadata={"help": "rows to train on: .tsv, .csv or .jsonl files (also .gz, .xz)"},
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "rows to evaluate on; each file is a set of its own"}
+        default=None, metadata={"help": "rows to evaluate on; each file is a separate set"}
     )
     held_out_rows: int | None = field(
         default=None,
@@ -65,7 +64,7 @@ class ClassificationDataArguments:
         default=None, metadata={"help": "the column with the label; not set: recognised"}
     )
     labels: list[str] | None = field(
-        default=None, metadata={"help": "all labels in their order; not set: those of the data"}
+        default=None, metadata={"help": "all labels in their order; not set: taken from the data"}
     )
     max_seq_length: int = field(
         default=512, metadata={"help": "longer texts and pairs are cut to so many tokens"}
@@ -90,7 +89,7 @@ def run_classification(
     stopping_args: runs.StoppingArguments,
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
-    """Train and evaluate a sequence classifier; `runs.fit` says what is written.
+    """Train and evaluate a sequence classifier; `Experiment.fit` says what is written.
 
     The attention mask is passed: padding is never attended. With `do_eval`, each set's accuracy is
     under "eval" of the results, its confusion matrix under "confusion_matrix", and the predictions
@@ -110,14 +109,14 @@ def run_classification(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = resuming.checkpoint_to_resume(training_args)
-    training_args.remove_unused_columns = False  # the sampler reads the lengths
-    set_seed(training_args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name or model_args.model_name_or_path
-    )
-    known = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
-    names, training, sets, without_label = _examples(data_args, training_args, tokenizer, known)
+    settings = (model_args, data_args, stopping_args, training_args)
+    experiment = runs.Experiment("classification", "text", *settings)
+    tokenizer = model_args.load_tokenizer()
+    texts = _read_texts(data_args, training_args)
+    trained_labels = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
+    names = _label_names(data_args, texts, trained_labels)
+    sets = _tokenise(data_args, training_args, tokenizer, names, texts)
+    training = sets.pop(_TRAIN, None)
     model = load_model(
         AutoModelForSequenceClassification,
         model_args.model_name_or_path,
@@ -129,16 +128,10 @@ def run_classification(
         label2id={name: number for number, name in enumerate(names)},
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
-    prefixes = [f"{name}_" for name in sets] if len(sets) > 1 else [""]
-    runs.check_best_metric(
-        training_args, [prefix + name for prefix in prefixes for name in ("loss", "accuracy")]
-    )
-    accuracy, confusion = load_metric("accuracy"), load_metric("confusion_matrix")
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return accuracy.compute(predictions=prediction.predictions, references=prediction.label_ids)
-
-    trainer = runs.InOrder(
+    prefixes = {name: f"eval_{name}" if len(sets) > 1 else "eval" for name in sets}
+    metrics = [f"{prefix}_{name}" for prefix in prefixes.values() for name in ("loss", "accuracy")]
+    runs.check_best_metric(training_args, metrics)
+    trainer = runs.ChoiceTrainer(
         model=model,
         args=training_args,
         processing_class=tokenizer,
@@ -147,44 +140,36 @@ def run_classification(
         ),
         train_dataset=training,
         eval_dataset=sets if len(sets) > 1 else next(iter(sets.values()), None),
-        compute_metrics=metrics,
-        # The loss of Transformers' classifiers is a mean over a batch, which Trainer takes for one
+        # The loss of Transformers' classifiers is a mean over a batch. Trainer takes it for a mean
         # over the whole step when it accumulates gradients or runs in several processes.
         compute_loss_func=_loss,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.run_metadata("classification", model, training_args, data_args.max_seq_length)
-    results["paper_row"] = model_args.paper_row
-    results["labels"] = list(names)
-    results["rows_without_label"] = without_label
-    results["majority"] = {name: _majority(rows) for name, rows in sets.items()}
+    confusion = load_metric("confusion_matrix")
 
     def evaluate() -> dict[str, Any]:
         scores: dict[str, Any] = {}
-        results["confusion_matrix"] = {}
+        matrices = experiment.results["confusion_matrix"] = {}
         for name, rows in sets.items():
-            prefix = f"eval_{name}" if len(sets) > 1 else "eval"
-            predicted = trainer.predict(rows, metric_key_prefix=prefix)
+            predicted = trainer.predict(rows, metric_key_prefix=prefixes[name])
             scores |= predicted.metrics
-            chosen, right = predicted.predictions, predicted.label_ids
-            results["confusion_matrix"][name] = confusion.compute(
-                predictions=chosen, references=right, n_classes=len(names)
-            )["confusion_matrix"]
-            if trainer.is_world_process_zero():
-                file = Path(training_args.output_dir) / f"predictions_{name}.csv"
-                pairs = enumerate(zip(right, chosen, strict=True))
-                write_predictions(
-                    file, ((row, names[int(a)], names[int(b)]) for row, (a, b) in pairs)
-                )
+            answers = {"predictions": predicted.predictions, "references": predicted.label_ids}
+            counts = confusion.compute(**answers, n_classes=len(names))
+            matrices[name] = counts["confusion_matrix"]
+            trainer.save_predictions(name, predicted, names)
         return scores
 
-    settings = (model_args, data_args, stopping_args, training_args)
-    return runs.fit(trainer, settings, results, resume_from, evaluate, "text")
+    conditions = {
+        "paper_row": model_args.paper_row,
+        "labels": list(names),
+        "rows_without_label": sum(each.without_label for each in texts.values()),
+        "majority": {name: _majority(rows) for name, rows in sets.items()},
+    }
+    return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
 
 
 def _labels_of(checkpoint: str) -> tuple[str, ...] | None:
-    """The labels a checkpoint was trained with; None where its configuration has no names."""
+    """The labels a checkpoint was trained with; None where its configuration does not name them."""
     config = AutoConfig.from_pretrained(checkpoint)
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
@@ -195,12 +180,12 @@ def _loss(outputs, labels: Tensor, num_items_in_batch: Tensor | int | None = Non
 
 
 def _majority(rows: Dataset) -> float:
-    """Accuracy of always choosing the commonest label."""
+    """Accuracy of always answering with the commonest label."""
     return max(Counter(rows["label"]).values()) / len(rows)
 
 
 class _Collator:
-    """Pads what the model reads, and leaves the lengths out."""
+    """Pads the columns that the model reads, and leaves the lengths out."""
 
     def __init__(self, tokenizer, max_length: int | None):
         self.names = (*tokenizer.model_input_names, "label")
@@ -211,6 +196,10 @@ class _Collator:
         return self.pad(
             [{name: row[name] for name in self.names if name in row} for row in features]
         )
+
+
+def _evaluates(training_args: TrainingArguments) -> bool:
+    return training_args.do_eval or training_args.eval_strategy != "no"
 
 
 def _check(model_args, data_args, training_args) -> None:
@@ -226,98 +215,124 @@ def _check(model_args, data_args, training_args) -> None:
             raise ValueError(
                 "held_out_rows takes rows of train_file; drop validation_file and dataset_name."
             )
-    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
     if training_args.do_train and not (data_args.train_file or data_args.dataset_name):
         raise ValueError("there are no rows to train on; pass --train_file or --dataset_name.")
+    evaluates = _evaluates(training_args)
     if evaluates and not (
         data_args.validation_file or data_args.dataset_name or data_args.held_out_rows
     ):
         raise ValueError(
-            "there are no rows to evaluate on; pass --validation_file, --held_out_rows or "
-            "--dataset_name."
+            "there are no rows to evaluate on; "
+            "pass --validation_file, --held_out_rows or --dataset_name."
         )
     name = "validation_split" if data_args.dataset_name else "validation_file"
     sources = getattr(data_args, name) or ()
-    called = [data.set_name(source) for source in sources]
-    if evaluates and len(set(called)) < len(called):
+    set_names = [data.set_name(source) for source in sources]
+    if evaluates and len(set(set_names)) < len(set_names):
         raise ValueError(
-            f"{name} must name sets that are called differently, got {list(sources)}, called "
-            f"{called}."
+            f"{name} must name sets that are called differently, "
+            f"got {list(sources)}, called {set_names}."
         )
     if data_args.text_columns is not None and len(data_args.text_columns) not in (1, 2):
         raise ValueError(
             f"text_columns must be one column or two, got {len(data_args.text_columns)}."
         )
-    for name in ("max_train_samples", "max_eval_samples"):
-        if getattr(data_args, name) is not None:
-            check_int(name, getattr(data_args, name), 1)
+    check_amounts(
+        max_train_samples=data_args.max_train_samples, max_eval_samples=data_args.max_eval_samples
+    )
     check_int("max_seq_length", data_args.max_seq_length, 3)
 
 
-def _examples(
-    data_args: ClassificationDataArguments,
-    training_args: TrainingArguments,
-    tokenizer,
-    known_labels: tuple[str, ...] | None,
-) -> tuple[tuple[str, ...], Dataset | None, dict[str, Dataset]]:
-    """Names of the labels, the examples to train on, and the sets to evaluate on by name."""
+def _read_texts(
+    data_args: ClassificationDataArguments, training_args: TrainingArguments
+) -> dict[str, data.LabelledTexts]:
+    """The rows of the training data, if there are any, and of the sets to evaluate on, by name.
+
+    Training files are read for an evaluation too: its rows may be held out of them.
+    """
     columns = data.Columns(tuple(data_args.text_columns or ()), data_args.label_column)
-    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
-    training, sets = None, {}
+    texts = {}
     if data_args.dataset_name:
-        name, config = data_args.dataset_name, data_args.dataset_config_name
+        dataset = (data_args.dataset_name, data_args.dataset_config_name)
         if training_args.do_train:
-            training = data.read_split(name, config, data_args.train_split, columns)
-        if evaluates:
+            texts[_TRAIN] = data.read_split(*dataset, data_args.train_split, columns)
+        if _evaluates(training_args):
             for split in data_args.validation_split:
-                sets[data.set_name(split)] = data.read_split(name, config, split, columns)
-    else:
-        if data_args.train_file:
-            training = data.read_files(data_args.train_file, columns)
-        if evaluates:
-            for file in data_args.validation_file or ():
-                sets[data.set_name(file)] = data.read_files([file], columns)
-    seed = data_args.held_out_seed
-    if data_args.held_out_rows is not None:
-        order = np.random.default_rng(seed).permutation(len(training.labels))
-        if data_args.held_out_rows >= len(order):
+                texts[data.set_name(split)] = data.read_split(*dataset, split, columns)
+        return texts
+    if data_args.train_file:
+        texts[_TRAIN] = data.read_files(data_args.train_file, columns)
+    if _evaluates(training_args):
+        for file in data_args.validation_file or ():
+            texts[data.set_name(file)] = data.read_files([file], columns)
+    count = data_args.held_out_rows
+    if count is not None:
+        rows = texts[_TRAIN]
+        order = np.random.default_rng(data_args.held_out_seed).permutation(len(rows.labels))
+        if count >= len(order):
             raise ValueError(
-                f"held_out_rows must leave rows to train on, got {data_args.held_out_rows} of "
-                f"{len(order)}."
+                f"held_out_rows must leave rows to train on, got {count} of {len(order)}."
             )
-        sets["held_out"] = training.part(order[: data_args.held_out_rows])
-        training = training.part(order[data_args.held_out_rows :])
-    parts = [part for part in (training, *sets.values()) if part is not None]
-    without_label = sum(part.without_label for part in parts)
-    # A label that only the evaluation knows is a fault, not a class.
-    names = tuple(data_args.labels or known_labels or data.label_names(parts[:1]))
+        texts = {_TRAIN: rows.select(order[count:]), "held_out": rows.select(order[:count])}
+    return texts
+
+
+def _label_names(
+    data_args: ClassificationDataArguments,
+    texts: Mapping[str, data.LabelledTexts],
+    trained_labels: tuple[str, ...] | None,
+) -> tuple[str, ...]:
+    """Names of the labels in their order.
+
+    Args:
+        data_args: may declare them.
+        texts: as `_read_texts` returns them.
+        trained_labels: the labels of a checkpoint that is only evaluated, if it names them.
+
+    Raises:
+        ValueError: too few labels, two that differ only in case, or other labels than the
+            checkpoint's; or some sets hold texts and others pairs.
+    """
+    all_texts = list(texts.values())
+    # A label that only an evaluation set has beside training data is a fault, not a class.
+    names = tuple(data_args.labels or trained_labels or data.label_names(all_texts[:1]))
     if len({name.lower() for name in names}) < len(names):
         raise ValueError(f"labels must differ in more than their case, got {list(names)}.")
-    if known_labels and names != known_labels:
+    if trained_labels and names != trained_labels:
         raise ValueError(
-            f"labels must be those of the checkpoint, {list(known_labels)}, got {list(names)}; "
+            f"labels must be those of the checkpoint, {list(trained_labels)}, got {list(names)}; "
             "drop --labels."
         )
     if len(names) < 2:
         raise ValueError(
-            f"there must be two labels or more to learn, got {list(names)}; if the data has others "
-            "elsewhere, declare all with --labels."
+            f"there must be two labels or more to learn, got {list(names)}; "
+            "if the data has others elsewhere, declare all with --labels."
         )
-    if len({len(part.texts[0]) for part in parts if part.texts}) > 1:
+    if len({len(each.texts[0]) for each in all_texts if each.texts}) > 1:
         raise ValueError(
-            "the sets differ in whether they hold texts or pairs of texts; name the columns with "
-            "--text_columns."
+            "the sets differ in whether they hold texts or pairs of texts; "
+            "name the columns with --text_columns."
         )
-    if not training_args.do_train:
-        training = None
+    return names
 
-    def tokenised(part: data.LabelledTexts, where: str, limit: int | None) -> Dataset:
-        if limit is not None and limit < len(part.labels):
-            # Drawn for each part alone: an evaluation by itself takes the same rows.
-            drawn = np.random.default_rng(seed).permutation(len(part.labels))
-            part = part.part(np.sort(drawn[:limit]))
-        return data.to_dataset(part, names, where).map(
-            _tokenised,
+
+def _tokenise(
+    data_args: ClassificationDataArguments,
+    training_args: TrainingArguments,
+    tokenizer,
+    names: tuple[str, ...],
+    texts: Mapping[str, data.LabelledTexts],
+) -> dict[str, Dataset]:
+    """The sets as token ids, cut to `max_*_samples` rows; training data only for a training."""
+
+    def tokenised(name: str, part: data.LabelledTexts) -> Dataset:
+        is_train = name == _TRAIN
+        limit = data_args.max_train_samples if is_train else data_args.max_eval_samples
+        where = "the training data" if is_train else f"the set {name!r}"
+        # Drawn for each set by itself, so that an evaluation without training takes the same rows.
+        rows = sample_rows(len(part.labels), limit, data_args.held_out_seed)
+        return data.to_dataset(part.select(rows), names, where).map(
+            _tokenise_batch,
             batched=True,
             fn_kwargs={"tokenizer": tokenizer, "max_length": data_args.max_seq_length},
             num_proc=data_args.preprocessing_num_workers,
@@ -326,16 +341,14 @@ def _examples(
         )
 
     with training_args.main_process_first(desc="tokenising"):
-        if training is not None:
-            training = tokenised(training, "the training data", data_args.max_train_samples)
-        sets = {
-            name: tokenised(part, f"the set {name!r}", data_args.max_eval_samples)
-            for name, part in sets.items()
+        return {
+            name: tokenised(name, part)
+            for name, part in texts.items()
+            if name != _TRAIN or training_args.do_train
         }
-    return names, training, sets, without_label
 
 
-def _tokenised(batch: dict[str, list], *, tokenizer, max_length: int) -> dict[str, list]:
+def _tokenise_batch(batch: dict[str, list], *, tokenizer, max_length: int) -> dict[str, list]:
     pairs = None if batch["pair"][0] is None else batch["pair"]
     encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
     return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}

@@ -1,23 +1,24 @@
-"""An initialisation with which a small encoder learns from its neighbours at once."""
+"""An initialisation with which the heads of a small encoder read neighbouring tokens at once."""
 
 import torch
 from transformers import PreTrainedModel
 
-#: Radians per token of the fastest wave and the slowest's share of it,
-#: amplitude in units of `initializer_range`, scale of query and key, and the offsets of the heads.
+#: The fastest wave in radians per token, the slowest as a share of it, their amplitude in units of
+#: `initializer_range`, and the scale of query and key.
 _FASTEST_WAVE, _WAVE_RANGE, _WAVE_SIZE, _SHARPNESS = 2.8, 0.002, 1.5, 1.2
+#: Tokens from the one that reads to the one that is read, by head.
 _OFFSETS = (-1, 1, -2, 2)
 
 
 @torch.no_grad()
 def init_previous_token_heads(model: PreTrainedModel) -> None:
-    """Let the heads of the first layer begin by reading the tokens next to each, in place.
+    """Let the heads of the first layer begin by reading the neighbours of each token, in place.
 
-    A small post-norm model spends thousands of steps on the frequencies of words before it finds
-    out that neighbours matter. Here positions start as sinusoids, as in Vaswani et al. 2017
-    (section 3.5) but with wavelengths from two tokens on, and query and key of the first heads pick
-    out the fast waves, the query turned by the angle of an offset: -1, +1, -2 and +2 tokens. All of
-    it is trained like every other weight.
+    A small post-norm model spends thousands of steps on the frequencies of words before it learns
+    that neighbours matter. Here positions start as sinusoids, as in Vaswani et al. 2017
+    (section 3.5) but with wavelengths from two tokens on. Query and key of the first heads select
+    the fast waves, and the query is turned by the angle of an offset: -1, +1, -2 or +2 tokens. All
+    of it is trained like every other weight.
 
     Raises:
         ValueError: no learned position table, or heads of odd size.
@@ -41,7 +42,7 @@ def init_previous_token_heads(model: PreTrainedModel) -> None:
         table.weight[table.padding_idx] = 0
 
     attention = model.base_model.encoder.layer[0].attention.self
-    picked = torch.eye(head_dim, hidden)  # the fastest waves
+    fastest = torch.eye(head_dim, hidden)  # selects the fastest waves
     for head, offset in zip(range(model.config.num_attention_heads), _OFFSETS, strict=False):
         cosine, sine = ((offset * frequencies[: head_dim // 2]).cos(), (offset * frequencies).sin())
         turn = torch.zeros(head_dim, hidden)
@@ -49,6 +50,6 @@ def init_previous_token_heads(model: PreTrainedModel) -> None:
         turn[even, even] = turn[even + 1, even + 1] = cosine
         turn[even, even + 1] = sine[: head_dim // 2]
         turn[even + 1, even] = -sine[: head_dim // 2]
-        of_head = slice(head * head_dim, (head + 1) * head_dim)
-        attention.query.weight[of_head] = _SHARPNESS * turn
-        attention.key.weight[of_head] = _SHARPNESS * picked
+        rows_of_head = slice(head * head_dim, (head + 1) * head_dim)
+        attention.query.weight[rows_of_head] = _SHARPNESS * turn
+        attention.key.weight[rows_of_head] = _SHARPNESS * fastest

@@ -6,7 +6,6 @@ import resource
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import EvalPrediction
+from transformers import TrainingArguments
 
 from mra_attention.checks import check_choice
 from mra_hf.baselines.methods import ARENA_ATTENTIONS
@@ -24,10 +22,8 @@ from mra_hf.data.lra.listops import root_operators
 from mra_hf.encoders.configuration import LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
 from mra_hf.encoders.modeling import LraForSequenceClassification
-from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import override, split_settings
-from mra_hf.results.files import write_predictions
-from mra_hf.training import resuming, runs
+from mra_hf.training import runs
 
 MODELS = ("encoder", "image_classifier")
 #: Rows of the token table in the published runs.
@@ -65,7 +61,7 @@ class LraArguments:
     )
     source: str | None = field(
         default=None,
-        metadata={"help": "folder of the data of text, retrieval and image; the others are made"},
+        metadata={"help": "folder with the data of text, retrieval or image; the others are made"},
     )
     task_settings: str | None = field(
         default=None,
@@ -83,23 +79,21 @@ class LraArguments:
     one_cycle: bool = field(
         default=True,
         metadata={
-            "help": "the published schedule: OneCycleLR, linear, from 1/25 of the rate, with the "
-            "momentum going the other way; false: lr_scheduler_type"
+            "help": "the published schedule: OneCycleLR, linear, from 1/25 of the rate, "
+            "with the momentum going the other way; false: lr_scheduler_type"
         },
     )
 
 
 def run_lra(
-    lra_args: LraArguments,
-    stopping_args: runs.StoppingArguments,
-    training_args: TrainingArguments,
+    lra_args: LraArguments, stopping_args: runs.StoppingArguments, training_args: TrainingArguments
 ) -> dict[str, Any]:
     """Train an encoder on a task, choose a checkpoint by dev accuracy, and test it.
 
-    `runs.fit` says what is written; `predictions_test.csv` besides. Under "eval" of the results are
-    the accuracies on dev and test, under "controls" those of answers that need no reading, under
-    "train" the speed and the peak memory. Where the attention routes, the share of the tokens that
-    each head gets is logged.
+    `Experiment.fit` says what is written; `predictions_test.csv` is added. The results hold the
+    accuracies on dev and test under "eval", the accuracies of answers that need no reading under
+    "controls", and speed and peak memory under "train". Where the attention routes tokens to heads,
+    each head's share of the tokens is logged.
 
     Args:
         lra_args: which task and attention.
@@ -121,10 +115,10 @@ def run_lra(
     runs.check_best_metric(training_args, ("loss", "accuracy"))
     if lra_args.one_cycle and training_args.max_steps > 0:
         _warmup(training_args, training_args.max_steps)
-    resume_from = resuming.checkpoint_to_resume(training_args)
+    settings = (lra_args, stopping_args, training_args)
+    experiment = runs.Experiment(f"lra-{lra_args.task}", "text", *settings)
     with training_args.main_process_first(desc="data"):
         data = load_task(lra_args.task, lra_args.source, lra_args.task_settings)
-    set_seed(training_args.seed)
     reads_pixels = lra_args.model == "image_classifier"
     if reads_pixels:
         config, model_class = image_config(lra_args.attention, data), MraForImageClassification
@@ -135,46 +129,31 @@ def run_lra(
         override(config, lra_args.config_overrides)
         config.check()
         _check_fits(config, data)
-    model = model_class(config)
-    accuracy = load_metric("accuracy")
-
-    def metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return accuracy.compute(predictions=prediction.predictions, references=prediction.label_ids)
-
     trainer = LraTrainer(
         one_cycle=lra_args.one_cycle,
-        model=model,
+        model=model_class(config),
         args=training_args,
         data_collator=PixelCollator(data) if reads_pixels else Collator(data.masks_zero),
         train_dataset=data.train,
         eval_dataset=data.dev,
-        compute_metrics=metrics,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.run_metadata(f"lra-{lra_args.task}", model, training_args, data.max_length)
-    results |= _conditions_of_attention(config)
-    results["split"] = data.split
-    results["labels"] = list(data.labels)
-    results["controls"] = controls(lra_args.task, data)
+    conditions = {
+        **_conditions_of_attention(config),
+        "split": data.split,
+        "labels": list(data.labels),
+        "controls": controls(lra_args.task, data),
+    }
 
     def evaluate() -> dict[str, Any]:
+        results = experiment.results
         results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
         scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
         predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
-        if trainer.is_world_process_zero():
-            pairs = zip(predicted.label_ids, predicted.predictions, strict=True)
-            write_predictions(
-                Path(training_args.output_dir) / "predictions_test.csv",
-                (
-                    (row, data.labels[int(right)], data.labels[int(chosen)])
-                    for row, (right, chosen) in enumerate(pairs)
-                ),
-            )
+        trainer.save_predictions("test", predicted, data.labels)
         return scores | predicted.metrics
 
-    settings = (lra_args, stopping_args, training_args)
-    return runs.fit(trainer, settings, results, resume_from, evaluate, "text")
+    return experiment.fit(trainer, data.max_length, conditions, evaluate)
 
 
 def load_task(task: str, source: str | None, settings: str | None) -> LraData:
@@ -182,32 +161,32 @@ def load_task(task: str, source: str | None, settings: str | None) -> LraData:
 
     Args:
         task: a key of `mra_hf.data.lra.TASKS`.
-        source: its folder, for those that read one.
+        source: its folder, for tasks that read one.
         settings: arguments of the task's function as "name=value,name=value".
 
     Raises:
-        ValueError: a source too many or too few, an argument that the task does not have, or
-            faulty data.
+        ValueError: a source is missing or not needed, an argument that the task does not have,
+            or faulty data.
     """
-    known = dict(inspect.signature(TASKS[task]).parameters)
-    needs_source = known.pop("source", None) is not None
+    parameters = dict(inspect.signature(TASKS[task]).parameters)
+    needs_source = parameters.pop("source", None) is not None
     if needs_source != (source is not None):
         what = "a folder of its data" if needs_source else "no source: it is made here"
         raise ValueError(f"task {task} needs {what}; --source is {source!r}.")
-    given = {}
-    for name, value in split_settings("task_settings", settings or ""):
-        if name not in known:
+    arguments = {}
+    for name, text in split_settings("task_settings", settings or ""):
+        if name not in parameters:
             raise ValueError(
-                f"task_settings: task {task} has no {name!r}; it has {', '.join(known)}."
+                f"task_settings: task {task} has no {name!r}; it has {', '.join(parameters)}."
             )
-        given[name] = yaml.safe_load(value)
-        default = known[name].default
-        kind = int if default is None else type(default)  # no amount, or one
-        if type(given[name]) is not kind and not (default is None and given[name] is None):
+        value = arguments[name] = yaml.safe_load(text)
+        default = parameters[name].default
+        kind = int if default is None else type(default)  # None is the default of limits
+        if type(value) is not kind and not (default is None and value is None):
             raise ValueError(
-                f"task_settings: {name} must be of type {kind.__name__}, got {value!r}."
+                f"task_settings: {name} must be of type {kind.__name__}, got {text!r}."
             )
-    return TASKS[task](*([source] if needs_source else []), **given)
+    return TASKS[task](*([source] if needs_source else []), **arguments)
 
 
 def lra_config(task: str, attention: str, data: LraData) -> LraConfig:
@@ -230,7 +209,7 @@ def image_config(attention: str, data: LraData) -> MraImageConfig:
     """The classifier of the paper's Table 6 with a token for every grey pixel.
 
     Raises:
-        ValueError: data that are no images.
+        ValueError: the data are not square images.
     """
     if data.grid is None or data.grid[0] != data.grid[1]:
         raise ValueError('model="image_classifier" is for the tasks image and pathfinder.')
@@ -248,25 +227,25 @@ def image_config(attention: str, data: LraData) -> MraImageConfig:
 
 def controls(task: str, data: LraData) -> dict[str, float]:
     """Test accuracy of answers that need no reading: the commonest label of the training rows, and
-    for ListOps the commonest one for the first symbol, the root operator.
+    for ListOps the commonest label of each root operator, the first symbol.
     """
     train, test = (np.array(part["label"]) for part in (data.train, data.test))
-    found = {"majority": float((test == Counter(train.tolist()).most_common(1)[0][0]).mean())}
+    accuracies = {"majority": float((test == Counter(train.tolist()).most_common(1)[0][0]).mean())}
     if task == "listops":
         by_root: dict[int, Counter] = defaultdict(Counter)
         for root, label in zip(root_operators(data.train), train, strict=True):
             by_root[root][label] += 1
         best = {root: counts.most_common(1)[0][0] for root, counts in by_root.items()}
         guesses = np.array([best.get(root, -1) for root in root_operators(data.test)])
-        found["root_operator"] = float((guesses == test).mean())
-    return found
+        accuracies["root_operator"] = float((guesses == test).mean())
+    return accuracies
 
 
 class Collator:
-    """Rows to a batch, padded with 0 to the longest.
+    """Makes a batch of rows, padded with 0 to the longest: ids `[B, N]`, mask `[B, N]`, labels.
 
     Args:
-        masks_zero: hide every id 0 from attention; else nothing.
+        masks_zero: hide every id 0 from attention; else hide nothing.
     """
 
     def __init__(self, masks_zero: bool):
@@ -274,20 +253,20 @@ class Collator:
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = {"labels": torch.tensor([row["label"] for row in features])}
-        for ending in ("", "_2"):
-            name = f"input_ids{ending}"
+        for side in ("", "_2"):  # pairs have two texts
+            name = f"input_ids{side}"
             if name not in features[0]:
                 continue
             rows = [torch.as_tensor(row[name]).long() for row in features]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             batch[name] = ids
             mask = ids != 0 if self.masks_zero else torch.ones_like(ids, dtype=torch.bool)
-            batch[f"attention_mask{ending}"] = mask
+            batch[f"attention_mask{side}"] = mask
         return batch
 
 
 class PixelCollator:
-    """Rows of grey values to images `[B, 1, height, width]` from -1 to 1."""
+    """Makes images `[B, 1, height, width]`, values from -1 to 1, of rows of grey values."""
 
     def __init__(self, data: LraData):
         self.grid = data.grid
@@ -302,12 +281,11 @@ class PixelCollator:
         }
 
 
-class LraTrainer(runs.InOrder):
-    """`Trainer` with the published schedule, that logs where a router sends the tokens."""
+class LraTrainer(runs.ChoiceTrainer):
+    """`Trainer` with the published schedule, which logs where a router sends the tokens."""
 
-    def __init__(self, *args, one_cycle: bool, **kwargs):
-        kwargs["args"].remove_unused_columns = False  # the collator names its columns
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, one_cycle: bool, **arguments):
+        super().__init__(**arguments)
         self.one_cycle = one_cycle
         self._shares: list[Tensor] = []
 
@@ -349,24 +327,24 @@ def _check_fits(config: LraConfig | MraImageConfig, data: LraData) -> None:
     if isinstance(config, LraConfig):
         needed |= {"vocab_size": data.vocab_size, "max_position_embeddings": data.max_length}
     for name, least in needed.items():
-        if getattr(config, name) < least:
+        size = getattr(config, name)
+        if size < least:
             raise ValueError(
-                f"config_overrides: {name} must be at least {least} for this task, got "
-                f"{getattr(config, name)}."
+                f"config_overrides: {name} must be at least {least} for this task, got {size}."
             )
 
 
 def _warmup(training_args: TrainingArguments, steps: int) -> int:
-    """Steps of warming up.
+    """Warm-up steps of a run of `steps`.
 
     Raises:
-        ValueError: OneCycleLR cannot take them.
+        ValueError: OneCycleLR cannot use them.
     """
     warmup = training_args.get_warmup_steps(steps)
     if not 2 <= warmup < steps:
         raise ValueError(
-            f"warmup_steps must be from 2 to {steps - 1}, below the steps of the run, got "
-            f"{warmup}; or pass --one_cycle false."
+            f"warmup_steps must be from 2 to {steps - 1}, below the steps of the run, "
+            f"got {warmup}; or pass --one_cycle false."
         )
     return warmup
 

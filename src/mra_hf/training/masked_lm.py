@@ -11,24 +11,19 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
 
 from mra_attention.checks import check_int
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import check_files, is_unreadable, load_documents, pack
+from mra_hf.data.samples import check_amounts
 from mra_hf.loading import check_length, load_masked_lm, override, with_attention
-from mra_hf.sparse_prediction import (
-    cross_entropy,
-    labelled_logits,
-    predict_labelled_positions,
-)
-from mra_hf.training import resuming, runs
+from mra_hf.sparse_prediction import cross_entropy, labelled_logits, predict_labelled_positions
+from mra_hf.training import runs
 from mra_hf.training.initialization import init_previous_token_heads
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
@@ -37,7 +32,7 @@ EVALUATION_SEED = 0
 
 @dataclass
 class MaskedLMModelArguments(runs.ModelArguments):
-    """Which model: a checkpoint to go on with, or sizes to start from scratch with."""
+    """Which model: a checkpoint to train further, or sizes to start from scratch with."""
 
     model_type: str = field(
         default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
@@ -47,8 +42,7 @@ class MaskedLMModelArguments(runs.ModelArguments):
         metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
     )
     sparse_prediction: bool = field(
-        default=True,
-        metadata={"help": "while training, compute logits at the masked places alone"},
+        default=True, metadata={"help": "while training, compute logits at masked positions only"}
     )
 
 
@@ -100,7 +94,7 @@ def run_masked_lm(
     stopping_args: runs.StoppingArguments,
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
-    """Train and evaluate a masked language model; `runs.fit` says what is written.
+    """Train and evaluate a masked language model; `Experiment.fit` says what is written.
 
     Args:
         model_args: which model.
@@ -116,12 +110,9 @@ def run_masked_lm(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = resuming.checkpoint_to_resume(training_args)
-    training_args.remove_unused_columns = False  # the collator reads special_tokens_mask
-    set_seed(training_args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name or model_args.model_name_or_path
-    )
+    settings = (model_args, data_args, stopping_args, training_args)
+    experiment = runs.Experiment("masked-lm", "masked token", *settings)
+    tokenizer = model_args.load_tokenizer()
     model = _masked_lm(model_args, tokenizer)
     check_length(
         "max_seq_length",
@@ -135,9 +126,7 @@ def run_masked_lm(
     with _naming_faults(data_args):
         training, validation = _examples(data_args, training_args, tokenizer)
     masking = SeededMasking(
-        tokenizer,
-        masking_seed=training_args.seed,
-        mlm_probability=data_args.mlm_probability,
+        tokenizer, masking_seed=training_args.seed, mlm_probability=data_args.mlm_probability
     )
     trainer = MaskedLMTrainer(
         model=model,
@@ -153,22 +142,19 @@ def run_masked_lm(
     trainer.model_accepts_loss_kwargs = True  # both ways of computing the loss divide by the count
     if model_args.sparse_prediction:
         predict_labelled_positions(model)
-    results = runs.run_metadata("masked-lm", model, training_args, data_args.max_seq_length)
-    results["paper_row"] = model_args.paper_row
-    results["vocabulary"] = len(tokenizer)
-    settings = (model_args, data_args, stopping_args, training_args)
+    conditions = {"paper_row": model_args.paper_row, "vocabulary": len(tokenizer)}
     with _naming_faults(data_args):
-        return runs.fit(trainer, settings, results, resume_from, trainer.evaluate, "masked token")
+        return experiment.fit(trainer, data_args.max_seq_length, conditions, trainer.evaluate)
 
 
 class MaskedLMTrainer(Trainer):
     """`Trainer` whose evaluations hide the same tokens every time, all behind the mask token, and
-    compute logits at those places alone: all of a long example can take gigabytes.
+    compute logits at those positions only: full logits of a long example can take gigabytes.
     """
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """As `Trainer`'s, with a collator of its own: 15 % of the tokens, a fixed seed."""
-        of_training = self.data_collator
+        """As `Trainer`'s, with a collator for evaluation: 15 % of the tokens, a fixed seed."""
+        training_collator = self.data_collator
         self.data_collator = SeededMasking(
             self.processing_class,
             masking_seed=EVALUATION_SEED,
@@ -179,11 +165,11 @@ class MaskedLMTrainer(Trainer):
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.data_collator = of_training
+            self.data_collator = training_collator
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the loss; per place, is the label the highest logit and its negative
-        log-likelihood, both `[B, N]`; and the labels.
+        """Return the loss, (correct, nll) and the labels, all three `[B, N]`: per position, whether
+        the label has the highest logit, and its negative log-likelihood in nats.
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
@@ -202,7 +188,7 @@ class MaskedLMTrainer(Trainer):
 
 
 def _loss_at_labels(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
-    """The same loss from all logits `[B, N, vocabulary]`."""
+    """The loss from full logits `[B, N, vocabulary]`, as with `sparse_prediction`."""
     labelled = labels != -100
     return cross_entropy(outputs.logits[labelled], labels[labelled], num_items_in_batch)
 
@@ -224,11 +210,11 @@ def _check(model_args, data_args, training_args) -> None:
     runs.check_run(training_args)
     runs.check_best_metric(training_args, ("loss", "accuracy", "nll", "bits_per_token"))
     if str(training_args.metric_for_best_model).removeprefix("eval_") in ("nll", "bits_per_token"):
-        training_args.greater_is_better = False  # Trainer goes by the name, and knows "loss" alone
+        training_args.greater_is_better = False  # Trainer knows this only of names ending in "loss"
     if not model_args.model_name_or_path and not model_args.tokenizer_name:
         raise ValueError(
-            "training from scratch needs a tokenizer; pass --tokenizer_name, or a checkpoint with "
-            "--model_name_or_path."
+            "training from scratch needs a tokenizer; pass --tokenizer_name, "
+            "or a checkpoint with --model_name_or_path."
         )
     if model_args.model_name_or_path is None and not training_args.do_train:
         raise ValueError("there is no model to evaluate; pass --model_name_or_path.")
@@ -236,24 +222,23 @@ def _check(model_args, data_args, training_args) -> None:
         raise ValueError("start_with_neighbours is for training from scratch; drop it.")
     if model_args.sparse_prediction and training_args.n_gpu > 1:
         raise ValueError(
-            "one process cannot train on several GPUs with sparse_prediction; start it with "
-            "torchrun or accelerate launch."
+            "one process cannot train on several GPUs with sparse_prediction; "
+            "start it with torchrun or accelerate launch."
         )
-    for name in ("max_train_samples", "max_eval_samples"):
-        limit = getattr(data_args, name)
-        if limit is not None:
-            check_int(name, limit, 1)
+    check_amounts(
+        max_train_samples=data_args.max_train_samples, max_eval_samples=data_args.max_eval_samples
+    )
     check_int("max_seq_length", data_args.max_seq_length, 3)
     if not 0 < data_args.mlm_probability < 1:
         raise ValueError(
             f"mlm_probability must lie in (0, 1), got {data_args.mlm_probability}; 0.15 is usual."
         )
-    wanted = {"train_file": training_args.do_train, "validation_file": training_args.do_eval}
-    for name, needed in wanted.items():
-        given = getattr(data_args, name)
-        if given and data_args.dataset_name:
+    needs_file = {"train_file": training_args.do_train, "validation_file": training_args.do_eval}
+    for name, is_needed in needs_file.items():
+        files = getattr(data_args, name)
+        if files and data_args.dataset_name:
             raise ValueError(f"{name} and dataset_name are both given; keep one of them.")
-        if needed and not given and not data_args.dataset_name:
+        if is_needed and not files and not data_args.dataset_name:
             raise ValueError(f"there is no text to read; pass --{name} or --dataset_name.")
     if data_args.streaming and data_args.dataset_name and "[" in data_args.train_split:
         raise ValueError(
@@ -266,7 +251,7 @@ def _check(model_args, data_args, training_args) -> None:
 
 @contextlib.contextmanager
 def _naming_faults(data_args: MaskedLMDataArguments) -> Iterator[None]:
-    """Name file and line of what was wrong with text that was streamed."""
+    """Where streamed text turns out to be faulty, raise an error that names file and line."""
     try:
         yield
     except (ValueError, RuntimeError, StopIteration) as error:
@@ -298,9 +283,9 @@ def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel
 
 
 def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
-    """The packed datasets for training and evaluation; None where not asked for."""
+    """The packed datasets for training and evaluation; None for one that is not asked for."""
 
-    def read(files, split, streaming, limit):
+    def packed(files, split: str, limit: int | None, streaming: bool = False):
         documents = load_documents(
             files or data_args.dataset_name,
             config_name=data_args.dataset_config_name,
@@ -316,11 +301,7 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
                 workers=data_args.preprocessing_num_workers,
             )
         if limit is not None:
-            examples = (
-                examples.take(limit)
-                if streaming
-                else examples.select(range(min(limit, len(examples))))
-            )
+            examples = examples.take(limit if streaming else min(limit, len(examples)))
         is_empty = next(iter(examples), None) is None if streaming else len(examples) == 0
         if is_empty:
             raise ValueError(
@@ -331,19 +312,16 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
 
     training = validation = None
     if training_args.do_train:
-        training = read(
+        training = packed(
             data_args.train_file,
             data_args.train_split,
-            data_args.streaming,
             data_args.max_train_samples,
+            data_args.streaming,
         )
         if data_args.streaming:
             training = training.shuffle(seed=training_args.seed, buffer_size=1000)
     if training_args.do_eval:
-        validation = read(
-            data_args.validation_file,
-            data_args.validation_split,
-            False,
-            data_args.max_eval_samples,
+        validation = packed(
+            data_args.validation_file, data_args.validation_split, data_args.max_eval_samples
         )
     return training, validation

@@ -1,4 +1,4 @@
-"""Going on after a stop: which checkpoint, whether it is whole, and whether it is the same run."""
+"""Resuming after a stop: which checkpoint, whether it is whole, and whether it is the same run."""
 
 import json
 import re
@@ -7,106 +7,99 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from mra_hf.results.files import EXPERIMENT_NAME, RESULTS_NAME
+from mra_hf.results.files import EXPERIMENT_NAME, RESULTS_NAME, STATE_NAME, read_file
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "trainer_state.json"
-
 #: Settings of `experiment.yaml` that shape the course of a training. Trainer restores the optimizer
-#: and its schedule from a checkpoint, so that most of them would be ignored without a word.
+#: and its schedule from a checkpoint, so most of them would be ignored silently.
 _COURSE = (
-    "seed",
-    "data_seed",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "warmup_ratio",
-    "weight_decay",
-    "optim",
-    "optim_args",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "neftune_noise_alpha",
-    "train_sampling_strategy",
-    "dataloader_drop_last",
-    "ignore_data_skip",
-    "early_stopping_patience",
-    "early_stopping_threshold",
-    "metric_for_best_model",
-    "config_overrides",
-    "mlm_probability",
-    "streaming",
+    *("seed", "data_seed"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("max_grad_norm", "neftune_noise_alpha"),
+    *("train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip"),
+    *("early_stopping_patience", "early_stopping_threshold", "metric_for_best_model"),
+    *("config_overrides", "mlm_probability", "streaming"),
 )
 
-#: How the files and folders begin that hold the optimizer: Trainer's own, FSDP's and DeepSpeed's.
+#: Settings of multi-resolution attention that `results.json` has; None for other attentions.
+ATTENTION_CONDITIONS = (
+    *("approx_mode", "block_per_row", "resolutions", "block_budgets"),
+    *("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection"),
+)
+
+#: Prefixes of the files and folders with the optimizer's state: Trainer's, FSDP's, DeepSpeed's.
 _OPTIMIZER_FILES = ("optimizer", "pytorch_model_fsdp", "global_step")
 
-#: What `results.json` says of a run that shapes its course.
+#: Entries of `results.json` that shape the course of a training.
 _CONDITIONS = (
-    "model_type",
-    "attention",
-    "approx_mode",
-    "block_per_row",
-    "resolutions",
-    "block_budgets",
-    "initial_prior_first_n_blocks",
-    "initial_prior_diagonal_n_blocks",
-    "selection",
-    "parameters",
-    "max_seq_length",
-    "dtype",
-    "train_batch_size",
+    *("model_type", "parameters", "max_seq_length", "dtype", "train_batch_size"),
+    *("attention", *ATTENTION_CONDITIONS),
 )
 
 
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
-    """The checkpoint `resume_from_checkpoint` asks for; earlier results are never overwritten.
+    """The checkpoint that `resume_from_checkpoint` asks for; earlier results are never overwritten.
 
-    A run that was stopped after its last step is gone on with: what is left is to save and to
-    evaluate.
+    A run that was stopped after its last step is resumed too: it has still to save and to evaluate.
 
     Raises:
         ValueError: results are in the way, there is no such checkpoint, it is damaged or has no
             optimizer state, or the run is finished.
     """
-    wanted = str(training_args.resume_from_checkpoint or "false")
+    request = str(training_args.resume_from_checkpoint or "false")
     output = Path(training_args.output_dir)
     is_empty = not output.is_dir() or not any(output.iterdir())
-    if not training_args.do_train or wanted.lower() == "false":
+    if not training_args.do_train or request.lower() == "false":
         if not is_empty:
             resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
             raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
         return None
-    results = _read(output / RESULTS_NAME, json.loads)
-    if wanted.lower() == "true":
-        found = _checkpoints(output)
-        if not found and "train" in results:
+    results = _read(output / RESULTS_NAME)
+    if request.lower() == "true":
+        checkpoints = _checkpoints(output)
+        if not checkpoints and "train" in results:
             raise ValueError(
                 f"output_dir {output} holds a finished run and no checkpoint to resume."
             )
-        if not found:
+        if not checkpoints:
             return None  # the run was stopped before its first checkpoint
-        checkpoint = found[-1]
+        checkpoint = checkpoints[-1]
     else:
-        checkpoint = Path(wanted)
+        checkpoint = Path(request)
         if not (checkpoint / STATE_NAME).is_file():
             raise ValueError(
-                f"resume_from_checkpoint must be true or a checkpoint folder, got {wanted!r}."
+                f"resume_from_checkpoint must be true or a checkpoint folder, got {request!r}."
             )
         if not is_empty and checkpoint.resolve().parent != output.resolve():
             raise ValueError(
-                f"output_dir {output} is not empty, and {checkpoint} is of another run; name an "
-                "empty folder, or the one that the checkpoint is in."
+                f"output_dir {output} is not empty, and {checkpoint} is of another run; "
+                "name an empty folder, or the one that the checkpoint is in."
             )
+    _check_whole(checkpoint)
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    is_finished = bool(results.get("train")) and (
+        bool(results.get("eval")) or not training_args.do_eval
+    )
+    if is_finished and _target_steps(state, training_args) <= state["max_steps"]:
+        raise ValueError(
+            f"{output} holds a finished run ({results['train'].get('steps')} steps); "
+            "name another output_dir, or raise max_steps to train further."
+        )
+    return str(checkpoint)
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Refuse a checkpoint that cannot be resumed.
+
+    Raises:
+        ValueError: it is damaged, or has no optimizer state.
+    """
     damage = _damage(checkpoint)
     if damage:
         others = [path for path in _checkpoints(checkpoint.parent) if path != checkpoint]
@@ -117,51 +110,41 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
         raise ValueError(f"{checkpoint} is damaged ({damage}); {remedy}.")
     if not any(path.name.startswith(_OPTIMIZER_FILES) for path in checkpoint.iterdir()):
         raise ValueError(
-            f"{checkpoint} holds no state of the optimizer (save_only_model?), and without it this "
-            "would be another run; start anew in another output_dir, from this checkpoint with "
-            "--model_name_or_path."
+            f"{checkpoint} holds no state of the optimizer (save_only_model?), "
+            "and without it this would be another run; start anew in another output_dir, "
+            "from this checkpoint with --model_name_or_path."
         )
-    state = json.loads((checkpoint / STATE_NAME).read_text())
-    is_finished = bool(results.get("train")) and (
-        bool(results.get("eval")) or not training_args.do_eval
-    )
-    if is_finished and _wanted_steps(state, training_args) <= state["max_steps"]:
-        raise ValueError(
-            f"{output} holds a finished run ({results['train'].get('steps')} steps); name "
-            "another output_dir, or raise max_steps to train further."
-        )
-    return str(checkpoint)
 
 
 def is_at_its_end(checkpoint: str, training_args: TrainingArguments) -> bool:
     """Whether no step is left after a checkpoint."""
     state = json.loads((Path(checkpoint) / STATE_NAME).read_text(encoding="utf-8"))
-    return state["global_step"] >= _wanted_steps(state, training_args)
+    return state["global_step"] >= _target_steps(state, training_args)
 
 
-def _wanted_steps(state: dict[str, Any], training_args: TrainingArguments) -> int:
+def _target_steps(state: dict[str, Any], training_args: TrainingArguments) -> int:
     return training_args.max_steps if training_args.max_steps > 0 else state["max_steps"]
 
 
 def check_same_run(
     checkpoint: str, settings: Mapping[str, Any], results: Mapping[str, Any]
 ) -> None:
-    """Refuse to go on from a checkpoint of a run with other data, model or settings.
+    """Refuse to resume from a checkpoint of a run with other data, model or settings.
 
-    What may differ is how long a run lasts, when it logs, saves and evaluates, and on what. A
-    checkpoint without `experiment.yaml` and `results.json` beside it is not compared.
+    The length of a run may differ, when it logs, saves and evaluates, and on which data it
+    evaluates. A checkpoint without `experiment.yaml` and `results.json` beside it is not compared.
 
     Args:
         checkpoint: as `checkpoint_to_resume` returns it.
-        settings: of this run, as `experiment.yaml` has them.
-        results: the conditions and data of this run, as `results.json` has them.
+        settings: of this run, as in `experiment.yaml`.
+        results: the conditions and data of this run, as in `results.json`.
 
     Raises:
-        ValueError: what differs, and in what.
+        ValueError: the message says what differs, and how.
     """
     folder = Path(checkpoint).parent
-    settings_before = _read(folder / EXPERIMENT_NAME, yaml.safe_load)
-    results_before = _read(folder / RESULTS_NAME, json.loads)
+    settings_before = _read(folder / EXPERIMENT_NAME)
+    results_before = _read(folder / RESULTS_NAME)
     compared = []
     if settings_before:
         compared += [(name, settings_before.get(name), settings.get(name)) for name in _COURSE]
@@ -174,8 +157,8 @@ def check_same_run(
         before, now = results_before.get("data", {}), results["data"]
         for name in ("train", "train_rows"):
             compared.append((f"training data ({name})", before.get(name), now.get(name)))
-    if settings_before and settings.get("streaming"):  # nothing else is known of its text
-        names = [_names(held.get("train_file")) for held in (settings_before, settings)]
+    if settings_before and settings.get("streaming"):  # streamed text has no fingerprint
+        names = [_names(each.get("train_file")) for each in (settings_before, settings)]
         compared.append(("train_file", *names))
     differing = [
         f"{name} {_shown(before)} (here {_shown(now)})"
@@ -184,13 +167,16 @@ def check_same_run(
     ]
     if differing:
         raise ValueError(
-            f"{checkpoint} belongs to a run with {'; '.join(differing)}. Go on with the settings "
-            f"and data of {folder / EXPERIMENT_NAME}, or start anew in another output_dir."
+            f"{checkpoint} belongs to a run with {'; '.join(differing)}. "
+            f"Go on with the settings and data of {folder / EXPERIMENT_NAME}, "
+            "or start anew in another output_dir."
         )
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """Checkpoints by their steps, but for those that were cut off: the state is written last."""
+    """Checkpoints in the order of their steps, without those that were cut off: the state is
+    written last.
+    """
     steps = {}
     for path in output.glob(f"checkpoint-*/{STATE_NAME}"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.parent.name)
@@ -206,15 +192,15 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with the files of a checkpoint; empty if nothing shows."""
+    """What is wrong with the files of a checkpoint; empty if they look whole."""
     for file in sorted(checkpoint.iterdir()):
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass
             elif file.suffix in (".pt", ".pth", ".bin") and file.is_file():
-                with zipfile.ZipFile(file) as held:
-                    held.namelist()
+                with zipfile.ZipFile(file) as archive:
+                    archive.namelist()
             elif file.name == STATE_NAME:
                 state = json.loads(file.read_text(encoding="utf-8"))
                 state["global_step"], state["max_steps"]
@@ -223,15 +209,10 @@ def _damage(checkpoint: Path) -> str:
     return ""
 
 
-def _read(file: Path, parse) -> dict[str, Any]:
-    """The mapping in a file; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        held = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); name another output_dir.") from error
-    return held if isinstance(held, dict) else {}
+def _read(file: Path) -> dict[str, Any]:
+    """The mapping in a file; empty if there is no file or no mapping."""
+    content = read_file(file, "name another output_dir") if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _names(files: Any) -> list[str] | None:

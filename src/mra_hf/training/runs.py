@@ -1,4 +1,4 @@
-"""What every run shares: which model, its conditions, and the files that a run leaves."""
+"""What every experiment shares: arguments, checks, metadata, and the files that a run leaves."""
 
 import hashlib
 import json
@@ -15,33 +15,45 @@ import torch
 import transformers
 from torch.utils.data import SequentialSampler
 from transformers import (
+    AutoTokenizer,
     EarlyStoppingCallback,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 import mra_hf
 from mra_attention.checks import check_int
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
+from mra_hf.evaluation.metrics import load_metric
 from mra_hf.results.curves import plot_training_curve
 from mra_hf.results.files import (
     EXPERIMENT_NAME,
     HISTORY_NAME,
     PICTURE_NAME,
     RESULTS_NAME,
+    STATE_NAME,
     experiment_settings,
     save_experiment,
     write_history,
+    write_predictions,
     write_text,
 )
-from mra_hf.training.resuming import STATE_NAME, check_same_run, is_at_its_end
+from mra_hf.training.resuming import (
+    ATTENTION_CONDITIONS,
+    check_same_run,
+    checkpoint_to_resume,
+    is_at_its_end,
+)
 
 #: Rows that `data_fingerprint` reads at a time.
 _FINGERPRINT_ROWS = 1000
@@ -59,15 +71,18 @@ class ModelArguments:
         metadata={"help": "settings of the configuration: block_per_row=4,approx_mode=sparse"},
     )
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "tokenizer; not set: that of the checkpoint"}
+        default=None, metadata={"help": "tokenizer; not set: the checkpoint's own"}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
     )
     paper_row: str | None = field(
-        default=None,
-        metadata={"help": "id of the row of the paper's tables that this run repeats"},
+        default=None, metadata={"help": "id of the row of the paper's tables that this run repeats"}
     )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer `tokenizer_name`, or the checkpoint's own."""
+        return AutoTokenizer.from_pretrained(self.tokenizer_name or self.model_name_or_path)
 
 
 @dataclass
@@ -96,20 +111,51 @@ class StoppingArguments:
                 "early_stopping_patience needs --load_best_model_at_end true with an eval_strategy "
                 "and the same save_strategy, and a metric_for_best_model (default: the loss)."
             )
-        # A resumed run counts on from where it was.
+        # A resumed run continues the count.
         training_args.restore_callback_states_from_checkpoint = True
         return [EarlyStoppingCallback(self.early_stopping_patience, self.early_stopping_threshold)]
 
 
-class InOrder(Trainer):
-    """`Trainer` that evaluates examples in their order, so that predictions stand beside them.
+class ChoiceTrainer(Trainer):
+    """`Trainer` for tasks with one right class per example: predicts the class with the highest
+    logit, measures accuracy, and evaluates examples in their order.
 
-    Under `train_sampling_strategy="group_by_length"` Trainer shuffles evaluations too.
+    Under `train_sampling_strategy="group_by_length"` Trainer shuffles evaluations too, and
+    predictions would not stand beside their examples.
     """
+
+    def __init__(self, **arguments):
+        accuracy = load_metric("accuracy")
+
+        def metrics(prediction: EvalPrediction) -> dict[str, float]:
+            return accuracy.compute(
+                predictions=prediction.predictions, references=prediction.label_ids
+            )
+
+        super().__init__(
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+            **arguments,
+        )
 
     def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
         # None for several processes: accelerate shares out the order of the data set.
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def save_predictions(
+        self, set_name: str, predicted: PredictionOutput, labels: Sequence[str]
+    ) -> None:
+        """Write `predictions_SET.csv` with the names of the classes, in the main process."""
+        if not self.is_world_process_zero():
+            return
+        pairs = zip(predicted.label_ids, predicted.predictions, strict=True)
+        write_predictions(
+            Path(self.args.output_dir) / f"predictions_{set_name}.csv",
+            (
+                (row, labels[int(label)], labels[int(prediction)])
+                for row, (label, prediction) in enumerate(pairs)
+            ),
+        )
 
 
 def check_best_metric(training_args: TrainingArguments, names: Sequence[str]) -> None:
@@ -118,12 +164,12 @@ def check_best_metric(training_args: TrainingArguments, names: Sequence[str]) ->
     Raises:
         ValueError: it is none of `names`, with or without "eval_".
     """
-    given = training_args.metric_for_best_model
-    if given is None or training_args.eval_strategy == "no":
+    metric = training_args.metric_for_best_model
+    if metric is None or training_args.eval_strategy == "no":
         return
     allowed = [name.removeprefix("eval_") for name in names]
-    if given.removeprefix("eval_") not in allowed:
-        raise ValueError(f"metric_for_best_model must be one of {allowed}, got {given!r}.")
+    if metric.removeprefix("eval_") not in allowed:
+        raise ValueError(f"metric_for_best_model must be one of {allowed}, got {metric!r}.")
 
 
 def check_run(training_args: TrainingArguments) -> None:
@@ -138,24 +184,116 @@ def check_run(training_args: TrainingArguments) -> None:
         raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
     if training_args.label_smoothing_factor:
         raise ValueError(
-            "label_smoothing_factor must be 0, got "
-            f"{training_args.label_smoothing_factor}: the losses here have no smoothing."
+            f"label_smoothing_factor must be 0, got {training_args.label_smoothing_factor}: "
+            "the losses here have no smoothing."
         )
     usable = get_available_reporting_integrations()
     for name in training_args.report_to or []:
-        # Of the two that are never listed the callbacks say themselves what they lack.
+        # flyte and kubeflow are never listed; their callbacks report what they lack.
         if name in INTEGRATION_TO_CALLBACK and name not in (*usable, "flyte", "kubeflow"):
             package = "tensorboardX" if name == "tensorboard" else "its package"
             raise ValueError(
-                f"report_to asks for {name}, which is not installed; pip install {package}, or "
-                "drop it."
+                f"report_to asks for {name}, which is not installed; "
+                f"pip install {package}, or drop it."
             )
+
+
+class Experiment:
+    """A run of any task, from its checked settings to the files it leaves.
+
+    A task checks its settings, begins an experiment, makes a model and a trainer, and calls `fit`.
+    To begin is to find the checkpoint to resume and to seed all generators.
+
+    Args:
+        task: its name in `results.json`.
+        unit: what the loss is a mean over, for the picture of the curves.
+        settings: the dataclasses that describe the run, `TrainingArguments` last.
+
+    Attributes:
+        results: what `results.json` holds; the last evaluation may add to it.
+
+    Raises:
+        ValueError: `output_dir` is not free, or the checkpoint cannot be resumed.
+    """
+
+    def __init__(self, task: str, unit: str, *settings: Any):
+        self.task, self.unit, self.settings = task, unit, settings
+        self.training_args: TrainingArguments = settings[-1]
+        self.results: dict[str, Any] = {}
+        self.resume_from = checkpoint_to_resume(self.training_args)
+        self.training_args.remove_unused_columns = False  # collators and samplers read more
+        set_seed(self.training_args.seed)
+
+    def fit(
+        self,
+        trainer: Trainer,
+        max_seq_length: int,
+        conditions: dict[str, Any],
+        evaluate: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Train and evaluate as `TrainingArguments` say; write everything to `output_dir`.
+
+        `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
+        `results.json` (the metrics and their conditions), `training_curve.csv` and its picture.
+        All but the last evaluation is written before that evaluation begins.
+
+        Args:
+            trainer: with its model and data.
+            max_seq_length: tokens of an example at most.
+            conditions: of this task, added to `run_metadata`.
+            evaluate: the last evaluation, metrics by name.
+
+        Returns:
+            What `results.json` holds: metadata, conditions, "data", "train" and "eval".
+
+        Raises:
+            ValueError: the checkpoint to resume belongs to another run.
+        """
+        args, results, resume_from = self.training_args, self.results, self.resume_from
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        results |= run_metadata(self.task, trainer.model, args, max_seq_length)
+        results |= conditions
+        results["data"] = _describe_data(trainer)
+        if args.do_train:
+            if resume_from is not None:
+                check_same_run(resume_from, experiment_settings(*self.settings), results)
+            self._write_settings(trainer)  # also for a run that is stopped
+            if resume_from is not None and is_at_its_end(resume_from, args):
+                _restore(trainer, resume_from)
+                results["train"] = {}
+            else:
+                results["train"] = trainer.train(resume_from_checkpoint=resume_from).metrics
+            results["train"]["steps"] = trainer.state.global_step
+            if resume_from is not None:  # its runtime covers only the steps since then
+                results["train"]["resumed_from"] = Path(resume_from).name
+            trainer.save_model()
+            trainer.save_state()
+            self._write(trainer)  # the last evaluation may fail
+        if args.do_eval:
+            results["eval"] = evaluate()
+        self._write(trainer)
+        return results
+
+    def _write_settings(self, trainer: Trainer) -> None:
+        if trainer.is_world_process_zero():
+            output = Path(self.training_args.output_dir)
+            save_experiment(output / EXPERIMENT_NAME, *self.settings)
+            write_text(output / RESULTS_NAME, json.dumps(self.results, indent=2) + "\n")
+
+    def _write(self, trainer: Trainer) -> None:
+        """Settings, results, curve and its picture, in the main process."""
+        self._write_settings(trainer)
+        if trainer.is_world_process_zero() and self.training_args.do_train:
+            output, results = Path(self.training_args.output_dir), self.results
+            rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
+            title = f"{self.task}, {results['attention']}, {results['max_seq_length']} tokens"
+            plot_training_curve(rows, output / PICTURE_NAME, title, self.unit)
 
 
 def run_metadata(
     task: str, model: PreTrainedModel, training_args: TrainingArguments, max_seq_length: int
 ) -> dict[str, Any]:
-    """What the numbers of a run depend on, the first part of its `results.json`."""
+    """What the numbers of a run depend on: the first part of its `results.json`."""
     device = training_args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     attention = model.config._attn_implementation
@@ -166,13 +304,7 @@ def run_metadata(
         "task": task,
         "model_type": model.config.model_type,
         "attention": attention,
-        "approx_mode": settings.get("approx_mode"),
-        "block_per_row": settings.get("block_per_row"),
-        "resolutions": settings.get("resolutions"),
-        "block_budgets": settings.get("block_budgets"),
-        "initial_prior_first_n_blocks": settings.get("initial_prior_first_n_blocks"),
-        "initial_prior_diagonal_n_blocks": settings.get("initial_prior_diagonal_n_blocks"),
-        "selection": settings.get("selection"),
+        **{name: settings.get(name) for name in ATTENTION_CONDITIONS},
         "parameters": model.num_parameters(),
         "max_seq_length": max_seq_length,
         "seed": training_args.seed,
@@ -216,7 +348,7 @@ def source_commit() -> str | None:
 
 
 def data_fingerprint(data: "datasets.Dataset | datasets.IterableDataset | None") -> str | None:
-    """SHA-256 of the rows of a dataset, its first 16 digits; None for text that is streamed."""
+    """First 16 digits of the SHA-256 of the rows of a dataset; None for streamed text."""
     if not isinstance(data, datasets.Dataset):
         return None
     digest = hashlib.sha256()
@@ -228,88 +360,23 @@ def data_fingerprint(data: "datasets.Dataset | datasets.IterableDataset | None")
     return digest.hexdigest()[:16]
 
 
-def fit(
-    trainer: Trainer,
-    settings: Sequence[Any],
-    results: dict[str, Any],
-    resume_from: str | None,
-    evaluate: Callable[[], dict[str, Any]],
-    unit: str,
-) -> dict[str, Any]:
-    """Train and evaluate as `TrainingArguments` say; write everything to `output_dir`.
-
-    `output_dir` gets the model and its tokenizer, `experiment.yaml` (the settings in force),
-    `results.json` (the metrics and their conditions), `training_curve.csv` and its picture. All of
-    it but the evaluation is written before the evaluation begins.
-
-    Args:
-        trainer: with its data.
-        settings: dataclasses of the experiment.
-        results: the conditions; "train" and "eval" are added.
-        resume_from: as `resuming.checkpoint_to_resume` returns it.
-        evaluate: the last evaluation, metrics by name.
-        unit: what the loss is a mean over, for the picture.
-
-    Returns:
-        What `results.json` holds.
-
-    Raises:
-        ValueError: `resume_from` belongs to another run.
-    """
-    args = trainer.args
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    results["data"] = {
-        "train": data_fingerprint(trainer.train_dataset),
-        "train_rows": _rows(trainer.train_dataset),
-    } | (
-        {f"eval_{name}": data_fingerprint(part) for name, part in trainer.eval_dataset.items()}
-        if isinstance(trainer.eval_dataset, dict)
-        else {"eval": data_fingerprint(trainer.eval_dataset)}
-    )
-    if args.do_train:
-        if resume_from is not None:
-            check_same_run(resume_from, experiment_settings(*settings), results)
-        if trainer.is_world_process_zero():  # a run that is stopped says what it was, too
-            save_experiment(output / EXPERIMENT_NAME, *settings)
-            write_text(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
-        if resume_from is not None and is_at_its_end(resume_from, args):
-            _restore(trainer, resume_from)
-            results["train"] = {}
-        else:
-            results["train"] = trainer.train(resume_from_checkpoint=resume_from).metrics
-        results["train"]["steps"] = trainer.state.global_step
-        if resume_from is not None:  # the runtime is that of the steps since
-            results["train"]["resumed_from"] = Path(resume_from).name
-        trainer.save_model()
-        trainer.save_state()
-        _write(trainer, output, settings, results, unit)  # the last evaluation may fail
-    if args.do_eval:
-        results["eval"] = evaluate()
-    _write(trainer, output, settings, results, unit)
-    return results
+def _describe_data(trainer: Trainer) -> dict[str, Any]:
+    """Fingerprints of the training and evaluation data, and the number of training rows."""
+    train, held_out = trainer.train_dataset, trainer.eval_dataset
+    sets = {"eval": held_out}
+    if isinstance(held_out, dict):
+        sets = {f"eval_{name}": rows for name, rows in held_out.items()}
+    return {
+        "train": data_fingerprint(train),
+        "train_rows": len(train) if isinstance(train, datasets.Dataset) else None,
+        **{name: data_fingerprint(rows) for name, rows in sets.items()},
+    }
 
 
 def _restore(trainer: Trainer, checkpoint: str) -> None:
-    """Leave `trainer` as training left it, where nothing but the end of a run was missing: asked to
-    go on, `Trainer` would take one step more.
+    """Load the state of `checkpoint`, at which training was over: asked to resume there, `Trainer`
+    would take one more step.
     """
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_NAME))
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     trainer._load_from_checkpoint(best or checkpoint)
-
-
-def _rows(data) -> int | None:
-    return len(data) if isinstance(data, datasets.Dataset) else None
-
-
-def _write(trainer: Trainer, output: Path, settings, results: dict[str, Any], unit: str) -> None:
-    """Settings, results, curve and its picture, by one process."""
-    if not trainer.is_world_process_zero():
-        return
-    save_experiment(output / EXPERIMENT_NAME, *settings)
-    write_text(output / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
-    if trainer.args.do_train:
-        rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
-        title = f"{results['task']}, {results['attention']}, {results['max_seq_length']} tokens"
-        plot_training_curve(rows, output / PICTURE_NAME, title, unit)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalPrediction
+from transformers import AutoConfig, TrainingArguments
 
 from mra_attention.checks import check_int
 from mra_hf.configuration import AttentionSettings
 from mra_hf.data import wikihop
+from mra_hf.data.samples import check_amounts
 from mra_hf.loading import check_length, load_model, override
 from mra_hf.modeling import MraForCandidateChoice
 from mra_hf.results.files import write_predictions, write_text
-from mra_hf.training import resuming, runs
+from mra_hf.training import runs
 
 PREDICTIONS_NAME = "predictions.json"
 
@@ -42,7 +41,7 @@ class WikiHopDataArguments:
     )
     without_supports: bool = field(
         default=False,
-        metadata={"help": "control: question and candidates alone, no documents to read"},
+        metadata={"help": "control: question and candidates only, no documents to read"},
     )
     shuffle_parts: bool = field(
         default=True,
@@ -69,10 +68,10 @@ def run_wikihop(
     stopping_args: runs.StoppingArguments,
     training_args: TrainingArguments,
 ) -> dict[str, Any]:
-    """Train and evaluate `MraForCandidateChoice`; `runs.fit` says what is written.
+    """Train and evaluate `MraForCandidateChoice`; `Experiment.fit` says what is written.
 
-    With `do_eval`, `predictions.json` gets the chosen candidate of each question of
-    `validation_file`, by id, as WikiHop's evaluation reads it; `predictions_eval.csv` has the
+    With `do_eval`, `predictions.json` holds the model's answer to each question of
+    `validation_file`, by id, as WikiHop's evaluation reads it; `predictions_eval.csv` has the right
     answers beside them.
 
     Args:
@@ -89,12 +88,9 @@ def run_wikihop(
         OSError: no such checkpoint.
     """
     _check(model_args, data_args, training_args)
-    resume_from = resuming.checkpoint_to_resume(training_args)
-    training_args.remove_unused_columns = False  # pieces and spans are for the collator
-    set_seed(training_args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.tokenizer_name or model_args.model_name_or_path
-    )
+    settings = (model_args, data_args, stopping_args, training_args)
+    experiment = runs.Experiment("wikihop", "question", *settings)
+    tokenizer = model_args.load_tokenizer()
     model = load_model(
         MraForCandidateChoice,
         model_args.model_name_or_path,
@@ -107,61 +103,42 @@ def run_wikihop(
     check_length("max_seq_length", data_args.max_seq_length, model)
     wikihop.add_markers(tokenizer)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # New rows are drawn like all others at the start of training, as the paper's runs had it.
+        # The new rows are drawn like all others at the start of training, as in the paper's runs.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    training = validation = None
+    data = {}
     with training_args.main_process_first(desc="tokenising"):
         if training_args.do_train:
             seed = training_args.seed if data_args.shuffle_parts else None
-            training = _examples(
+            data["train"] = _examples(
                 data_args.train_file, data_args, tokenizer, data_args.max_train_samples, seed
             )
         if training_args.do_eval:
-            validation = _examples(
+            data["eval"] = _examples(
                 data_args.validation_file, data_args, tokenizer, data_args.max_eval_samples, None
             )
-    trainer = runs.InOrder(
+    trainer = runs.ChoiceTrainer(
         model=model,
         args=training_args,
         processing_class=tokenizer,
         data_collator=wikihop.CandidateCollator(tokenizer.pad_token_id),
-        train_dataset=training,
-        eval_dataset=validation,
-        compute_metrics=_accuracy,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+        train_dataset=data.get("train"),
+        eval_dataset=data.get("eval"),
         callbacks=stopping_args.callbacks(training_args),
     )
-    results = runs.run_metadata("wikihop", model, training_args, data_args.max_seq_length)
-    results["paper_row"] = model_args.paper_row
-    results["lengths"] = {
-        name: _lengths(data)
-        for name, data in (("train", training), ("eval", validation))
-        if data is not None
+    conditions = {
+        "paper_row": model_args.paper_row,
+        "lengths": {name: _lengths(examples) for name, examples in data.items()},
     }
-
-    if validation is not None:
-        results["guessing"] = _guessing(validation)
+    if "eval" in data:
+        conditions["guessing"] = _guessing(data["eval"])
 
     def evaluate() -> dict[str, Any]:
-        predicted = trainer.predict(validation, metric_key_prefix="eval")
+        predicted = trainer.predict(data["eval"], metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            chosen = {
-                row["id"]: row["candidates"][int(number)]
-                for row, number in zip(
-                    validation.select_columns(["id", "candidates"]),
-                    predicted.predictions,
-                    strict=True,
-                )
-            }
-            text = json.dumps(chosen, indent=1, ensure_ascii=False) + "\n"
-            folder = Path(training_args.output_dir)
-            write_text(folder / PREDICTIONS_NAME, text)
-            rows = zip(chosen, _answers(validation), chosen.values(), strict=True)
-            write_predictions(folder / "predictions_eval.csv", rows)
+            _write_answers(Path(training_args.output_dir), data["eval"], predicted.predictions)
         return predicted.metrics
 
-    settings = (model_args, data_args, stopping_args, training_args)
-    return runs.fit(trainer, settings, results, resume_from, evaluate, "question")
+    return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
 
 
 def _check(model_args, data_args, training_args) -> None:
@@ -169,49 +146,49 @@ def _check(model_args, data_args, training_args) -> None:
     runs.check_best_metric(training_args, ("loss", "accuracy"))
     if not model_args.model_name_or_path:
         raise ValueError(
-            "there is no model to start from; pass --model_name_or_path, a checkpoint made with "
-            "mra-hf convert."
+            "there is no model to start from; "
+            "pass --model_name_or_path, a checkpoint made with mra-hf convert."
         )
-    wanted = {"train_file": training_args.do_train, "validation_file": training_args.do_eval}
-    wanted["validation_file"] |= training_args.eval_strategy != "no"
-    for name, needed in wanted.items():
-        if needed and not getattr(data_args, name):
+    evaluates = training_args.do_eval or training_args.eval_strategy != "no"
+    needs_file = {"train_file": training_args.do_train, "validation_file": evaluates}
+    for name, is_needed in needs_file.items():
+        if is_needed and not getattr(data_args, name):
             raise ValueError(f"there are no questions to read; pass --{name}.")
-    for name in ("max_train_samples", "max_eval_samples"):
-        if getattr(data_args, name) is not None:
-            check_int(name, getattr(data_args, name), 1)
+    check_amounts(
+        max_train_samples=data_args.max_train_samples, max_eval_samples=data_args.max_eval_samples
+    )
     check_int("max_seq_length", data_args.max_seq_length, 1)
 
 
 def _priors(model_args, data_args, do_train: bool) -> dict[str, int]:
-    """Which first blocks are always exact, for the configuration to load the model with.
+    """The prior on first blocks, as a setting of the configuration that the model is loaded with.
 
-    A model that is only evaluated keeps those it was trained with unless others are asked for.
+    A model that is only evaluated keeps the prior it was trained with unless another is asked for.
     """
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     if config.model_type != "mra_hf":
         raise ValueError(
-            f"model_name_or_path must be a checkpoint of type mra_hf, and "
-            f"{model_args.model_name_or_path} is of type {config.model_type}; convert it with "
-            "mra-hf convert (attn_implementation sdpa then gives the dense model)."
+            f"model_name_or_path must be a checkpoint of type mra_hf, "
+            f"and {model_args.model_name_or_path} is of type {config.model_type}; "
+            "convert it with mra-hf convert (attn_implementation sdpa then gives the dense model)."
         )
     if model_args.config_overrides:
         override(config, model_args.config_overrides)
     if data_args.initial_prior_first_n_blocks is not None:
         return {"initial_prior_first_n_blocks": data_args.initial_prior_first_n_blocks}
-    if not do_train or config.resolutions is not None:  # the paper's are for two scales
+    if not do_train or config.resolutions is not None:  # the paper's priors are for two scales
         return {}
     diagonal = config.initial_prior_diagonal_n_blocks
     band = 2 * (diagonal // 2) + 1 if diagonal else 0
     block_per_row = min(AttentionSettings.of(config).layer_budgets)
     largest = max(0, (block_per_row - band - 1) // 2)
-    wanted = PAPER_FIRST_BLOCKS.get(block_per_row, largest // 2 + largest % 2)
-    return {"initial_prior_first_n_blocks": min(wanted, largest)}
+    first_blocks = PAPER_FIRST_BLOCKS.get(block_per_row, largest // 2 + largest % 2)
+    return {"initial_prior_first_n_blocks": min(first_blocks, largest)}
 
 
 def _examples(file, data_args, tokenizer, limit: int | None, seed: int | None) -> Dataset:
-    """The questions of a file, assembled: id, candidates, input_ids (pieces), candidate_spans,
-    label, and length, the tokens of all pieces.
+    """The questions of a file as token ids: id, candidates, input_ids (a list of sequences),
+    candidate_spans, label, and length, the tokens of all sequences.
     """
     instances = wikihop.read_wikihop(file)[:limit]
     if seed is not None:
@@ -222,21 +199,18 @@ def _examples(file, data_args, tokenizer, limit: int | None, seed: int | None) -
     rows = Dataset.from_list([{name: row[name] for name in used} for row in instances])
 
     def assembled(batch: dict[str, list]) -> dict[str, list]:
-        some = [
+        questions = [
             dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
         ]
-        columns: dict[str, list] = {
-            "input_ids": [],
-            "candidate_spans": [],
-            "label": [],
-            "length": [],
-        }
-        for instance, parts in zip(some, wikihop.tokenize_parts(some, tokenizer), strict=True):
-            pieces = wikihop.assemble(parts, tokenizer, data_args.max_seq_length, instance["id"])
-            columns["input_ids"].append([piece.input_ids for piece in pieces])
-            columns["candidate_spans"].append(pieces[0].candidate_spans)
-            columns["label"].append(instance["candidates"].index(instance["answer"]))
-            columns["length"].append(sum(len(piece.input_ids) for piece in pieces))
+        names = ("input_ids", "candidate_spans", "label", "length")
+        columns: dict[str, list] = {name: [] for name in names}
+        all_parts = wikihop.tokenize_parts(questions, tokenizer)
+        for question, parts in zip(questions, all_parts, strict=True):
+            sequences = wikihop.assemble(parts, tokenizer, data_args.max_seq_length, question["id"])
+            columns["input_ids"].append([sequence.input_ids for sequence in sequences])
+            columns["candidate_spans"].append(sequences[0].candidate_spans)
+            columns["label"].append(question["candidates"].index(question["answer"]))
+            columns["length"].append(sum(len(sequence.input_ids) for sequence in sequences))
         return columns
 
     return rows.map(
@@ -248,18 +222,31 @@ def _examples(file, data_args, tokenizer, limit: int | None, seed: int | None) -
     )
 
 
+def _write_answers(folder: Path, data: Dataset, predictions: np.ndarray) -> None:
+    """Write the predictions in WikiHop's format, and beside the answers."""
+    rows = data.select_columns(["id", "candidates"])
+    answers = {
+        row["id"]: row["candidates"][int(number)]
+        for row, number in zip(rows, predictions, strict=True)
+    }
+    text = json.dumps(answers, indent=1, ensure_ascii=False) + "\n"
+    write_text(folder / PREDICTIONS_NAME, text)
+    table = zip(answers, _right_answers(data), answers.values(), strict=True)
+    write_predictions(folder / "predictions_eval.csv", table)
+
+
 def _lengths(data: Dataset) -> dict[str, float]:
-    """Tokens of the questions, and how many take several sequences."""
+    """Tokens of the questions, and how many questions take several sequences."""
     lengths = np.array(data["length"])
     return {
         "shortest": int(lengths.min()),
         "median": float(np.median(lengths)),
         "longest": int(lengths.max()),
-        "in_several_pieces": sum(len(pieces) > 1 for pieces in data["input_ids"]),
+        "in_several_pieces": sum(len(sequences) > 1 for sequences in data["input_ids"]),
     }
 
 
-def _answers(data: Dataset) -> list[str]:
+def _right_answers(data: Dataset) -> list[str]:
     return [row["candidates"][row["label"]] for row in data.select_columns(["candidates", "label"])]
 
 
@@ -267,15 +254,10 @@ def _guessing(data: Dataset) -> dict[str, float]:
     """Accuracy without reading: of a random candidate, and of the candidate that is the answer to
     most of these questions, a rule that knows the answers.
     """
-    answers = _answers(data)
+    answers = _right_answers(data)
     counts = Counter(answers)
     commonest = (max(names, key=lambda name: counts[name]) for names in data["candidates"])
     return {
         "random": float(np.mean([1 / len(names) for names in data["candidates"]])),
         "majority": float(np.mean([a == b for a, b in zip(answers, commonest, strict=True)])),
     }
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    right = torch.as_tensor(prediction.predictions == prediction.label_ids)
-    return {"accuracy": float(right.double().mean())}

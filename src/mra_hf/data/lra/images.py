@@ -1,4 +1,4 @@
-"""Images as sequences of grey pixels: CIFAR-10, or Fashion-MNIST in its place."""
+"""Images as sequences of grey pixels: CIFAR-10, or Fashion-MNIST as a stand-in."""
 
 import gzip
 import struct
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import LraData, check_amounts, drawn, rows
+from mra_hf.data.lra.parts import LraData, rows
+from mra_hf.data.samples import check_amounts, sample_rows
 
 SIDE = 32
 _FASHION_SIDE = 28
@@ -38,11 +39,11 @@ def image(
         source: a folder with CIFAR-10's binary files (data_batch_1.bin ...), with folders
             train/CLASS/*.png and test/CLASS/*.png (or .jpg; needs Pillow), or with Fashion-MNIST's
             idx files (also .gz), which are padded from 28 to 32.
-        side: 32, or 16 for means over 2 x 2 pixels: 256 places, where there is little time.
-        seed: of what is drawn with `max_train` and `max_eval`.
-        mask_zero_pixels: as published, value v is id v: black pixels are taken for padding and
-            never attended. False: id v + 1, and all pixels are.
-        max_train, max_eval: so many rows, drawn; None: all.
+        seed: of the rows that `max_train` and `max_eval` draw.
+        side: 32, or 16 for means over 2 x 2 pixels: 256 tokens, where time is short.
+        mask_zero_pixels: as published, value v is id v, so black pixels are taken for padding and
+            never attended. False: value v is id v + 1, and all pixels are attended.
+        max_train, max_eval: draw so many rows; None: all.
 
     Raises:
         ValueError: no such files, or damaged ones.
@@ -61,13 +62,13 @@ def image(
         read, labels, name = *_class_folders(folder), folder.name
     elif (folder / "data_batch_1").is_file():
         raise ValueError(
-            f"{source} holds CIFAR-10 as Python pickles, which may run code and are not read; take "
-            "its binary version (cifar-10-binary.tar.gz)."
+            f"{source} holds CIFAR-10 as Python pickles, which may run code and are not read; "
+            "take its binary version (cifar-10-binary.tar.gz)."
         )
     else:
         raise ValueError(
-            f"{source} holds none of CIFAR-10's data_batch_1.bin, train/ and test/ with folders of "
-            f"images, and Fashion-MNIST's {_FASHION[0]}."
+            f"{source} holds none of CIFAR-10's data_batch_1.bin, "
+            f"train/ and test/ with folders of images, and Fashion-MNIST's {_FASHION[0]}."
         )
     (pixels, classes), (test_pixels, test_classes) = (
         (_of_side(images, side), labels) for images, labels in read
@@ -81,16 +82,16 @@ def image(
     offset = 0 if mask_zero_pixels else 1
     made = {}
     for part, (x, y, limit) in parts.items():
-        chosen = drawn(len(x), limit, seed)
-        ids = x[chosen].reshape(len(chosen), side**2).astype(np.int16) + offset
-        made[part] = rows(list(ids), y[chosen].tolist(), len(labels), f"{source} ({part})")
+        sample = sample_rows(len(x), limit, seed)
+        ids = x[sample].reshape(len(sample), side**2).astype(np.int16) + offset
+        made[part] = rows(list(ids), y[sample].tolist(), len(labels), f"{source} ({part})")
     return LraData(
         **made,
         vocab_size=256 + offset,
         max_length=side**2,
         labels=tuple(labels),
-        split=f"{name}; train: the first 90 % of the training files, dev: the rest, test: the test "
-        "files",
+        split=f"{name}; train: the first 90 % of the training files, dev: the rest, "
+        "test: the test files",
         masks_zero=mask_zero_pixels,
         grid=(side, side),
     )
@@ -115,8 +116,8 @@ def _fashion_mnist(folder: Path):
         x, y = (_read_idx(folder, name) for name in (images, labels))
         if x.shape[1:] != (_FASHION_SIDE, _FASHION_SIDE) or y.shape != x.shape[:1]:
             raise ValueError(
-                f"{folder}: {images} must hold images of {_FASHION_SIDE} x {_FASHION_SIDE} and "
-                f"{labels} a label for each, got shapes {x.shape} and {y.shape}."
+                f"{folder}: {images} must hold images of {_FASHION_SIDE} x {_FASHION_SIDE} "
+                f"and {labels} a label for each, got shapes {x.shape} and {y.shape}."
             )
         parts.append((np.pad(x, ((0, 0), (edge, edge), (edge, edge))), y))
     return parts
@@ -168,30 +169,28 @@ def _class_folders(folder: Path):
         raise ValueError(f"{folder}/train must have a folder for each class, got {labels}.")
 
     def read(part: str):
-        found = [
+        files = [
             (path, number)
             for number, label in enumerate(labels)
             for path in sorted((folder / part / label).iterdir())
             if path.suffix.lower() in (".png", ".jpg", ".jpeg")
         ]
-        empty = set(range(len(labels))) - {number for _, number in found}
+        empty = set(range(len(labels))) - {number for _, number in files}
         if empty:
             names = [labels[number] for number in sorted(empty)]
             raise ValueError(f"{folder / part} has no .png or .jpg files in {names}.")
         # The files come class by class; train and dev both need all of them.
-        order = np.random.default_rng(0).permutation(len(found))
-        pixels = np.empty((len(found), SIDE, SIDE), np.uint8)
-        for place, at in enumerate(order):
+        files = [files[at] for at in np.random.default_rng(0).permutation(len(files))]
+        pixels = np.empty((len(files), SIDE, SIDE), np.uint8)
+        for row, (path, _) in enumerate(files):
             try:
-                with Image.open(found[at][0]) as picture:
+                with Image.open(path) as picture:
                     colours = np.asarray(picture.convert("RGB"))
             except OSError as error:
-                raise ValueError(f"{found[at][0]} is no picture: {error}.") from error
+                raise ValueError(f"{path} is no picture: {error}.") from error
             if colours.shape != (SIDE, SIDE, 3):
-                raise ValueError(
-                    f"{found[at][0]} must be of 32 x 32 pixels, got {colours.shape[:2]}."
-                )
-            pixels[place] = colours @ _GREY
-        return pixels, np.array([found[at][1] for at in order])
+                raise ValueError(f"{path} must be of 32 x 32 pixels, got {colours.shape[:2]}.")
+            pixels[row] = colours @ _GREY
+        return pixels, np.array([number for _, number in files])
 
     return (read("train"), read("test")), labels

@@ -1,8 +1,8 @@
 """ListOps: nested operations on digits, made here by the rules of the Long Range Arena.
 
-Trees are drawn node by node: before depth 10 a node is an operator with probability 1/4 and 2 to 10
-arguments, else a digit. Those of more than 500 and fewer than 2000 symbols are kept. A tree's
-symbols are its operators with their opening brackets, its digits and its closing brackets.
+Trees are drawn node by node: above depth 10 a node is an operator with probability 1/4 and 2 to 10
+arguments, else a digit. Trees of more than 500 and fewer than 2000 symbols are kept. The symbols of
+a tree are its operators with their opening brackets, its digits and its closing brackets.
 """
 
 import random
@@ -13,7 +13,8 @@ import numpy as np
 from datasets import Dataset
 
 from mra_attention.checks import check_int
-from mra_hf.data.lra.parts import PARTS, LraData, check_amounts, features
+from mra_hf.data.lra.parts import PARTS, LraData, generated
+from mra_hf.data.samples import check_amounts
 
 OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "MIN": min,
@@ -23,12 +24,12 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
 }
 #: Symbols in the order of their ids, which begin at 1.
 SYMBOLS = (*map(str, range(10)), *(f"[{name}" for name in OPERATORS), "]")
-_OPERATOR = 11  # id of the first one
+_OPERATOR = 11  # id of the first operator
 _CLOSING = len(SYMBOLS)
 _OPERATOR_PROBABILITY = 0.25
-#: Trees that are drawn from one seed of their own.
+#: Trees that one generator draws; each shard is seeded by itself.
 _SHARD = 500
-#: Counts up when the same seed gives other trees.
+#: Raise it when the same seed gives other trees: the cache then forgets the old ones.
 _VERSION = 1
 
 
@@ -48,12 +49,12 @@ def listops(
     max_arguments: int = 10,
     num_proc: int | None = None,
 ) -> LraData:
-    """Make the task, about a millisecond a tree; made once, it is read from the cache of datasets.
+    """Make the task, about a millisecond a tree; later calls read it from the cache of datasets.
 
     Args:
-        seed: of everything; the same trees for any `num_proc`.
+        seed: of all draws; the trees do not depend on `num_proc`.
         train, dev, test: trees of each part.
-        min_length, max_length: symbols of a tree lie between these, both excluded.
+        min_length, max_length: the number of symbols of a tree lies between, both excluded.
         max_depth: of a tree.
         max_arguments: of an operator.
         num_proc: processes that draw.
@@ -70,23 +71,15 @@ def listops(
     check_int("max_depth", max_depth, 2)
     check_int("max_arguments", max_arguments, 2)
     total = sum(sizes.values())
-    shards = -(-total // _SHARD) + 1  # some for those that are drawn twice
-    trees = Dataset.from_generator(
-        _shards,
-        features=features("input_ids"),
-        gen_kwargs={
-            "shards": list(range(shards)),
-            "seed": seed,
-            "rules": (min_length, max_length, max_depth, max_arguments),
-            "version": _VERSION,
-        },
-        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
-    )
-    different = _first_ones(trees)
+    shards = -(-total // _SHARD) + 1  # one more, as some trees are drawn twice
+    rules = (min_length, max_length, max_depth, max_arguments)
+    trees = generated(_shards, shards, num_proc, seed=seed, rules=rules, version=_VERSION)
+    different = _different(trees)
     if len(different) < total:
         raise ValueError(
-            f"train, dev and test ask for {total} trees, and of {len(trees)} that were drawn only "
-            f"{len(different)} differ; ask for fewer, or allow longer ones (max_length)."
+            f"train, dev and test ask for {total} trees, "
+            f"and of {len(trees)} that were drawn only {len(different)} differ; "
+            "ask for fewer, or allow longer ones (max_length)."
         )
     parts, first = {}, 0
     for name, size in sizes.items():
@@ -101,18 +94,18 @@ def listops(
     )
 
 
-def _first_ones(trees: Dataset) -> list[int]:
-    """Places of the trees that were not drawn before."""
-    seen: dict[bytes, int] = {}
-    for place, ids in enumerate(trees.with_format("numpy")["input_ids"]):
-        seen.setdefault(np.asarray(ids).tobytes(), place)
-    return list(seen.values())
+def _different(trees: Dataset) -> list[int]:
+    """Rows of the trees that were not drawn before."""
+    first_rows: dict[bytes, int] = {}
+    for row, ids in enumerate(trees.with_format("numpy")["input_ids"]):
+        first_rows.setdefault(np.asarray(ids).tobytes(), row)
+    return list(first_rows.values())
 
 
 def _shards(
     shards: list[int], seed: int, rules: tuple[int, int, int, int], version: int
 ) -> Iterator[dict]:
-    """Rows of some shards; `version` is there for the cache."""
+    """Rows of some shards; the cache reads `version`."""
     min_length, max_length, max_depth, max_arguments = rules
     for shard in shards:
         draw = random.Random(f"{seed}-{shard}")
@@ -122,8 +115,8 @@ def _shards(
             if tries > 10_000 and kept < tries / 10_000:
                 raise ValueError(
                     f"hardly any tree has more than {min_length} and fewer than {max_length} "
-                    f"symbols with max_depth={max_depth} and max_arguments={max_arguments}; lower "
-                    "min_length or raise the others."
+                    f"symbols with max_depth={max_depth} and max_arguments={max_arguments}; "
+                    "lower min_length or raise the others."
                 )
             ids: list[int] = []
             try:
@@ -144,7 +137,7 @@ def _draw_node(
     max_length: int,
 ) -> int:
     """Append the symbols of a node, and return its value."""
-    if len(ids) >= max_length:  # it would be dropped in the end
+    if len(ids) >= max_length:  # the tree would be dropped in the end
         raise _TooLongError
     if depth == max_depth or draw.random() > _OPERATOR_PROBABILITY:
         digit = draw.randrange(10)
@@ -160,5 +153,5 @@ def _draw_node(
 
 
 def root_operators(rows: Dataset) -> np.ndarray:
-    """The first symbol of each tree: what a classifier that reads no further knows."""
+    """The first symbol of each tree, all that a classifier knows which reads no further."""
     return np.array([ids[0] for ids in rows["input_ids"]])

@@ -1,14 +1,11 @@
-"""What every task of the Long Range Arena comes as, and how rows are divided among its parts."""
+"""The form that every task of the Long Range Arena comes in: three data sets and their facts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from datasets import Dataset, Features, Value
 
-from mra_attention.checks import check_int
-
-try:  # datasets 4 has lists of its own
+try:  # datasets 4 has a type for lists
     from datasets import List as ListOf
 except ImportError:
     from datasets import Sequence as ListOf
@@ -23,10 +20,10 @@ class LraData:
     Attributes:
         train, dev, test: rows of `input_ids` (in pairs `input_ids_2` too) and `label`.
         vocab_size: ids are smaller; 0 is padding.
-        max_length: places of a model for it.
+        max_length: the longest sequence, in tokens.
         labels: names of the classes.
-        masks_zero: whether id 0 is never attended, padding or not; else nothing is hidden.
-        grid: (height, width) of images read row by row.
+        masks_zero: whether id 0 is never attended, padding or not; if False, nothing is hidden.
+        grid: (height, width) of images, which are read row by row; None for texts.
         two_tower: whether rows are pairs.
         split: in words, where the three parts come from.
     """
@@ -42,59 +39,45 @@ class LraData:
     grid: tuple[int, int] | None = None
     two_tower: bool = False
 
-    def part(self, name: str) -> Dataset:
-        """`train`, `dev` or `test`."""
-        return getattr(self, name)
-
 
 def features(*columns: str) -> Features:
-    """Of rows with these columns of ids, and a label."""
+    """The features of rows with these columns of ids, and a label."""
     ids = {name: ListOf(Value("int16")) for name in columns}
     return Features({**ids, "label": Value("int8")})
+
+
+def generated(draw_shards: Callable, shards: int, num_proc: int | None, **arguments) -> Dataset:
+    """Rows that `draw_shards(shards=[0, 1, ...], **arguments)` yields, read from the cache of
+    datasets if they were drawn before.
+
+    Args:
+        draw_shards: a generator function whose rows depend on its arguments only.
+        shards: how many there are.
+        num_proc: processes to share them out to.
+        arguments: a `version` among them makes the cache forget rows drawn by another one.
+    """
+    return Dataset.from_generator(
+        draw_shards,
+        features=features("input_ids"),
+        gen_kwargs={"shards": list(range(shards)), **arguments},
+        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
+    )
 
 
 def rows(
     ids: Sequence, labels: Sequence[int], n_classes: int, where: str, **other: Sequence
 ) -> Dataset:
-    """Rows of `input_ids`, of the other columns, and of labels.
+    """A data set with the columns `input_ids`, those of `other`, and `label`.
 
     Raises:
-        ValueError: there are none, or a label that is no class; it says `where`.
+        ValueError: there are no rows, or a label is no class; the message says `where`.
     """
     if not len(labels):
         raise ValueError(f"{where} holds no rows.")
     if not 0 <= min(labels) <= max(labels) < n_classes:
         raise ValueError(
-            f"{where} has labels from {min(labels)} to {max(labels)}, and there are {n_classes} "
-            "classes from 0 on."
+            f"{where} has labels from {min(labels)} to {max(labels)}, "
+            f"and there are {n_classes} classes from 0 on."
         )
     columns = {"input_ids": ids, **other}
     return Dataset.from_dict({**columns, "label": list(labels)}, features=features(*columns))
-
-
-def drawn(count: int, limit: int | None, seed: int) -> np.ndarray:
-    """Places of `limit` among `count` rows at random, in their order; all without a limit."""
-    if limit is None or limit >= count:
-        return np.arange(count)
-    return np.sort(np.random.default_rng(seed).permutation(count)[:limit])
-
-
-def check_amounts(**amounts: int | None) -> None:
-    """Raise a `ValueError` unless every amount is a positive integer, or None, and a seed not
-    negative.
-    """
-    for name, amount in amounts.items():
-        if amount is not None:
-            check_int(name, amount, 0 if name == "seed" else 1)
-
-
-def divided(count: int, shares: tuple[float, float], seed: int) -> dict[str, np.ndarray]:
-    """Places 0 to `count` - 1 by part at random: shares of dev and test, the rest train."""
-    check_int("rows", count, 10)
-    order = np.random.default_rng(seed).permutation(count)
-    dev, test = (max(1, round(share * count)) for share in shares)
-    return {
-        "dev": np.sort(order[:dev]),
-        "test": np.sort(order[dev : dev + test]),
-        "train": np.sort(order[dev + test :]),
-    }

@@ -1,51 +1,54 @@
 """Pathfinder: are the two discs ends of one dashed contour? Drawn here, 32 x 32 grey pixels.
 
-The rules follow those of the Long Range Arena's images (Linsley et al. 2018): two dashed contours
-grow from starts 7 pixels apart, paddle by paddle; five short ones distract; a disc lies on the
-start of one contour and another on its end, or on the end of the other contour. Thin lines are
-drawn at twice the size and reduced after Lanczos. What differs: points are not rounded to whole
-pixels, and a paddle keeps clear of the last one of the other contour too, so that contours do not
-cross there. About 70 % of the pixels are black, in the published images 66 %. Coordinates are (row,
-column); a direction t is (sin t, cos t).
+The rules are those of the Long Range Arena's images (Linsley et al. 2018): two dashed contours grow
+from starts 7 pixels apart, paddle by paddle; five short contours distract; a disc lies on the start
+of one contour, and another on its end or on the end of the other contour. Thin lines are drawn at
+twice the size and reduced with Lanczos's filter. Two things differ: points are not rounded to whole
+pixels, and a paddle also keeps clear of the last paddle of the other contour, so that contours do
+not cross there. About 70 % of the pixels are black; in the published images it is 66 %.
+
+Coordinates are (row, column); the direction of an angle t is (sin t, cos t).
 """
 
 import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
 
 from mra_attention.checks import check_int
-from mra_hf.data.lra.parts import LraData, check_amounts, divided, features
+from mra_hf.data.lra.parts import LraData, generated
+from mra_hf.data.samples import check_amounts, split_rows
 
 SIDE = 32
 LABELS = ("apart", "connected")
 
-_LENGTH = 2.0  # of a paddle, in pixels, as everything here
+_LENGTH = 2.0  # of a paddle; all lengths are in pixels
 _THICKNESS = 0.5
 _GAP = 1.0
 _BORDER = 1
 _START_DISTANCE = 7
 _RADIUS = 1.5
 _CONTINUITY = 1.0
-_TRIES = 3  # for a paddle
+_TRIES = 3  # to place a paddle
 _DISTRACTORS = 5
 _DISTRACTOR_TRIES = 5
 _LEAST_FREE = 0.01
 _OVERLAP = 1.8  # of two soft masks
 _CONTOUR_INTENSITY = 1.5  # a thin line covers half a pixel
 _DISTRACTOR_INTENSITY = 2.0
-#: Pixels around a paddle that it may cover, and points within a pixel that are looked at.
+#: Half the window of pixels that a paddle may cover.
 _WINDOW = 5
+#: Points per pixel, in each direction, at which coverage is sampled.
 _POINTS = 4
 _LANCZOS = 3
-#: Rounded off, as in a drawing of 8 bits.
+#: Fainter values become 0, as in a drawing of 8 bits.
 _FAINTEST = 0.01
-#: Images that are drawn from one seed of their own.
+#: Images that one generator draws; each shard is seeded by itself.
 _SHARD = 250
-#: Counts up when the same seed gives other images.
+#: Raise it when the same seed gives other images: the cache then forgets the old ones.
 _VERSION = 2
 
 _OFFSETS = (np.arange(_POINTS) + 0.5) / _POINTS - 0.5
@@ -68,14 +71,15 @@ def pathfinder(
     mask_zero_pixels: bool = True,
     num_proc: int | None = None,
 ) -> LraData:
-    """Draw the task; drawn once, it is read from the cache of datasets.
+    """Draw the task; later calls read it from the cache of datasets.
 
     Args:
-        seed: of everything; the same images for any `num_proc`.
+        seed: of all draws; the images do not depend on `num_proc`.
         count: images; 80 % are train, 10 % dev, 10 % test, at random.
-        paddles: of a contour: 14 is the hard set of the papers, 9 the intermediate, 6 the easy one.
-        mask_zero_pixels: as published, value v is id v: black pixels, most of an image, are taken
-            for padding and never attended. False: id v + 1, and all pixels are.
+        paddles: of a contour: 14 is the hard set of the papers, 9 the intermediate, 6 the easy set.
+        mask_zero_pixels: as published, value v is id v, so black pixels, most of an image, are
+            taken for padding and never attended. False: value v is id v + 1, and all pixels are
+            attended.
         num_proc: processes that draw.
 
     Raises:
@@ -86,28 +90,18 @@ def pathfinder(
     check_int("paddles", paddles, 3, 16)
     shards = -(-count // _SHARD)
     offset = 0 if mask_zero_pixels else 1
-    images = Dataset.from_generator(
-        _shards,
-        features=features("input_ids"),
-        gen_kwargs={
-            "shards": list(range(shards)),
-            "seed": seed,
-            "paddles": paddles,
-            "offset": offset,
-            "version": _VERSION,
-        },
-        num_proc=min(num_proc, shards) if num_proc and num_proc > 1 else None,
-    )
+    drawing = {"seed": seed, "paddles": paddles, "offset": offset, "version": _VERSION}
+    images = generated(_shards, shards, num_proc, **drawing)
     parts = {
-        name: images.select(places) for name, places in divided(count, (0.1, 0.1), seed).items()
+        name: images.select(rows) for name, rows in split_rows(count, (0.1, 0.1), seed).items()
     }
     return LraData(
         **parts,
         vocab_size=256 + offset,
         max_length=SIDE**2,
         labels=LABELS,
-        split=f"drawn here by seed {seed}: {count} images of contours of {paddles} paddles, 80, 10 "
-        "and 10 %",
+        split=f"drawn here by seed {seed}: {count} images of contours of {paddles} paddles, "
+        "80, 10 and 10 %",
         masks_zero=mask_zero_pixels,
         grid=(SIDE, SIDE),
     )
@@ -116,7 +110,7 @@ def pathfinder(
 def _shards(
     shards: list[int], seed: int, paddles: int, offset: int, version: int
 ) -> Iterator[dict]:
-    """Rows of some shards; `version` is there for the cache."""
+    """Rows of some shards; the cache reads `version`."""
     for shard in shards:
         draw = np.random.default_rng((seed, shard))
         for _ in range(_SHARD):
@@ -126,11 +120,10 @@ def _shards(
 
 def draw_image(draw: np.random.Generator, paddles: int = 14) -> tuple[np.ndarray, int]:
     """One image, `[32, 32]` uint8, and its label: 1 if the discs are ends of one contour."""
-    while True:
-        drawn = _two_contours(draw, paddles)
-        if drawn is not None:
-            break
-    canvas, contours = drawn
+    pair = None
+    while pair is None:  # until no contour ends in a dead end
+        pair = _two_contours(draw, paddles)
+    canvas, contours = pair
     for _ in range(_DISTRACTORS):
         _add_distractor(canvas, draw, paddles // 3)
     label = int(draw.integers(2))
@@ -143,20 +136,30 @@ def draw_image(draw: np.random.Generator, paddles: int = 14) -> tuple[np.ndarray
     return np.round(255 * (image - low) / (high - low)).astype(np.uint8), label
 
 
+_Window = tuple[slice, slice]
+
+
+class _Mask(NamedTuple):
+    """A soft mask: its values in a window of the image, 0 elsewhere."""
+
+    window: _Window
+    values: np.ndarray
+
+
 @dataclass
 class _Canvas:
-    """What is drawn, and where nothing more may be: soft masks, composed by the larger."""
+    """The image, and where nothing more may be drawn; both keep the larger of two values."""
 
     image: np.ndarray = field(default_factory=lambda: np.zeros((SIDE, SIDE)))
     occupied: np.ndarray = field(default_factory=lambda: _frame())
 
-    def add(self, place: tuple, paddle: np.ndarray, intensity: float) -> None:
-        part = self.image[place]
-        np.maximum(part, intensity * paddle, out=part)
+    def add(self, window: _Window, paddle: np.ndarray, intensity: float) -> None:
+        region = self.image[window]
+        np.maximum(region, intensity * paddle, out=region)
 
-    def occupy(self, mask: tuple[tuple, np.ndarray]) -> None:
-        part = self.occupied[mask[0]]
-        np.maximum(part, mask[1], out=part)
+    def occupy(self, mask: _Mask) -> None:
+        region = self.occupied[mask.window]
+        np.maximum(region, mask.values, out=region)
 
 
 @dataclass
@@ -164,17 +167,17 @@ class _Contour:
     """A contour that grows.
 
     Attributes:
-        pivot: the point before the last paddle around which it was turned.
+        pivot: the point before the last paddle, around which it was turned.
         angle: direction of the last paddle.
-        start, end: tips.
-        pending: mask of the last paddle, which the next one may touch.
+        start, end: the tips.
+        pending: mask of the last paddle, which the next paddle may touch.
     """
 
     pivot: np.ndarray
     angle: float
     start: np.ndarray
     end: np.ndarray
-    pending: tuple[tuple, np.ndarray]
+    pending: _Mask
 
 
 def _frame() -> np.ndarray:
@@ -198,8 +201,8 @@ def _two_contours(
         return None
     contours = (first, second)
     for _ in range(paddles - 1):
-        for own, other in (contours, contours[::-1]):
-            if not _grow(canvas, own, draw, _CONTOUR_INTENSITY, other.pending):
+        for growing, other in (contours, contours[::-1]):
+            if not _grow(canvas, growing, draw, _CONTOUR_INTENSITY, other.pending):
                 return None
     for contour in contours:
         canvas.occupy(contour.pending)
@@ -207,7 +210,7 @@ def _two_contours(
 
 
 def _add_distractor(canvas: _Canvas, draw: np.random.Generator, paddles: int) -> None:
-    """A contour of its own, or nothing after some attempts."""
+    """Add another contour, or nothing after some attempts."""
     for _ in range(_DISTRACTOR_TRIES):
         free = np.argwhere(canvas.occupied < 0.1)
         if len(free) < _LEAST_FREE * SIDE**2:
@@ -228,20 +231,20 @@ def _begin(
     draw: np.random.Generator,
     tail: np.ndarray,
     intensity: float,
-    near: tuple[tuple, np.ndarray] | None = None,
+    near: _Mask | None = None,
 ) -> _Contour | None:
-    """The first paddle from `tail`, in any direction; None where it does not fit."""
+    """Draw the first paddle from `tail`, in any direction; None where it does not fit."""
     angle = math.radians(int(draw.integers(360)))
     direction = _direction(angle)
     head = tail + _LENGTH * direction
     pivot = head - (_LENGTH + _GAP) * direction
     if not all(_inside(point) for point in (tail, head, pivot)):
         return None
-    place, paddle, mask = _paddle(head, direction)
-    if _overlaps(canvas.occupied, place, mask, near):
+    paddle, mask = _paddle(head, direction)
+    if _overlaps(canvas.occupied, mask, near):
         return None
-    canvas.add(place, paddle, intensity)
-    return _Contour(pivot, angle, np.asarray(tail, float), head, (place, mask))
+    canvas.add(mask.window, paddle, intensity)
+    return _Contour(pivot, angle, np.asarray(tail, float), head, mask)
 
 
 def _grow(
@@ -249,9 +252,9 @@ def _grow(
     contour: _Contour,
     draw: np.random.Generator,
     intensity: float,
-    near: tuple[tuple, np.ndarray] | None = None,
+    near: _Mask | None = None,
 ) -> bool:
-    """One more paddle; False at a dead end."""
+    """Draw one more paddle; False at a dead end."""
     pivot = contour.pivot + (_LENGTH + 2 * _GAP) * _direction(contour.angle)
     ends, angles = _circle(pivot)
     if not len(ends):
@@ -265,15 +268,15 @@ def _grow(
     if total < 1e-6:
         return False
     for _ in range(_TRIES):
-        chosen = int(np.searchsorted(weights.cumsum(), total * draw.random(), side="right"))
-        chosen = min(chosen, len(ends) - 1)
-        direction = _direction(angles[chosen])
-        place, paddle, mask = _paddle(ends[chosen], direction)
-        if not _overlaps(canvas.occupied, place, mask, near):
-            canvas.add(place, paddle, intensity)
+        drawn = int(np.searchsorted(weights.cumsum(), total * draw.random(), side="right"))
+        drawn = min(drawn, len(ends) - 1)
+        end, angle = ends[drawn], angles[drawn]
+        paddle, mask = _paddle(end, _direction(angle))
+        if not _overlaps(canvas.occupied, mask, near):
+            canvas.add(mask.window, paddle, intensity)
             canvas.occupy(contour.pending)
-            contour.pivot, contour.angle = pivot, float(angles[chosen])
-            contour.end, contour.pending = ends[chosen].astype(float), (place, mask)
+            contour.pivot, contour.angle = pivot, float(angle)
+            contour.end, contour.pending = end.astype(float), mask
             return True
     return False
 
@@ -288,8 +291,8 @@ def _circle(pivot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return grid[on], np.arctan2(away[on, 0], away[on, 1])
 
 
-def _paddle(head: np.ndarray, direction: np.ndarray) -> tuple[tuple, np.ndarray, np.ndarray]:
-    """The window that it lies in, its pixels there, and its mask, a pixel wider on all sides."""
+def _paddle(head: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, _Mask]:
+    """The pixels of a paddle, and its mask, a pixel wider on all sides, in the same window."""
     middle = head - _LENGTH / 2 * direction
     low = np.maximum(np.round(middle).astype(int) - _WINDOW, 0)
     high = np.minimum(np.round(middle).astype(int) + _WINDOW + 1, SIDE)
@@ -310,28 +313,26 @@ def _paddle(head: np.ndarray, direction: np.ndarray) -> tuple[tuple, np.ndarray,
     paddle = np.clip(rows_of @ covered(0) @ columns_of.T, 0, 1)
     paddle[paddle < _FAINTEST] = 0
     mask = covered(_GAP).reshape(high[0] - low[0], 2, high[1] - low[1], 2).mean((1, 3))
-    place = (slice(low[0], high[0]), slice(low[1], high[1]))
-    return place, paddle, mask
+    return paddle, _Mask((slice(low[0], high[0]), slice(low[1], high[1])), mask)
 
 
 @functools.cache
 def _reduction(size: int) -> np.ndarray:
-    """Lanczos's weights that reduce 2 * `size` values to half, `[size, 2 * size]`."""
+    """Lanczos's weights that halve the number of values, `[size, 2 * size]`."""
     apart = np.arange(size)[:, None] + 0.5 - (np.arange(2 * size) + 0.5) / 2
     weights = np.sinc(apart) * np.sinc(apart / _LANCZOS) * (np.abs(apart) < _LANCZOS)
     return weights / weights.sum(1, keepdims=True)
 
 
-def _overlaps(
-    occupied: np.ndarray, place: tuple, mask: np.ndarray, near: tuple[tuple, np.ndarray] | None
-) -> bool:
-    if (occupied[place] + mask).max() >= _OVERLAP:
+def _overlaps(occupied: np.ndarray, mask: _Mask, near: _Mask | None) -> bool:
+    """Whether `mask` covers what is occupied, or `near`."""
+    if (occupied[mask.window] + mask.values).max() >= _OVERLAP:
         return True
     if near is None:
         return False
     other = np.zeros((SIDE, SIDE))
-    other[near[0]] = near[1]
-    return bool((other[place] + mask).max() >= _OVERLAP)
+    other[near.window] = near.values
+    return bool((other[mask.window] + mask.values).max() >= _OVERLAP)
 
 
 def _disc(centre: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pairs of long texts: citations among papers (AAN), or passages of one work in their place."""
+"""Pairs of long texts: citations among papers (AAN), or passages of one work as a stand-in."""
 
 import csv
 import json
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import PARTS, LraData, check_amounts, divided, drawn, rows
+from mra_hf.data.lra.parts import PARTS, LraData, rows
 from mra_hf.data.lra.texts import to_ids
+from mra_hf.data.samples import check_amounts, sample_rows, split_rows
 
 #: The files of the published set, by part.
 _AAN = {
@@ -17,9 +18,9 @@ _AAN = {
     "dev": "new_aan_pairs.eval.tsv",
     "test": "new_aan_pairs.test.tsv",
 }
-#: Bytes of a paper that are looked at, as published, before it is cut to max_bytes.
+#: Bytes of a paper that are read, as published, before it is cut to max_bytes.
 _PAPER_BYTES = 10_000
-#: Works in a part of the stand-in, at least.
+#: The fewest works in a part of the stand-in.
 _FEWEST_WORKS = 2
 
 
@@ -39,12 +40,12 @@ def retrieval(
     Args:
         source: a folder with the published new_aan_pairs.train.tsv, .eval.tsv and .test.tsv
             (label, two ids, two texts); or, for the stand-in, with .jsonl files of works {"text"}
-            (`mra-hf build-corpus` writes such): a pair is two passages that do not overlap of one
-            work (label 1) or of two, and no work is in two parts.
-        seed: of what is drawn.
+            as `mra-hf build-corpus` writes them: a pair is two passages that do not overlap, of one
+            work (label 1) or of two works (0), and no work is in two parts.
+        seed: of all draws.
         max_bytes: of a text.
         train, dev, test: pairs of the stand-in.
-        max_train, max_eval: so many rows of the published set, drawn; None: all.
+        max_train, max_eval: draw so many rows of the published set; None: all.
 
     Raises:
         ValueError: no such files, damaged ones (with the line), or works that are too short.
@@ -68,15 +69,16 @@ def retrieval(
         works = [work for work in works if len(work) >= 2 * max_bytes]
         if len(works) < 10 * _FEWEST_WORKS:
             raise ValueError(
-                f"{source} must hold {_AAN['train']}, or .jsonl files with {10 * _FEWEST_WORKS} "
-                f"texts or more of {2 * max_bytes} bytes, got {len(works)}; lower max_bytes?"
+                f"{source} must hold {_AAN['train']}, or .jsonl files with "
+                f"{10 * _FEWEST_WORKS} texts or more of {2 * max_bytes} bytes, got {len(works)}; "
+                "lower max_bytes?"
             )
-        places = divided(len(works), (0.1, 0.1), seed)
+        split_of_works = split_rows(len(works), (0.1, 0.1), seed)
         made = {}
         for number, (part, count) in enumerate(zip(PARTS, (train, dev, test), strict=True)):
-            own = [works[place] for place in places[part]]
+            works_of_part = [works[row] for row in split_of_works[part]]
             draw = np.random.default_rng((seed, number))
-            pairs = list(_passages(own, count, max_bytes, draw))
+            pairs = list(_passages(works_of_part, count, max_bytes, draw))
             made[part] = _pairs(pairs, max_bytes, None, seed, folder)
         labels = ("two works", "one work")
         split = f"passages of {len(works)} works, a stand-in; works held out, seed {seed}"
@@ -92,7 +94,7 @@ def _pairs(
     seed: int,
     where: Path,
 ):
-    triples = [triples[place] for place in drawn(len(triples), limit, seed)]
+    triples = [triples[row] for row in sample_rows(len(triples), limit, seed)]
     first, second = ([to_ids(triple[side], max_bytes) for triple in triples] for side in (0, 1))
     labels = [label for *_, label in triples]
     return rows(first, labels, 2, str(where), input_ids_2=second)
@@ -106,8 +108,8 @@ def _aan(path: Path) -> Iterator[tuple[bytes, bytes, int]]:
         for number, row in enumerate(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE), 1):
             if len(row) != 5 or row[0] not in ("0.0", "1.0", "0", "1"):
                 raise ValueError(
-                    f"{path}, line {number}: must be label, id, id, text, text with tabs between, "
-                    f"got {len(row)} columns."
+                    f"{path}, line {number}: must be label, id, id, text, text "
+                    f"with tabs between, got {len(row)} columns."
                 )
             first, second = (side.encode()[:_PAPER_BYTES] for side in row[3:])
             yield first, second, int(float(row[0]))
@@ -136,9 +138,8 @@ def _passages(
             if draw.random() < 0.5:
                 sides.reverse()
         else:
-            pair = draw.choice(len(works), 2, replace=False)
             sides = []
-            for work in (works[place] for place in pair):
+            for work in (works[row] for row in draw.choice(len(works), 2, replace=False)):
                 first = draw.integers(len(work) - size + 1)
                 sides.append(work[first : first + size])
         yield sides[0], sides[1], label

@@ -1,4 +1,4 @@
-"""Texts as bytes: the sentiment of film reviews (IMDb), or spam in its place."""
+"""Texts as bytes: the sentiment of film reviews (IMDb), or spam as a stand-in."""
 
 import gzip
 import json
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mra_hf.data.lra.parts import LraData, check_amounts, divided, drawn, rows
+from mra_hf.data.lra.parts import LraData, rows
+from mra_hf.data.samples import check_amounts, sample_rows, split_rows
 
 _SPAM_FOLDERS = {
     "easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1,
@@ -31,14 +32,14 @@ def text(
     """Read texts; byte b is id b + 1, and longer texts are cut.
 
     Args:
-        source: a folder with train/pos, train/neg, test/pos and test/neg (IMDb as it is
-            published), with a file each for train and test of JSON lines {"text", "label": 0 or 1}
-            (.jsonl, also .xz, .gz), or with SpamAssassin's easy-ham-1, ..., spam-2.
-        seed: of what is drawn.
-        max_bytes: of a text. 4000 is what the papers' numbers are for, 1000 a small setting.
+        source: a folder with train/pos, train/neg, test/pos and test/neg (IMDb as published), with
+            a file of JSON lines {"text", "label": 0 or 1} for train and another for test (.jsonl,
+            also .xz, .gz), or with SpamAssassin's easy-ham-1, ..., spam-2.
+        seed: of all draws.
+        max_bytes: of a text. The papers' numbers are for 4000; 1000 is a small setting.
         test_as_dev: as published, the best checkpoint is chosen by the test set. False: by a tenth
-            of the training texts. Of SpamAssassin, which has one set, always a tenth each.
-        max_train, max_eval: so many rows, drawn; None: all.
+            of the training texts. SpamAssassin has one set: dev and test are always a tenth each.
+        max_train, max_eval: draw so many rows; None: all.
 
     Raises:
         ValueError: no such files, or damaged ones, with the file and its line.
@@ -47,12 +48,12 @@ def text(
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise ValueError(f"source must be a folder of texts, and {source} is none.")
-    if (folder / "data" / "spam-1").is_dir():  # as the package comes
+    if (folder / "data" / "spam-1").is_dir():  # the layout of the package
         folder = folder / "data"
     if (folder / "spam-1").is_dir():
         everything = _of_both_classes(_unique(_spam(folder)), folder)
-        parts = divided(len(everything), (0.1, 0.1), seed)
-        texts = {name: [everything[place] for place in places] for name, places in parts.items()}
+        parts = split_rows(len(everything), (0.1, 0.1), seed)
+        texts = {name: [everything[row] for row in rows_of] for name, rows_of in parts.items()}
         labels = ("ham", "spam")
         split = (
             f"SpamAssassin without headers, a stand-in; a tenth each for dev and test, seed {seed}"
@@ -67,10 +68,10 @@ def text(
             texts["dev"] = texts["test"]
             split = f"{folder.name}; dev IS the test set, as published"
         else:
-            parts = divided(len(texts["train"]), (0.1, 0.0), seed)
+            parts = split_rows(len(texts["train"]), (0.1, 0.0), seed)
             training = texts["train"]
-            texts["dev"] = [training[place] for place in (*parts["dev"], *parts["test"])]
-            texts["train"] = [training[place] for place in parts["train"]]
+            texts["dev"] = [training[row] for row in (*parts["dev"], *parts["test"])]
+            texts["train"] = [training[row] for row in parts["train"]]
             split = f"{folder.name}; dev: a tenth of the training texts, drawn by seed {seed}"
     limits = {"train": max_train, "dev": max_eval, "test": max_eval}
     return LraData(
@@ -91,7 +92,7 @@ def to_ids(content: bytes, max_bytes: int) -> np.ndarray:
 
 
 def _rows(pairs: list[tuple[bytes, int]], max_bytes: int, limit: int | None, seed: int, where: str):
-    pairs = [pairs[place] for place in drawn(len(pairs), limit, seed)]
+    pairs = [pairs[row] for row in sample_rows(len(pairs), limit, seed)]
     ids = [to_ids(content, max_bytes) for content, _ in pairs]
     return rows(ids, [label for _, label in pairs], 2, where)
 
@@ -148,8 +149,8 @@ def _spam(folder: Path) -> Iterator[tuple[bytes, int]]:
 
 def _body(message: bytes) -> bytes:
     """A mail without its headers, which give its class away."""
-    head, found, body = message.replace(b"\r\n", b"\n").partition(b"\n\n")
-    return body.strip() if found and b":" in head else message.strip()
+    head, blank_line, body = message.replace(b"\r\n", b"\n").partition(b"\n\n")
+    return body.strip() if blank_line and b":" in head else message.strip()
 
 
 def _unique(pairs: Iterator[tuple[bytes, int]]) -> list[tuple[bytes, int]]:
