@@ -39,6 +39,7 @@ class Method:
             methods that compute others instead, the work of as many.
         is_practical: whether it needs no N x N matrix, so that its time means something.
         fits: whether a length and a size go together.
+        colour: of its lines in figures.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Method:
     work: int = 1
     is_practical: bool = True
     fits: Callable[[int, int], bool] = lambda length, size: True
+    colour: str = "#444444"
 
     def sizes_at(self, length: int) -> tuple[int, ...]:
         """The sizes that make sense at a length; none where the method cannot take it."""
@@ -96,7 +98,7 @@ METHODS: dict[str, Method] = {
     "dense": Method("dense", _dense, "", (1,), 1.0),
     "mra2": Method("MRA-2", _mra2, **_MRA),
     "mra2_s": Method("MRA-2-s", _mra2_s, **_MRA),
-    "longformer": Method("Longformer", longformer, "window", fits=_divides),
+    "longformer": Method("Longformer", longformer, "window", fits=_divides, colour="#1f5f99"),
     "bigbird": Method("BigBird", bigbird, "block", _BLOCKS, 1 / 16, 8, fits=_divides),
     "nystromformer": Method("Nystromformer", nystromformer, "landmarks", fits=_divides),
     "performer": Method("Performer", performer, "features"),
@@ -105,6 +107,8 @@ METHODS: dict[str, Method] = {
     "h_transformer": Method(
         "H-Transformer-1D", h_transformer, "block", _BLOCKS, work=3, fits=_halves
     ),
+    "linear": Method("linear attention", None, "", (), colour="#66a3d2"),
+    "adamra": Method("AdaMRA", None, "", (), colour="#1b9e77"),
     "sparse": Method("best sparse", optimal_sparse, "entries per row", is_practical=False),
     "low_rank": Method("best low rank", truncated_svd, "rank", is_practical=False),
 }

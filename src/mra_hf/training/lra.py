@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import resource
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalPrediction
 
+from mra_attention.benchmarking import peak_bytes
 from mra_attention.checks import check_choice
 from mra_hf.data.lra import TASKS, LraData
 from mra_hf.data.lra.listops import root_operators
@@ -156,7 +155,7 @@ def run_lra(
     results["controls"] = controls(lra_args.task, data)
 
     def evaluate() -> dict[str, Any]:
-        results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
+        results["train"]["peak_memory_mb"] = peak_bytes(training_args.device) / 2**20
         scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
         predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
         if trainer.is_world_process_zero():
@@ -387,11 +386,3 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
         names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")
         own |= {name: getattr(config, name) for name in names}
     return own
-
-
-def _peak_megabytes(device: torch.device) -> float:
-    """Peak memory so far: what torch had on the card, or what the process had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
