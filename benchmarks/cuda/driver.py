@@ -250,20 +250,12 @@ def outcome_of(error: Exception) -> Outcome:
     return Outcome("fail", detail)
 
 
-def work(
-    command: str, module_name: str, options: Options, done: frozenset[str], connection: Connection
-) -> None:
-    """Run the steps of a module in this process."""
-    os.setsid()  # the supervisor ends the group, and so what steps have started
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler is chatty
-    if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+def work(command: str, module_name: str, options: Options, done: frozenset[str], send) -> None:
+    """Run the steps of a module, without those in `done`, and report each by `send`."""
     import torch
 
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
     module = importlib.import_module(module_name)
-    session = Session(command, options, torch.device(options.device), done, connection.send)
+    session = Session(command, options, torch.device(options.device), done, send)
     steps = module.steps(session)
     assert len({step.name for step in steps}) == len(steps), "two steps of one name"
     session.send(Planned([step.name for step in steps]))
@@ -272,6 +264,20 @@ def work(
             session.run(step)
     if hasattr(module, "finish"):
         module.finish(session, options.write_table)
+
+
+def _work_in_a_process(
+    command: str, module_name: str, options: Options, done: frozenset[str], connection: Connection
+) -> None:
+    os.setsid()  # the supervisor ends the group, and so what steps have started
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler is chatty
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    import torch
+
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    work(command, module_name, options, done, connection.send)
 
 
 # -- the supervisor
@@ -298,11 +304,12 @@ class Supervisor:
 
     def run(self) -> int:
         """0; 1 when a step has failed, or the worker has failed outside of the steps."""
-        begin, status = time.monotonic(), None
+        context = multiprocessing.get_context("spawn")
+        status = None
         while status is None:
-            receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             arguments = (self.command, self.module, self.options, frozenset(self.done), sender)
-            worker = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+            worker = context.Process(target=_work_in_a_process, args=arguments)
             worker.start()
             sender.close()
             try:
@@ -312,7 +319,7 @@ class Supervisor:
                     os.killpg(worker.pid, signal.SIGKILL)
                 worker.kill()
                 worker.join()
-        return max(status, self.summarize(time.monotonic() - begin))
+        return max(status, self.summarize())
 
     def follow(self, worker: multiprocessing.Process, receiver: Connection) -> int | None:
         """Record what a worker reports until it ends or has to be stopped; the exit status, or None
@@ -344,13 +351,14 @@ class Supervisor:
         worker.join()
         if worker.exitcode == 0:
             return 0
+        if worker.exitcode == _BROKEN:  # after a step that is recorded
+            return None
         if running:
-            name = running[-1].name
-            self.record(name, Outcome("fail", f"the process ended with {worker.exitcode}"), 0.0)
-        elif worker.exitcode != _BROKEN:
-            print(f"the worker ended with {worker.exitcode}; see above", file=sys.stderr)
-            return 1
-        return None
+            detail = f"the process ended with {worker.exitcode}"
+            self.record(running[-1].name, Outcome("fail", detail), 0.0)
+            return None
+        print(f"the worker ended with {worker.exitcode}; see above", file=sys.stderr)
+        return 1
 
     def record(self, name: str, outcome: Outcome, seconds: float) -> None:
         errors = {"max_error": outcome.max_error, "allowed": outcome.allowed}
@@ -365,7 +373,7 @@ class Supervisor:
         self.options.log(self.command, text)
         print(text, flush=True)
 
-    def summarize(self, seconds: float) -> int:
+    def summarize(self) -> int:
         """Print what was measured and what is left; 1 when a step has failed, else 0."""
         if self.command == "bench":
             summary.print_bench(self.options.out)
@@ -380,5 +388,6 @@ class Supervisor:
         for name in left[:12]:
             print(f"  left: {name}")
         numbers = ", ".join(f"{count} {status}" for status, count in counts.items())
+        seconds = time.monotonic() - self.began
         print(f"{self.command}: {numbers}, {len(left)} left; {seconds:.0f} s; {self.options.out}")
         return int(counts["fail"] > 0)

@@ -11,6 +11,7 @@ on the selection and are counted as nothing.
 
 import argparse
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,7 +271,7 @@ def print_rooflines(problem: Problem, ceilings: Ceilings, precision: str) -> Non
     print(f"\nSum of the rooflines: {forward:.0f} us forward, {both:.0f} with the backward pass.")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the rooflines of one shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--block-per-row", type=int, default=8)
     parser.add_argument("--coarse-precision", choices=("tf32x3", "ieee"), default="tf32x3")
     parser.add_argument("--ceilings", type=Path, help="a ceilings.csv that `run.py bench` wrote")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     ceilings = Ceilings.measured(args.ceilings) if args.ceilings else Ceilings()
     shape = (args.length, args.batch, args.heads, args.head_dim, args.block_per_row)
     is_stored = args.length < RECOMPUTE_FROM_LENGTH
