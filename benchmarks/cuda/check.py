@@ -1,8 +1,8 @@
 """Are the kernels right on this GPU? The test suite's GPU tests, a row each, and a memory checker.
 
-What is right is defined in tests/: `pytest -m gpu` compares with the reference and the float64
-yardstick, forces every row and form of the launch table, and tests what only a GPU can show. A test
-that records the properties "max_error" and "allowed" fills these columns of its row.
+What is right is defined in tests/kernels: `pytest -m gpu` compares with the reference and the
+float64 yardstick, forces every row and form of the launch table, and tests what only a GPU can
+show. A test that records the properties "max_error" and "allowed" fills these columns of its row.
 """
 
 import importlib.util
@@ -36,14 +36,13 @@ def _run_tests(session: Session) -> Outcome:
         return Outcome("fail", f"not installed: {', '.join(missing)}")
     import pytest
 
-    tests = ROOT / "tests"
-    if session.dry_run:
-        tests = tests / "kernels" / "test_gpu.py"
+    folder = ROOT / "tests" / "kernels"
+    tests = [folder / "test_gpu.py", *([] if session.dry_run else [folder])]  # the others after it
     rows = TestRows(session)
     # A row is printed for every test, instead of pytest's report.
     quiet = ("-p", "no:terminal", "-p", "no:cacheprovider", "-o", "addopts=")
     collecting = ("--rootdir", str(ROOT), "--continue-on-collection-errors", "-m", "gpu")
-    status = pytest.main([*quiet, *collecting, str(tests)], plugins=[rows])
+    status = pytest.main([*quiet, *collecting, *map(str, tests)], plugins=[rows])
     known = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
     if status not in known or rows.failed or not rows.collected:
         detail = f"pytest ended with {int(status)}; {rows.failed} failed of {rows.collected}"
@@ -88,7 +87,8 @@ class TestRows:
         self.outcome.allowed = numbers.get("allowed")
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
-            self.outcome.status, self.outcome.detail = "skipped", reason.lower()
+            detail = f"skipped: {reason.removeprefix('Skipped: ')}"
+            self.outcome.status, self.outcome.detail = "skipped", detail
         elif report.failed:
             lines = report.longreprtext.strip().splitlines() or [""]
             errors = [line[1:].strip() for line in lines if line.startswith("E ")]

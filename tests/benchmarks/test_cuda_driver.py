@@ -243,12 +243,12 @@ def test_is_skipped():
 
 
 def test_every_gpu_test_has_a_row(tmp_path, monkeypatch):
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    (tests / "test_some.py").write_text(SOME_TESTS)
+    tests = tmp_path / "tests" / "kernels"
+    tests.mkdir(parents=True)
+    (tests / "test_gpu.py").write_text(SOME_TESTS)
     (tests / "test_cannot_be_imported.py").write_text("import no_such_module\n")
     monkeypatch.setattr(check, "ROOT", tmp_path)
-    name, messages = "tests/test_some.py::test_{}".format, []
+    name, messages = "tests/kernels/test_gpu.py::test_{}".format, []
     session = driver.Session(
         *("check", options(tmp_path, dry_run=False), torch.device("cpu")),
         frozenset([name("done")]),
@@ -263,7 +263,7 @@ def test_every_gpu_test_has_a_row(tmp_path, monkeypatch):
     assert dict(zip(started, outcomes, strict=True)) == {
         name("passes"): Outcome(max_error=0.25, allowed=0.5),
         name("fails"): Outcome("fail", "AssertionError: a sentence"),
-        name("is_skipped"): Outcome("skipped", "skipped: no gpu"),
+        name("is_skipped"): Outcome("skipped", "skipped: no GPU"),
     }
     log = (tmp_path / "check.log").read_text()
     assert "no_such_module" in log and "assert 1 == 2" in log
