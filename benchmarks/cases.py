@@ -1,220 +1,182 @@
 """What the benchmark measures: attention, modules, models, mixed lengths, scales, AdaMRA.
 
-Every section times its providers in turn on the same inputs and returns rows of the CSV; dense SDPA
-is always among them, and `ratio` is its median time over that of the row.
+Every section times its providers in turn on the same inputs and returns rows of the CSV. Dense SDPA
+is always among them, and `ratio` is its median time divided by the row's.
 """
 
 import statistics
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.memory import peak_megabytes
-from benchmarks.providers import arena_layers, self_attention_modules, whole_models
+from benchmarks.providers import (
+    HEAD_DIM,
+    HEADS,
+    PADDING,
+    Providers,
+    arena_layers,
+    attention_providers,
+    self_attention_modules,
+    whole_models,
+)
 from benchmarks.variable_lengths import BATCH, training_passes
 from mra_attention import mra2_attention, multiresolution_attention
-from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
+from mra_attention.benchmarking import DTYPES, interleaved_milliseconds, topical_inputs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-HEADS, HEAD_DIM = 12, 64
 #: Heads of the longest inputs: dense attention takes minutes there.
 SCALES_HEADS = 2
-
-#: Tokens up to which scales are compared with dense attention once more, for their error.
+#: Tokens up to which scales are compared with dense attention a second time, for their error.
 _LONGEST_ERROR = 32768
 
-#: Tokens that the mask of "mra2_padded" hides at the end: one block and a half.
-PADDING = 48
 
-#: (provider, block_per_row or None) -> function
-Providers = dict[tuple[str, int | None], Callable[..., Tensor]]
+@dataclass(frozen=True)
+class Case:
+    """The conditions of one section.
+
+    Attributes:
+        length: tokens.
+        dtype: a key of `DTYPES`.
+        budgets: `block_per_row` of MRA-2.
+        device: "cpu" or "cuda".
+        repeats: interleaved rounds.
+        memory: measure the peak memory of each provider too; only the section "attention" does.
+    """
+
+    length: int
+    dtype: str
+    budgets: tuple[int, ...]
+    device: str
+    repeats: int
+    memory: bool = False
 
 
-def attention(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
+def attention(case: Case) -> list[dict]:
     """Attention on ready query, key and value: SDPA and MRA-2, and MRA-2 with a padding mask."""
-    inputs = topical_inputs(length, dtype=DTYPES[dtype], device=device)
-    providers = attention_providers(length, budgets, device)
-    errors = _relative_errors(providers, inputs, length)
+    inputs = topical_inputs(case.length, dtype=DTYPES[case.dtype], device=case.device)
+    providers = attention_providers(case.length, case.budgets, case.device)
+    errors = _relative_errors(providers, inputs)
     peaks = {}
-    if memory:
-        peaks = {name: peak_megabytes(device, length, dtype, budgets, name) for name in providers}
-    return _both_passes("attention", length, dtype, providers, inputs, repeats, errors, peaks)
+    if case.memory:
+        arguments = (case.device, case.length, case.dtype, case.budgets)
+        peaks = {name: peak_megabytes(*arguments, name) for name in providers}
+    return _both_passes("attention", case, providers, inputs, errors, peaks)
 
 
-def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> Providers:
-    """SDPA, MRA-2 with each budget, and with 8 blocks and a block and a half of padding."""
-    providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
-    for block_per_row in budgets:
-        providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
-            q, k, v, block_per_row=n
-        )
-    if length > PADDING and 8 in budgets:
-        mask = torch.ones(1, length, dtype=torch.bool, device=device)
-        mask[:, -PADDING:] = False
-        providers["mra2_padded", 8] = lambda q, k, v: mra2_attention(q, k, v, mask, block_per_row=8)
-    return providers
-
-
-def self_attention(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
+def self_attention(case: Case) -> list[dict]:
     """Whole self-attention modules, projections included, hidden size 768: MRA-2 and its peers."""
-    assert not memory
-    hidden = torch.randn(1, length, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(device, DTYPES[dtype]).requires_grad_()
-    providers = self_attention_modules(length, DTYPES[dtype], budgets, device)
-    return _both_passes("self_attention", length, dtype, providers, (hidden,), repeats)
+    dtype, generator = DTYPES[case.dtype], torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, case.length, HEADS * HEAD_DIM, generator=generator)
+    hidden = hidden.to(case.device, dtype).requires_grad_()
+    providers = self_attention_modules(case.length, dtype, case.budgets, case.device)
+    return _both_passes("self_attention", case, providers, (hidden,))
 
 
-def model(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
+def model(case: Case) -> list[dict]:
     """RoBERTa-base with a masked-LM head: a forward pass, and a training step with AdamW."""
-    assert not memory and dtype == "fp32"
+    assert case.dtype == "fp32"
     rows = []
     for name, training in (("fwd", False), ("step", True)):
-        providers, inputs = whole_models(length, budgets, device, training)
+        providers, inputs = whole_models(case.length, case.budgets, case.device, training)
         # One pass of a long model takes a minute: it warms itself up.
         samples = interleaved_milliseconds(
-            providers, inputs, backward=False, repeats=repeats, warm_up=length < 4096
+            providers, inputs, backward=False, repeats=case.repeats, warm_up=case.length < 4096
         )
-        rows += _rows("model", length, dtype, training, samples, passes=name)
+        rows += _rows("model", case, name, samples)
     return rows
 
 
-def mixed_lengths(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
+def mixed_lengths(case: Case) -> list[dict]:
     """Forward and backward over texts of 50 to `length` tokens; `mode` says how many tokens."""
-    assert not memory and dtype == "fp32"
-    passes, tokens = training_passes(length, budgets, device)
+    assert case.dtype == "fp32"
+    passes, tokens = training_passes(case.length, case.budgets, case.device)
     samples = interleaved_milliseconds(
-        passes, (torch.zeros(()),), backward=False, repeats=repeats, warm_up=length < 4096
+        passes,
+        (torch.zeros(()),),
+        backward=False,
+        repeats=case.repeats,
+        warm_up=case.length < 4096,
     )
-    rows = _rows("mixed_lengths", length, dtype, True, samples)
+    rows = _rows("mixed_lengths", case, "fwd+bwd", samples)
     for row in rows:
         row |= {"batch": BATCH, "heads": 3, "mode": f"{row['mode']}, {tokens} tokens".lstrip(", ")}
         row["tokens_per_second"] = 1000 * tokens / row["ms_median"]
     return rows
 
 
-def scales(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
-    """Forward with the scales {32, 1}, whose pooled matrix grows quadratically, and with a coarser
-    one before them, {1024, 32, 1}: `block_per_row` says how many blocks are cut per row of the
-    first scale, and how many per row of 32 are exact.
+def scales(case: Case) -> list[dict]:
+    """Forward pass with the scales {32, 1}, whose pooled matrix grows quadratically, and with a
+    coarser scale before them, {1024, 32, 1}. `block_per_row` says how many blocks are cut per row
+    of the first scale, and how many per row of 32 are exact.
     """
-    assert not memory and dtype == "fp32"
+    assert case.dtype == "fp32"
+    length = case.length
     with torch.no_grad():
-        inputs = topical_inputs(length, heads=SCALES_HEADS, device=device)
+        inputs = topical_inputs(length, heads=SCALES_HEADS, device=case.device)
         providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
-        for block_per_row in budgets:
+        for block_per_row in case.budgets:
             providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
                 q, k, v, block_per_row=n
             )
-            budget = {
-                "resolutions": (1024, 32, 1),
-                "block_budgets": (
-                    max(1, length // 1024) * block_per_row,
-                    length // 32 * block_per_row,
-                ),
-            }
-            providers["mra_1024_32_1", block_per_row] = lambda q, k, v, budget=budget: (
-                multiresolution_attention(q, k, v, **budget)
+            budgets = (max(1, length // 1024) * block_per_row, length // 32 * block_per_row)
+            providers["mra_1024_32_1", block_per_row] = lambda q, k, v, budgets=budgets: (
+                multiresolution_attention(q, k, v, resolutions=(1024, 32, 1), block_budgets=budgets)
             )
         samples = interleaved_milliseconds(
-            providers, inputs, backward=False, repeats=repeats, warm_up=length < 65536
+            providers, inputs, backward=False, repeats=case.repeats, warm_up=length < 65536
         )
-        errors = None
-        if length <= _LONGEST_ERROR:
-            errors = _relative_errors(providers, inputs, length)
-    rows = _rows("scales", length, dtype, False, samples, errors)
+        errors = _relative_errors(providers, inputs) if length <= _LONGEST_ERROR else None
+    rows = _rows("scales", case, "fwd", samples, errors)
     for row in rows:
         row["heads"] = SCALES_HEADS
         row["mode"] = "" if row["provider"] == "sdpa" else "full"
     return rows
 
 
-def adamra(
-    length: int,
-    dtype: str,
-    budgets: tuple[int, ...],
-    device: str,
-    repeats: int,
-    memory: bool,
-) -> list[dict]:
+def adamra(case: Case) -> list[dict]:
     """Whole attention layers of the Long Range Arena's width 64, forward and backward: AdaMRA,
     linear attention, MRA-2 and dense attention.
     """
-    assert not memory and dtype == "fp32"
-    hidden = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(0))
-    hidden = hidden.to(device).requires_grad_()
-    providers = arena_layers(budgets, device)
-    samples = interleaved_milliseconds(providers, (hidden,), backward=True, repeats=repeats)
-    rows = _rows("adamra", length, dtype, True, samples)
+    assert case.dtype == "fp32"
+    hidden = torch.randn(1, case.length, 64, generator=torch.Generator().manual_seed(0))
+    hidden = hidden.to(case.device).requires_grad_()
+    providers = arena_layers(case.budgets, case.device)
+    samples = interleaved_milliseconds(providers, (hidden,), backward=True, repeats=case.repeats)
+    rows = _rows("adamra", case, "fwd+bwd", samples)
     for row in rows:
         row |= {"heads": 2, "head_dim": 32}
     return rows
 
 
 @torch.no_grad()
-def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...], length: int) -> dict:
-    """Norm of the difference from dense attention in float32, with padding if the provider has it,
-    over the norm of dense attention; at real tokens.
+def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...]) -> dict:
+    """Norm of the difference from dense attention in float32 over the norm of dense attention, at
+    real tokens; providers with padding are compared with dense attention over the real tokens.
     """
-    query, key, value = (x.float() for x in inputs)
-    exact = F.scaled_dot_product_attention(query, key, value)
-    real = slice(0, length - PADDING)
-    of_real_tokens = F.scaled_dot_product_attention(
-        query[:, :, real], key[:, :, real], value[:, :, real]
-    )
+    inputs32 = [x.float() for x in inputs]
+    exact = F.scaled_dot_product_attention(*inputs32)
+    exact_unpadded = F.scaled_dot_product_attention(*(x[:, :, :-PADDING] for x in inputs32))
 
     def error(provider: str, output: Tensor) -> float:
-        wanted = of_real_tokens if provider == "mra2_padded" else exact
-        return float((output.float()[:, :, : wanted.shape[2]] - wanted).norm() / wanted.norm())
+        dense = exact_unpadded if provider == "mra2_padded" else exact
+        return float((output.float()[:, :, : dense.shape[2]] - dense).norm() / dense.norm())
 
     return {name: error(name[0], function(*inputs)) for name, function in providers.items()}
 
 
-def _both_passes(op, length, dtype, providers, inputs, repeats, errors=None, peaks=None):
+def _both_passes(op: str, case: Case, providers: Providers, inputs, errors=None, peaks=None):
     rows = []
-    for backward in (False, True):
-        samples = interleaved_milliseconds(providers, inputs, backward=backward, repeats=repeats)
-        rows += _rows(op, length, dtype, backward, samples, errors, peaks)
+    for name, backward in (("fwd", False), ("fwd+bwd", True)):
+        samples = interleaved_milliseconds(
+            providers, inputs, backward=backward, repeats=case.repeats
+        )
+        rows += _rows(op, case, name, samples, errors, peaks if backward else None)
     return rows
 
 
-def _rows(op, length, dtype, backward, samples, errors=None, peaks=None, passes=None) -> list[dict]:
+def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None) -> list[dict]:
     dense = statistics.median(samples["sdpa", None])
     rows = []
     for (provider, block_per_row), times in samples.items():
@@ -224,18 +186,18 @@ def _rows(op, length, dtype, backward, samples, errors=None, peaks=None, passes=
             {
                 "op": op,
                 "provider": provider,
-                "dtype": dtype,
+                "dtype": case.dtype,
                 "batch": 1,
                 "heads": HEADS,
-                "length": length,
+                "length": case.length,
                 "head_dim": HEAD_DIM,
                 "block_per_row": block_per_row,
                 "mode": "full" if provider.startswith("mra2") else "",
-                "pass": passes or ("fwd+bwd" if backward else "fwd"),
+                "pass": name,
                 "ms_median": round(median, 3),
                 "ms_p20": round(ordered[int(0.2 * (len(ordered) - 1))], 3),
                 "ms_p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-                "peak_mb": (peaks or {}).get((provider, block_per_row)) if backward else None,
+                "peak_mb": (peaks or {}).get((provider, block_per_row)),
                 "rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None,
                 "ratio": dense / median,
             }

@@ -7,43 +7,50 @@ python benchmarks/plot.py results/cpu.csv results/cpu_modules.png --op self_atte
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's package named `cuda`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import benchmarks  # noqa: F401  (makes mra_hf importable)
+from mra_hf.baselines.methods import METHODS
+from mra_hf.results.drawing import new_figure, save_figure
+
 TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}
+#: Provider -> its name in legends; {} is the budget.
 NAMES = {
-    "sdpa": "dense (SDPA)",
-    "sdpa_flash": "dense (SDPA, flash)",
-    "sdpa_cudnn": "dense (SDPA, cuDNN)",
+    "sdpa": f"{METHODS['dense'].label} (SDPA)",
+    "sdpa_flash": f"{METHODS['dense'].label} (SDPA, flash)",
+    "sdpa_cudnn": f"{METHODS['dense'].label} (SDPA, cuDNN)",
     "flex_exact_part": "FlexAttention on the same blocks; {} per row",
-    "mra2": "MRA-2, {} blocks per row",
-    "longformer_64": "Longformer, window 64",
-    "longformer_256": "Longformer, window 256",
-    "bigbird": "BigBird",
+    "mra2": f"{METHODS['mra2'].label}, {{}} blocks per row",
+    "longformer_64": f"{METHODS['longformer'].label}, window 64",
+    "longformer_256": f"{METHODS['longformer'].label}, window 256",
+    "bigbird": METHODS["bigbird"].label,
     "mra_1024_32_1": "scales 1024, 32, 1; {} blocks per row",
-    "adamra": "AdaMRA, segments of 2, 8, 32",
-    "linear": "linear attention",
+    "adamra": f"{METHODS['adamra'].label}, segments of 2, 8, 32",
+    "linear": METHODS["linear"].label,
 }
+#: Provider, or "PROVIDER BUDGET" -> its colour.
 COLOURS = {
-    "sdpa": "#444444",
-    "sdpa_flash": "#444444",
+    "sdpa": METHODS["dense"].colour,
+    "sdpa_flash": METHODS["dense"].colour,
     "sdpa_cudnn": "#999999",
     "flex_exact_part": "#66a3d2",
     "mra2 4": "#1b9e77",
     "mra2 8": "#d95f02",
     "mra2 16": "#7570b3",
     "longformer_64": "#66a3d2",
-    "longformer_256": "#1f5f99",
+    "longformer_256": METHODS["longformer"].colour,
     "bigbird": "#b5a642",
     "mra_1024_32_1 4": "#d95f02",
-    "adamra": "#1b9e77",
-    "linear": "#66a3d2",
+    "adamra": METHODS["adamra"].colour,
+    "linear": METHODS["linear"].colour,
 }
-
-
 PASS_COLOURS = {
     "summaries": "#7570b3",
     "select": "#1b9e77",
@@ -53,12 +60,12 @@ PASS_COLOURS = {
 
 
 def draw_lengths(rows: list[dict[str, str]], png: Path, *, graph: bool = False) -> None:
-    """Milliseconds against tokens: a column of panels per pass, and a row per batch that was
-    measured at several lengths; one row of panels where none was.
+    """Draw milliseconds against tokens: a column of panels per pass, and a row of panels per batch
+    size that was measured at several lengths; one row of panels where there is none.
 
     Args:
         rows: of one op and dtype.
-        png: written.
+        png: the file to write.
         graph: rows of CUDA graphs instead of eager calls.
 
     Raises:
@@ -73,40 +80,35 @@ def draw_lengths(rows: list[dict[str, str]], png: Path, *, graph: bool = False) 
     by_batch: dict[str, list[dict[str, str]]] = {}
     for row in sorted(rows, key=lambda row: int(row["batch"])):
         by_batch.setdefault(row["batch"], []).append(row)
-    several = [found for found in by_batch.values() if len({row["length"] for row in found}) > 1]
+    several = [group for group in by_batch.values() if len({row["length"] for row in group}) > 1]
     groups = several or [rows]
-    figure = _figure(10, 0.6 + 3.8 * len(groups))
+    figure = new_figure(10, 0.6 + 3.8 * len(groups))
     panels = figure.subplots(len(groups), len(passes), squeeze=False)
     for line, group in zip(panels, groups, strict=True):
         for axes, kind in zip(line, passes, strict=True):
             _draw_panel(axes, [row for row in group if row["pass"] == kind])
-            of_batch = f", batch {group[0]['batch']}" if len(groups) > 1 else ""
-            axes.set(xlabel="tokens", ylabel="ms", title=TITLES[kind] + of_batch)
+            batch = f", batch {group[0]['batch']}" if len(groups) > 1 else ""
+            axes.set(xlabel="tokens", ylabel="ms", title=TITLES[kind] + batch)
     first = groups[0][0]
-    what = {
+    subjects = {
         "attention": "attention",
         "self_attention": "self-attention module",
         "scales": "two and three scales",
         "adamra": "attention layers of the Long Range Arena",
     }
     batches = {row["batch"] for group in groups for row in group}
-    of_batch = f"batch {first['batch']}, " if len(batches) == 1 else ""
-    title = f"{what.get(first['op'], 'RoBERTa-base')}{' as CUDA graphs' * graph}, {first['device']}"
-    title += f"; {first['dtype']}, {of_batch}{first['heads']} heads x {first['head_dim']}"
+    batch = f"batch {first['batch']}, " if len(batches) == 1 else ""
+    title = subjects.get(first["op"], "RoBERTa-base") + " as CUDA graphs" * graph
+    title += f", {first['device']}; {first['dtype']}, {batch}"
+    title += f"{first['heads']} heads x {first['head_dim']}"
     _save(figure, png, title, first)
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _save(figure: Figure, png: Path, title: str, row: dict[str, str]) -> None:
-    """Write the picture under its title and the conditions of a row."""
+    """Write the picture with a title and the conditions of a row."""
     conditions = f"torch {row['torch']}; {row['date']}, {row['commit']}"
     figure.suptitle(f"{title}; {conditions}", fontsize=9)
-    figure.savefig(png, dpi=120)
+    save_figure(figure, png)
 
 
 def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
@@ -131,7 +133,9 @@ def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
 
 
 def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
-    """Microseconds of every kernel beside their floor, of the first shape of a `launches.csv`."""
+    """Draw microseconds of every kernel beside its roofline, for the first shape in the rows of a
+    `launches.csv`.
+    """
     first = rows[0]
     shape = ("length", "batch")
     bars = [
@@ -139,25 +143,26 @@ def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
         for row in rows
         if all(row[name] == first[name] for name in shape) and not row["kernel"].startswith("(")
     ]
-    figure = _figure(10, 1.2 + 0.24 * len(bars))
+    figure = new_figure(10, 1.2 + 0.24 * len(bars))
     axes = figure.subplots()
-    places = range(len(bars))
+    positions = range(len(bars))
     axes.barh(
-        places,
+        positions,
         [float(row["us"]) for row in bars],
         color=[PASS_COLOURS[row["pass"]] for row in bars],
         height=0.8,
     )
-    floors = [(place, float(row["floor_us"])) for place, row in enumerate(bars) if row["floor_us"]]
-    for place, floor in floors:
-        axes.plot([floor, floor], [place - 0.4, place + 0.4], color="black", linewidth=2)
+    for position, row in enumerate(bars):
+        if row["floor_us"]:
+            ends = [position - 0.4, position + 0.4]
+            axes.plot([float(row["floor_us"])] * 2, ends, color="black", linewidth=2)
     names = [
         f"{row['pass']}: {row['launches']} x {row['kernel'].removesuffix('_kernel')[:40]}"
         for row in bars
     ]
-    axes.set_yticks(places, names, fontsize=8)
+    axes.set_yticks(positions, names, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel="microseconds; black: the floor by measured ceilings")
+    axes.set(xlabel="microseconds; black: the roofline by measured ceilings")
     axes.grid(axis="x", alpha=0.3)
     title = f"launches of MRA-2, {first['device']}; {first['dtype']}, {first['length']} tokens x "
     title += f"{first['batch']}, {first['heads']} heads x {first['head_dim']}, "
@@ -165,8 +170,8 @@ def draw_launches(rows: list[dict[str, str]], png: Path) -> None:
     _save(figure, png, title, first)
 
 
-def main() -> int:
-    """Draw one kind of row, a panel per pass."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw rows of one op, a panel per pass; or the rows of a `launches.csv`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,10 +180,10 @@ def main() -> int:
     parser.add_argument(
         "--op", choices=("attention", "self_attention", "model", "scales", "adamra")
     )
-    parser.add_argument("--dtype", help="default: that of the first row")
-    parser.add_argument("--batch", help="default: all that were measured at several lengths")
+    parser.add_argument("--dtype", help="default: the first row's")
+    parser.add_argument("--batch", help="default: all sizes that were measured at several lengths")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, not eager calls")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with args.csv.open() as file:
         rows = list(csv.DictReader(file))
     if rows and "kernel" in rows[0]:
@@ -198,7 +203,7 @@ def main() -> int:
 
 
 def drawable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of providers that have a name here; MRA-2-s, which costs about the same, has none."""
+    """The rows of providers in NAMES, without MRA-2-s, which costs about as much as MRA-2."""
     return [row for row in rows if row["provider"] in NAMES and row["mode"] != "sparse"]
 
 

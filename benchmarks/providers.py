@@ -1,8 +1,13 @@
-"""Other attentions of Transformers as whole modules, and whole models; RoBERTa-base's shape."""
+"""The attentions that are timed: on ready query, key, value; as modules; in whole models.
+
+Their sizes are those of RoBERTa-base. Providers are named by (provider, block_per_row or None), as
+in the rows of the CSV.
+"""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import BigBirdConfig, LongformerConfig, RobertaConfig, RobertaForMaskedLM
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention, BigBirdModel
@@ -10,21 +15,46 @@ from transformers.models.longformer.modeling_longformer import LongformerSelfAtt
 from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
+from mra_attention import mra2_attention
 from mra_hf.baselines.methods import METHODS
 from mra_hf.sparse_prediction import predict_labelled_positions
 
-_SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "attention_probs_dropout_prob": 0.0}
+#: (provider, block_per_row or None) -> function of the inputs
+Providers = dict[tuple[str, int | None], Callable[..., Tensor]]
 
+HEADS, HEAD_DIM = 12, 64
+#: Tokens that the mask of "mra2_padded" hides at the end: one and a half blocks.
+PADDING = 48
+
+_SHAPE = {
+    "hidden_size": HEADS * HEAD_DIM,
+    "num_attention_heads": HEADS,
+    "attention_probs_dropout_prob": 0.0,
+}
 #: Longformer's `attention_window`, both sides together.
 _WINDOWS = (64, 256)
 
 
+def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> Providers:
+    """SDPA, MRA-2 with each budget, and MRA-2 with 8 blocks per row and padding at the end."""
+    providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
+    for block_per_row in budgets:
+        providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
+            q, k, v, block_per_row=n
+        )
+    if length > PADDING and 8 in budgets:
+        mask = torch.ones(1, length, dtype=torch.bool, device=device)
+        mask[:, -PADDING:] = False
+        providers["mra2_padded", 8] = lambda q, k, v: mra2_attention(q, k, v, mask, block_per_row=8)
+    return providers
+
+
 def self_attention_modules(
     length: int, dtype: torch.dtype, budgets: tuple[int, ...], device: str
-) -> dict[tuple[str, int | None], Callable[[Tensor], Tensor]]:
-    """(provider, block_per_row) -> hidden states `[1, N, 768]` to the same, projections included.
+) -> Providers:
+    """Self-attention modules, projections included: functions of hidden states `[1, N, 768]`.
 
-    BigBird needs more than 704 tokens for its sparse form and is left out below.
+    BigBird needs more than 704 tokens for its sparse form; it is left out for shorter inputs.
     """
 
     def build(module: torch.nn.Module) -> torch.nn.Module:
@@ -40,7 +70,7 @@ def self_attention_modules(
         module = build(RobertaSelfAttention(config))
         return lambda hidden: module(hidden)[0]
 
-    modules = {("sdpa", None): roberta("sdpa")}
+    modules: Providers = {("sdpa", None): roberta("sdpa")}
     for block_per_row in budgets:
         modules["mra2", block_per_row] = roberta("mra2", block_per_row=block_per_row)
     for window in _WINDOWS:
@@ -56,12 +86,12 @@ def _longformer(window: int, length: int, build, dtype) -> Callable[[Tensor], Te
     module = build(LongformerSelfAttention(config, 0))
 
     def run(hidden: Tensor) -> Tensor:
-        nothing = torch.zeros(1, length, dtype=torch.bool, device=hidden.device)
+        no_token = torch.zeros(1, length, dtype=torch.bool, device=hidden.device)
         return module(
             hidden,
             attention_mask=torch.zeros(1, length, dtype=dtype, device=hidden.device),
-            is_index_masked=nothing,
-            is_index_global_attn=nothing,
+            is_index_masked=no_token,
+            is_index_global_attn=no_token,
             is_global_attn=False,
         )[0]
 
@@ -87,12 +117,14 @@ def _bigbird(length: int, build, dtype, device) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def whole_models(length: int, budgets: tuple[int, ...], device: str, training: bool):
+def whole_models(
+    length: int, budgets: tuple[int, ...], device: str, training: bool
+) -> tuple[Providers, tuple[Tensor]]:
     """RoBERTa-base with a masked-LM head, dense and MRA-2, and its input.
 
     Returns:
-        (provider, block_per_row) -> function of the token ids `[1, N]`: a forward pass to the
-        hidden states, or a training step (15 % of the tokens predicted, AdamW); and the ids.
+        Functions of the token ids `[1, N]`: a forward pass to the hidden states, or a training
+        step (15 % of the tokens predicted, AdamW); and the ids.
     """
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(5, 50265, (1, length), generator=generator).to(device)
@@ -124,21 +156,23 @@ def whole_models(length: int, budgets: tuple[int, ...], device: str, training: b
 
         return step
 
-    providers = {("sdpa", None): build("sdpa")}
+    providers: Providers = {("sdpa", None): build("sdpa")}
     for block_per_row in budgets:
         providers["mra2", block_per_row] = build("mra2", block_per_row=block_per_row)
     return providers, (input_ids,)
 
 
-def arena_layers(budgets: tuple[int, ...], device: str) -> dict:
-    """Attention layers of the Long Range Arena encoder, projections included, in evaluation."""
-    names = [("sdpa", "dense", None), ("adamra", "adamra", None), ("linear", "linear", None)]
-    names += [("mra2", "mra2", block_per_row) for block_per_row in budgets]
-    layers = {}
-    for provider, attention, block_per_row in names:
+def arena_layers(budgets: tuple[int, ...], device: str) -> Providers:
+    """Attention layers of the Long Range Arena encoder in evaluation, projections included:
+    functions of hidden states `[1, N, 64]`.
+    """
+
+    def build(attention: str, **settings) -> Callable[[Tensor], Tensor]:
         torch.manual_seed(0)
-        settings = {} if block_per_row is None else {"block_per_row": block_per_row}
         config = mra_hf.LraConfig(attention=attention, **settings)
         layer = METHODS[attention].layer(config, 0).to(device).eval()
-        layers[provider, block_per_row] = lambda hidden, layer=layer: layer(hidden, None)[0]
-    return layers
+        return lambda hidden: layer(hidden, None)[0]
+
+    layers: Providers = {("sdpa", None): build("dense")}
+    layers |= {(name, None): build(name) for name in ("adamra", "linear")}
+    return layers | {("mra2", n): build("mra2", block_per_row=n) for n in budgets}

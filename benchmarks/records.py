@@ -1,12 +1,9 @@
-"""CSV files that grow by one row at a time, and what every row says about where it was measured."""
+"""CSV files that grow by one row at a time, and the conditions of a measurement in every row."""
 
 import csv
 import datetime
 import importlib.metadata
-import io
-import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,12 +13,12 @@ COLUMNS = (
     *("op", "provider", "dtype", "batch", "heads", "length", "head_dim", "block_per_row", "mode"),
     *("pass", "ms_median", "ms_p20", "ms_p80", "peak_mb", "rel_error"),
 )
-#: What identifies a row of COLUMNS.
+#: The columns that identify a row of COLUMNS.
 KEYS = COLUMNS[len(CONDITIONS) : COLUMNS.index("ms_median")]
 
 
 class Records:
-    """A CSV file to which several processes may append; a row is in the file once it is added."""
+    """A CSV file whose rows are on disk as soon as they are added."""
 
     def __init__(self, path: Path, columns: tuple[str, ...], keys: tuple[str, ...]):
         self.path, self.columns, self.keys = path, columns, keys
@@ -45,43 +42,26 @@ class Records:
         self._known.add(self.key(row))
 
     def _append(self, row: Mapping) -> None:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, lineterminator="\n", extrasaction="ignore").writerow(row)
-        # One write to a file opened for appending: rows of several processes do not mix.
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, text.getvalue().encode())
-        finally:
-            os.close(file)
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n", extrasaction="ignore")
+            writer.writerow(row)
 
 
 def conditions(device: str, threads: int) -> dict[str, str]:
-    """Date, commit, device and versions: the first columns of every row."""
+    """Return date, commit, device and versions, the first columns of every row."""
     import torch
+
+    from mra_hf.results.files import source_commit
 
     name = f"{_cpu_name()}, {threads} threads"
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": source_commit("--untracked-files=no", ":/") or "",
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": _version("transformers"),
     }
-
-
-def _commit() -> str:
-    """What git calls the working tree; empty where there is no git, or no repository."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-            check=False,
-        ).stdout.strip()
-    except OSError:
-        return ""
 
 
 def _version(package: str) -> str:

@@ -2,33 +2,34 @@
 
     python benchmarks/run.py --device cpu --preset quick --out results.csv
 
-A section (what is timed, dtype, length) is written when it is complete; `--resume` skips those
-that the file already has with the same budgets. `plot.py` draws the CSV.
+A section (what is timed, dtype, length) is written when it is complete; `--resume` skips the
+sections that the file already has with the same budgets. `plot.py` draws the CSV.
 
-Four commands are for a card. They write into a folder, row by row, stop before the time limit and
-go on from there when called again:
+Four commands are for a GPU. They write into a folder, row by row, stop at the time limit, and go on
+from there when called again:
 
-    python benchmarks/run.py --device cuda check --time-limit 540 --out results/card
-    python benchmarks/run.py --device cuda bench --time-limit 540 --out results/card
-    python benchmarks/run.py --device cuda profile --time-limit 540 --out results/card
-    python benchmarks/run.py --device cuda tune --time-limit 540 --out results/card
+    python benchmarks/run.py --device cuda check --time-limit 540 --out results/gpu
+    python benchmarks/run.py --device cuda bench --time-limit 540 --out results/gpu
+    python benchmarks/run.py --device cuda profile --time-limit 540 --out results/gpu
+    python benchmarks/run.py --device cuda tune --time-limit 540 --out results/gpu
 
 `--device cpu --dry-run` runs the same code at tiny shapes in Triton's interpreter.
 """
 
 import argparse
-import csv
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-if not __package__:  # started as a file, whose folder would shadow NVIDIA's package named `cuda`
+if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's package named `cuda`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.cuda import driver
-from benchmarks.records import COLUMNS, conditions
+from benchmarks.records import COLUMNS, KEYS, Records, conditions
+
+NO_GPU = "--device cuda, but torch sees no CUDA or ROCm device here"
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,9 @@ class Sweep:
     """Which sections a preset measures.
 
     Args:
-        op: a key of `SECTIONS`.
-        lengths: tokens.
-        dtypes: "fp32", "bf16".
-        budgets: `block_per_row` of MRA-2.
-        repeats: interleaved rounds.
-        memory: measure the peak memory of each provider too, in a process of its own.
+        op: a key of `cases.SECTIONS`.
+        lengths, dtypes: a section each; see `cases.Case`.
+        budgets, repeats, memory: of every section; see `cases.Case`.
     """
 
     op: str
@@ -49,51 +47,51 @@ class Sweep:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     budgets: tuple[int, ...] = (4, 8, 16)
     repeats: int = 5
-    memory: bool = True
+    memory: bool = False
 
 
 _SHORT = (512, 1024, 2048)
 PRESETS = {
     "smoke": (
-        Sweep("attention", (64,), ("fp32",), (1,), 1, memory=False),
-        Sweep("self_attention", (64,), ("fp32",), (1,), 1, memory=False),
-        Sweep("model", (64,), ("fp32",), (1,), 1, memory=False),
-        Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1, memory=False),
-        Sweep("scales", (64,), ("fp32",), (1,), 1, memory=False),
-        Sweep("adamra", (64,), ("fp32",), (1,), 1, memory=False),
+        Sweep("attention", (64,), ("fp32",), (1,), 1),
+        Sweep("self_attention", (64,), ("fp32",), (1,), 1),
+        Sweep("model", (64,), ("fp32",), (1,), 1),
+        Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1),
+        Sweep("scales", (64,), ("fp32",), (1,), 1),
+        Sweep("adamra", (64,), ("fp32",), (1,), 1),
     ),
-    "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,), memory=False),),
+    "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,)),),
     "pairs": (
-        Sweep("attention", (512,), budgets=(4,), repeats=21, memory=False),
-        Sweep("attention", (4096,), budgets=(8,), repeats=15, memory=False),
-        Sweep("attention", (8192,), budgets=(8,), repeats=7, memory=False),
-        Sweep("attention", (16384,), budgets=(8,), memory=False),
+        Sweep("attention", (512,), budgets=(4,), repeats=21),
+        Sweep("attention", (4096,), budgets=(8,), repeats=15),
+        Sweep("attention", (8192,), budgets=(8,), repeats=7),
+        Sweep("attention", (16384,), budgets=(8,)),
     ),
     "full": (
-        Sweep("attention", _SHORT, memory=False),
-        Sweep("attention", (4096, 8192)),
-        Sweep("attention", (16384,), repeats=3),
-        Sweep("self_attention", _SHORT, ("fp32",), (8,), 5, memory=False),
-        Sweep("self_attention", (4096, 8192, 16384), ("fp32",), (8,), 1, memory=False),
+        Sweep("attention", _SHORT),
+        Sweep("attention", (4096, 8192), memory=True),
+        Sweep("attention", (16384,), repeats=3, memory=True),
+        Sweep("self_attention", _SHORT, ("fp32",), (8,), 5),
+        Sweep("self_attention", (4096, 8192, 16384), ("fp32",), (8,), 1),
     ),
     "models": (
-        Sweep("model", _SHORT, ("fp32",), (8,), 3, memory=False),
-        Sweep("model", (4096, 8192), ("fp32",), (8,), 1, memory=False),
+        Sweep("model", _SHORT, ("fp32",), (8,), 3),
+        Sweep("model", (4096, 8192), ("fp32",), (8,), 1),
     ),
     "scales": (
-        Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3, memory=False),
-        Sweep("scales", (65536, 131072), ("fp32",), (4,), 3, memory=False),
+        Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3),
+        Sweep("scales", (65536, 131072), ("fp32",), (4,), 3),
     ),
     "adamra": (
-        Sweep("adamra", (1024, 2048, 4096, 8192, 16384), ("fp32",), (8,), 5, memory=False),
-        Sweep("adamra", (32768, 65536), ("fp32",), (8,), 1, memory=False),
+        Sweep("adamra", (1024, 2048, 4096, 8192, 16384), ("fp32",), (8,), 5),
+        Sweep("adamra", (32768, 65536), ("fp32",), (8,), 1),
     ),
-    "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3, memory=False),),
+    "lengths": (Sweep("mixed_lengths", (4096,), ("fp32",), (8,), 3),),
 }
 
 
-def main() -> int:
-    """Measure a preset, or run one of the commands for a card."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure a preset, or run one of the commands for a GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,11 +100,13 @@ def main() -> int:
         "--preset",
         choices=PRESETS,
         default="quick",
-        help="quick: a minute; pairs: dense attention and one budget in many rounds, ten minutes; "
-        "full: half an hour; models: whole RoBERTa-base models, ten minutes; lengths: training on "
-        "texts of 50 to 4096 tokens, two minutes; scales: two and three scales up to 131072 "
-        "tokens, four minutes; adamra: attention layers of the Long Range Arena up to 65536 "
-        "tokens, three minutes",
+        help="quick: a minute; "
+        "pairs: dense attention and one budget in many rounds, ten minutes; "
+        "full: half an hour; "
+        "models: whole RoBERTa-base models, ten minutes; "
+        "lengths: training on texts of 50 to 4096 tokens, two minutes; "
+        "scales: two and three scales up to 131072 tokens, four minutes; "
+        "adamra: attention layers of the Long Range Arena up to 65536 tokens, three minutes",
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument(
@@ -116,27 +116,40 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="keep the sections OUT already has")
     driver.add_arguments(parser)
-    args = parser.parse_args()
-    driver.make_importable()
+    args = parser.parse_args(arguments)
     if args.command is not None or args.tune:
-        return driver.main(parser, args)
-    if args.dry_run:
-        parser.error("--dry-run is for the commands of a card; name one: check, bench or tune")
+        driver.check_arguments(parser, args)
+    elif args.dry_run:
+        parser.error(f"--dry-run is for the commands of a GPU: {', '.join(driver.COMMANDS)}")
+    if args.device == "cuda" and not _has_gpu():
+        parser.error(NO_GPU)
+    if args.command is not None:
+        return driver.run(args)
     if args.out is None:
         args.out = Path(f"benchmark_{args.device}_{args.preset}.csv")
     return _measure(parser, args)
 
 
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.cases import SECTIONS
+    from benchmarks.cases import SECTIONS, Case
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(driver.NO_CARD)
     torch.set_num_threads(args.threads)
     where = conditions(args.device, args.threads)
-    done = _start(args.out, args.resume)
+    if not args.resume:
+        args.out.unlink(missing_ok=True)
+    records = Records(args.out, COLUMNS, KEYS)
+    budgets_done: dict[tuple[str, str, str], set[str]] = {}
+    for row in records.rows():
+        section = (row["op"], row["dtype"], row["length"])
+        budgets_done.setdefault(section, set()).add(row["block_per_row"])
     print(f"{where['device']}, torch {torch.__version__}, batch 1, heads of 64, median ms")
     print(
         f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}{'ms':>10}{'vs SDPA':>9}"
@@ -144,22 +157,18 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     sections = list(_sections(args.preset))
     for number, (sweep, dtype, length) in enumerate(sections, 1):
         section = (sweep.op, dtype, str(length))
-        wanted = {str(budget) for budget in sweep.budgets}
-        if wanted <= done.get(section, set()):
+        if {str(budget) for budget in sweep.budgets} <= budgets_done.get(section, set()):
             continue
-        if section in done:
+        if section in budgets_done:
             parser.error(
                 f"{args.out} has {section} with other budgets; write this preset to another file"
             )
         begin = time.perf_counter()
-        rows = SECTIONS[sweep.op](
-            length, dtype, sweep.budgets, args.device, sweep.repeats, sweep.memory
-        )
+        case = Case(length, dtype, sweep.budgets, args.device, sweep.repeats, sweep.memory)
+        rows = SECTIONS[sweep.op](case)
         for row in rows:
             _show(row)
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-            writer.writerows(where | row for row in rows)
+            records.add(where | row)
         seconds = time.perf_counter() - begin
         print(
             f"  section {number} of {len(sections)}, {seconds:.0f} s", file=sys.stderr, flush=True
@@ -173,21 +182,6 @@ def _sections(preset: str) -> Iterator[tuple[Sweep, str, int]]:
         for dtype in sweep.dtypes:
             for length in sweep.lengths:
                 yield sweep, dtype, length
-
-
-def _start(out: Path, resume: bool) -> dict[tuple[str, str, str], set[str]]:
-    """Write the header, or return the sections, and their budgets, of a file to be completed."""
-    done: dict[tuple[str, str, str], set[str]] = {}
-    if resume and out.exists():
-        with out.open(newline="") as file:
-            for row in csv.DictReader(file):
-                section = (row["op"], row["dtype"], row["length"])
-                done.setdefault(section, set()).add(row["block_per_row"])
-        return done
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writeheader()
-    return done
 
 
 def _show(row: dict) -> None:

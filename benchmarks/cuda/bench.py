@@ -1,14 +1,14 @@
-"""Ceilings of the card, the table against dense attention, variants of the kernels, whole models.
+"""Ceilings of the GPU, the table against dense attention, variants of the kernels, whole models.
 
-`bench.csv` has the columns of `run.py`. `pass` is "fwd" or "fwd+bwd", with " graph" behind it where
-a CUDA graph is replayed. Providers: `mra2`; `sdpa_flash` and `sdpa_cudnn`, dense; and
-`flex_exact_part`, FlexAttention over the blocks that MRA-2 chose, without the choice and without
-the coarse part.
-`peak_mb` is taken above inputs and the gradient of the output, `rel_error` against dense attention
-in float32 on the first sample. Rows of op "variant" and "selection" time one part or one setting,
-named in the provider; rows of op "model" have their own passes (`models.py`).
+`bench.csv` has the columns of `run.py`. `pass` is "fwd" or "fwd+bwd", followed by " graph" where a
+CUDA graph is replayed. Providers: `mra2`; `sdpa_flash` and `sdpa_cudnn`, which are dense; and
+`flex_exact_part`, FlexAttention over the blocks that MRA-2 selected, without the selection and
+without the coarse part. `peak_mb` is measured above inputs and the gradient of the output,
+`rel_error` against dense attention in float32 on the first sample. Rows of op "variant" and
+"selection" time one part or one setting, named in the provider; rows of op "model" have passes of
+their own (`models.py`).
 
-`ceilings.csv` holds what the card can do: `megabytes` are moved (or `gigaflop` computed) in
+`ceilings.csv` holds what the GPU can do: `megabytes` are moved (or `gigaflop` computed) in
 `ms_median`; `rate` is their quotient in GB/s or TFLOP/s. `gather` reads random blocks of 4 KB out
 of a footprint that fits the L2 cache, or does not; `copy` counts what is read and written; float32
 products are IEEE.
@@ -29,6 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from benchmarks.cuda import models
 from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
 from benchmarks.cuda.measure import (
+    Timing,
     attention_inputs,
     coarse_precisions,
     forms,
@@ -36,21 +37,20 @@ from benchmarks.cuda.measure import (
     patched_table,
     peak_megabytes,
     pictures,
+    select_blocks,
     time_calls,
     with_coarse_precision,
     with_configs,
 )
 from benchmarks.records import COLUMNS, CONDITIONS, KEYS, Records
-from mra_attention import mra2_attention, triton_impl
-from mra_attention.triton_impl import launching
-from mra_attention.triton_impl.call import KernelCall
+from mra_attention import mra2_attention, ops
 
 CEILING_COLUMNS = (
     *CONDITIONS,
     *("name", "megabytes", "footprint_mb", "gigaflop"),
     *("ms_median", "ms_p20", "ms_p80", "rate", "unit"),
 )
-#: What the released 4096-token checkpoints force into the selection: uneven rows.
+#: Priors of the released 4096-token checkpoints, which make rows uneven.
 _PRIORS = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 5}
 
 
@@ -75,27 +75,30 @@ def steps(session: Session) -> list[Step]:
     """Ceilings, the table, variants, models: most wanted first."""
     records = Records(session.out / "bench.csv", COLUMNS, KEYS)
     shapes, budgets = _shapes(session)
-    found = ceiling_steps(session)
 
     def table(shape: Shape, provider: str, budget: int | None = None, mode: str = "full") -> Step:
         def run(s: Session) -> Outcome | None:
             return _table(s, records, shape, provider, budget, mode)
 
         name = f"table: {shape} {provider}" + (f" {budget} {mode}" if budget else "")
-        kind = "flex" if provider == "flex_exact_part" else "table"
-        return Step(name, run, kind, 25 if kind == "flex" else 4)
+        return Step(name, run, 25 if provider == "flex_exact_part" else 4)
 
     first, *others = budgets
-    for shape in shapes:
-        found.append(table(shape, "mra2", first))
-        found += [table(shape, provider) for provider in ("sdpa_flash", "sdpa_cudnn")]
-    found += [table(shape, "flex_exact_part", first) for shape in shapes[:2]]
-    found += [table(shape, "mra2", n) for shape in shapes for n in others]
-    found += [table(shape, "mra2", first, "sparse") for shape in shapes[:2]]
-    found += _variant_steps(session, records, shapes[0], first)
-    found += models.steps(session, records)
     flexible = [x for x in shapes[2:] if x.length >= 2048 and x.batch == 1]
-    return found + [table(shape, "flex_exact_part", first) for shape in flexible]
+    return [
+        *ceiling_steps(session),
+        *(
+            table(shape, provider, budget)
+            for shape in shapes
+            for provider, budget in (("mra2", first), ("sdpa_flash", None), ("sdpa_cudnn", None))
+        ),
+        *(table(shape, "flex_exact_part", first) for shape in shapes[:2]),
+        *(table(shape, "mra2", n) for shape in shapes for n in others),
+        *(table(shape, "mra2", first, "sparse") for shape in shapes[:2]),
+        *_variant_steps(session, records, shapes[0], first),
+        *models.steps(session, records),
+        *(table(shape, "flex_exact_part", first) for shape in flexible),
+    ]
 
 
 def _shapes(session: Session) -> tuple[list[Shape], tuple[int, ...]]:
@@ -109,7 +112,7 @@ def _shapes(session: Session) -> tuple[list[Shape], tuple[int, ...]]:
 
 
 def _largest_batch(length: int) -> int:
-    """The largest power of 2 for which 16 tensors `[B, 12, length, 64]` in bf16 fit the card."""
+    """The largest power of 2 for which 16 tensors `[B, 12, length, 64]` in bf16 fit the GPU."""
     samples = torch.cuda.get_device_properties(0).total_memory // (16 * 12 * length * 64 * 2)
     return 1 << (int(samples).bit_length() - 1)
 
@@ -130,11 +133,11 @@ def gather_kernel(X, INDEX, OUT, blocks_each, WORDS: tl.constexpr):
 
 
 def ceiling_steps(session: Session) -> list[Step]:
-    """What `ceilings.csv` holds."""
+    """The steps that write `ceilings.csv`."""
     records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
 
     def step(name: str, measure: Callable[[Session], dict]) -> Step:
-        return Step(f"ceiling: {name}", lambda s: _ceiling(s, records, name, measure), "ceiling")
+        return Step(f"ceiling: {name}", lambda s: _ceiling(s, records, name, measure))
 
     return [step(name, measure) for name, measure in _ceilings(session)]
 
@@ -215,17 +218,15 @@ def _provider(
 
 
 def _flex(session: Session, inputs: tuple[Tensor, ...], budget: int) -> Callable[..., Tensor]:
-    """FlexAttention over the lists of 32-token blocks that MRA-2 would choose."""
+    """FlexAttention over the lists of 32-token blocks that MRA-2 would select."""
     query, key = (x.detach() for x in inputs[:2])
-    settings = {"block_budget": None, "rule": "row_normalized", "scale": query.shape[-1] ** -0.5}
-    settings |= dict.fromkeys(_PRIORS, 0)
-    blocks = triton_impl.select(query, key, None, block_per_row=budget, **settings)
+    blocks = select_blocks(query, key, budget)
     counts = blocks.sum(-1, dtype=torch.int32)  # [B, H, R]
     listed = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
     lists = (torch.zeros_like(counts), torch.zeros_like(listed), counts, listed)
     length = query.shape[2]
     mask = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=32, seq_lengths=(length, length))
-    if session.dry_run:  # it has no backward on a CPU, and ignores the lists where not compiled
+    if session.dry_run:  # no backward on a CPU, and the lists are ignored where not compiled
         raise Skipped("dry run")
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
     options = dict.fromkeys(names, 32)
@@ -259,7 +260,7 @@ def _table(
     with context:
         passes = {"fwd": _forward(function, inputs), "fwd+bwd": _both(function, inputs, grad)}
         error = f"{_relative_error(session, shape, passes['fwd'](), inputs):.3e}"
-        shown, failed = [], []
+        shown, errors = [], []
         for name in missing:
             run = passes[name.removesuffix(" graph")]
             row = session.where | about | {"pass": name, "rel_error": error}
@@ -272,10 +273,10 @@ def _table(
                 else:
                     run = graphed(session, run)
                 timing = time_calls(session, run)
-            except Exception as problem_found:
-                session.log(f"{provider} {shape} {name}: {problem_found!r}")
-                shown.append(f"{name}: {type(problem_found).__name__}")
-                failed.append(problem_found)
+            except Exception as problem:
+                session.log(f"{provider} {shape} {name}: {problem!r}")
+                shown.append(f"{name}: {type(problem).__name__}")
+                errors.append(problem)
                 if session.device.type == "cuda":
                     torch.cuda.synchronize()  # raises where the device is broken
                     torch.cuda.empty_cache()
@@ -283,9 +284,9 @@ def _table(
             records.add(row | timing.columns())
             shown.append(f"{name} {timing.median:.3f}")
     detail = ", ".join(shown)
-    if any(not isinstance(x, torch.OutOfMemoryError) for x in failed):
+    if any(not isinstance(x, torch.OutOfMemoryError) for x in errors):
         return Outcome("fail", detail)
-    return Outcome("skipped" if failed else "pass", detail)
+    return Outcome("skipped" if errors else "pass", detail)
 
 
 def _forward(function: Callable[..., Tensor], inputs) -> Callable[[], Tensor]:
@@ -302,9 +303,9 @@ def _both(function: Callable[..., Tensor], inputs, grad: Tensor) -> Callable[[],
 
 @torch.no_grad()
 def _relative_error(session: Session, shape: Shape, output: Tensor, inputs) -> float:
-    """Of the first sample, against dense attention in float32, by Frobenius norms."""
+    """Error of the first sample against dense attention in float32, by Frobenius norms."""
     if session.kept.get("exact_of") != shape:
-        # Without the contexts of providers, whose backends take no float32.
+        # Not in the provider's context, whose backend takes no float32.
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             exact = F.scaled_dot_product_attention(*(x[:1].float() for x in inputs))
         session.kept |= {"exact_of": shape, "exact": exact}
@@ -323,7 +324,7 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
         def run(s: Session) -> Outcome | None:
             return _variant(s, records, shape, budget, f"mra2[{label}]", priors, change)
 
-        return Step(f"variant: {label}", run, "variant", 6)
+        return Step(f"variant: {label}", run, 6)
 
     for swapped in forms(session):
         for group in (2,) if small else (2, 4):
@@ -343,7 +344,7 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
             def run(s: Session, one: Shape = one, way: str = way) -> Outcome | None:
                 return _selection(s, records, one, budget, way)
 
-            yield Step(f"selection: {rows} block rows by {way}", run, "variant", 4)
+            yield Step(f"selection: {rows} block rows by {way}", run, 4)
 
 
 def _variant(session, records, shape, budget, provider, priors, change) -> Outcome | None:
@@ -370,7 +371,7 @@ def _variant(session, records, shape, budget, provider, priors, change) -> Outco
 
 
 def _selection(session, records, shape, budget, way) -> Outcome | None:
-    """Choosing alone, from stored scores for topk, else as the length asks for."""
+    """The selection only: from stored scores for topk, else as the length asks for."""
     about = shape.row(op="selection", provider=way, block_per_row=budget, mode="")
     row = session.where | about | {"pass": "select"}
     if records.has(row):
@@ -380,25 +381,17 @@ def _selection(session, records, shape, budget, way) -> Outcome | None:
     return Outcome(detail=f"{timing.median:.3f} ms")
 
 
-def time_selection(session: Session, shape: Shape, budget: int, way: str):
-    """Time scores and choice of block pairs by "topk" or "radix"."""
+def time_selection(session: Session, shape: Shape, budget: int, way: str) -> Timing:
+    """Time scores and selection of block pairs by "topk" or "radix", given the summaries."""
     query, key, *_ = attention_inputs(
         session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
     )
     query, key = query.detach(), key.detach()
-    stored = {"recompute_from_length": 2**30} if way == "topk" else {}
-    summaries = triton_impl.summarize(query, key, key, None)
-
-    def run() -> Tensor:
-        call = KernelCall(query, key, key, None, summaries)
-        ranking = triton_impl.Ranking(
-            call, block_per_row=budget, block_budget=None, **dict.fromkeys(_PRIORS, 0)
-        )
-        ranking.score(normalized=True, scale=shape.dim**-0.5)
-        return ranking.choose_by_topk() if way == "topk" else ranking.choose_by_radix()
-
-    with patched_table(**stored), launching.on_device_of(query):
-        return time_calls(session, graphed(session, run))
+    summaries = ops.mra2_summarize(query, key, key, None)
+    always = {"topk_up_to_rows": 2**30, "recompute_from_length": 2**30}
+    with patched_table(**(always if way == "topk" else {"topk_up_to_rows": 0})):
+        run = graphed(session, lambda: select_blocks(query, key, budget, summaries=summaries))
+        return time_calls(session, run)
 
 
 # -- pictures
@@ -406,11 +399,11 @@ def time_selection(session: Session, shape: Shape, budget: int, way: str):
 
 def finish(session: Session, write_table: bool) -> None:
     """Draw attention, as eager calls and as CUDA graphs."""
-    drawn = pictures(session)
-    if drawn is None:
+    plot = pictures(session)
+    if plot is None:
         return
-    rows = drawn.drawable(Records(session.out / "bench.csv", COLUMNS, KEYS).rows())
+    rows = plot.drawable(Records(session.out / "bench.csv", COLUMNS, KEYS).rows())
     rows = [row for row in rows if row["op"] == "attention"]
     for graph, name in ((False, "bench.png"), (True, "bench_graph.png")):
         if any(row["pass"].endswith(" graph") == graph for row in rows):
-            drawn.draw_lengths(rows, session.out / name, graph=graph)
+            plot.draw_lengths(rows, session.out / name, graph=graph)

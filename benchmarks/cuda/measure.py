@@ -1,4 +1,4 @@
-"""What steps on a card are made of: inputs, timings by CUDA events, graphs, patched settings."""
+"""What steps on a GPU are made of: inputs, timings by CUDA events, graphs, patched settings."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.cuda.driver import ROOT, Outcome, Session
-from mra_attention import triton_impl
-from mra_attention.benchmarking import topical_inputs
+from benchmarks import ROOT
+from benchmarks.cuda.driver import Outcome, Session
+from mra_attention import ops
+from mra_attention.benchmarking import DTYPES, added_peak_bytes, topical_inputs
 from mra_attention.triton_impl import launching
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Those whose tiles one or two query blocks may own.
+#: Kernels whose tiles one or two query blocks may own.
 QUERY_KERNELS = ("forward", "query_gradient")
 #: Tokens that the inputs of `Passes` are rolled by. Their topics last 64 tokens, as long as two
 #: blocks: unrolled, two adjacent query blocks would select the same key blocks, which flatters two
@@ -44,10 +44,10 @@ class Timing:
 def time_calls(session: Session, run: Callable[[], object], seconds: float = 0.4) -> Timing:
     """Time `run` for about `seconds`, 5 to 100 times, after a warm-up.
 
-    On a card by CUDA events around each call, all queued before the first is read; in a dry run
-    once, by the wall clock. Caches are left as the call before left them.
+    On a GPU by CUDA events around each call, all queued before the first is read; in a dry run
+    once, by the wall clock. Caches are left as the previous call left them.
     """
-    if session.dry_run or session.warm:
+    if session.dry_run:
         begin = time.perf_counter()
         run()
         passed = 1e3 * (time.perf_counter() - begin)
@@ -73,8 +73,12 @@ def _event_times(run: Callable[[], object], repeats: int) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def as_graph(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
-    """Capture `run` in a CUDA graph: its replay, and what `run` returned, which replays refill."""
+def graphed(session: Session, run: Callable[[], object]) -> Callable[[], None]:
+    """Capture `run` in a CUDA graph and return its replay, so that the host's speed plays no part;
+    `run` itself in a dry run.
+    """
+    if session.dry_run:
+        return run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -83,33 +87,13 @@ def as_graph(run: Callable[[], object]) -> tuple[Callable[[], None], object]:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
-
-
-def graphed(session: Session, run: Callable[[], object]) -> Callable[[], object]:
-    """`run` as a CUDA graph, so that the host's speed plays no part; itself in a dry run."""
-    if session.dry_run or session.warm:
-        return run
-    replay, kept = as_graph(run)
-
-    def replayed() -> object:
-        replay()
-        return kept
-
-    return replayed
+        run()
+    return graph.replay
 
 
 def peak_megabytes(session: Session, run: Callable[[], object]) -> float | None:
-    """Megabytes (10^6 bytes) that `run` takes at its peak above what was there; None on a CPU."""
-    if session.dry_run:
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+    """Megabytes (10^6 bytes) by which the peak of `run` exceeds what was in use; None on a CPU."""
+    return None if session.dry_run else round(added_peak_bytes(run, session.device) / 1e6, 1)
 
 
 def attention_inputs(
@@ -117,8 +101,7 @@ def attention_inputs(
 ) -> tuple[Tensor, ...]:
     """Query, key, value `[B, H, N, D]` that require gradients, and a gradient of the output.
 
-    Two generated samples in turn fill the batch: the numbers are drawn on the host. The inputs of
-    the last call are kept.
+    Two samples, drawn on the host, fill the batch in turn. The inputs of the last call are kept.
     """
     key = (length, batch, heads, dim, dtype)
     if session.kept.get("inputs_key") != key:
@@ -136,7 +119,7 @@ def attention_inputs(
 
 @contextlib.contextmanager
 def patched_table(**changes) -> Iterator[None]:
-    """Launch settings as in the shipped table but for `changes`, fields of `launching.Table`."""
+    """Use the shipped launch settings with `changes`, fields of `launching.Table`."""
     shipped = launching.table
     changed = dataclasses.replace(shipped(), **changes)
     launching.table = lambda: changed
@@ -146,36 +129,32 @@ def patched_table(**changes) -> Iterator[None]:
         launching.table = shipped
 
 
-def with_configs(kernels: tuple[str, ...] | None = None, **changes) -> dict:
-    """The `configs` of the table with `changes` to those of `kernels` (default: all)."""
-    return {
-        key: dataclasses.replace(config, **changes)
-        if kernels is None or key[1] in kernels
-        else config
-        for key, config in launching.table().configs.items()
-    }
+def with_configs(**changes) -> dict:
+    """The `configs` of the table with `changes` in every row."""
+    configs = launching.table().configs
+    return {key: dataclasses.replace(config, **changes) for key, config in configs.items()}
 
 
 def with_coarse_precision(precision: str) -> dict:
-    """The change to the table that has every architecture multiply summaries so."""
+    """The change to the table by which every architecture multiplies summaries this way."""
     return {"coarse_precision": dict.fromkeys(launching.table().coarse_precision, precision)}
 
 
 def coarse_precisions(session: Session) -> tuple[str, ...]:
-    """Those that this card can run."""
+    """The precisions of coarse products that this GPU can run."""
     on_amd = session.device.type == "cuda" and torch.version.hip is not None
     return launching.COARSE_PRECISIONS[: 1 if on_amd else None]
 
 
 def forms(session: Session) -> tuple[bool, ...]:
-    """Values of `swapped` that the architecture is meant to run; both in the interpreter."""
+    """The values of `swapped` meant for this architecture; both in the interpreter."""
     if session.dry_run or launching.architecture(session.device) == "sm_90":
         return (False, True)
     return (False,)
 
 
 class Passes:
-    """The passes of one call, each to be run by itself on what the others gave.
+    """The passes of one call, each of which can be run by itself on the results of the others.
 
     Args:
         length, batch, heads, dim: of generated inputs `[batch, heads, length, dim]`.
@@ -196,63 +175,63 @@ class Passes:
     ):
         inputs = attention_inputs(session, length, batch, heads, dim, dtype)
         *self.tensors, self.grad = (x.detach().roll(_ROLLED, 2) for x in inputs)
-        self.budget = {
-            "block_per_row": block_per_row,
-            "block_budget": None,
-            "initial_prior_first_n_blocks": int(priors),
-            "initial_prior_diagonal_n_blocks": 5 * priors,
-            "rule": "row_normalized",
-            "scale": dim**-0.5,
-        }
+        self.block_per_row, self.priors = block_per_row, priors
         self.pooled = self.summaries()
         self.blocks = self.select()
-        pairs = self.blocks.shape[-1] * block_per_row
-        self.settings = {"scale": dim**-0.5, "sparse": False, "largest_budget": pairs}
+        largest_budget = self.blocks.shape[-1] * block_per_row
+        scale, is_sparse = dim**-0.5, False
+        self.settings = (None, self.blocks, scale, is_sparse, 32, "triton", largest_budget)
         self.results = self.forward()
 
-    def summaries(self) -> triton_impl.Summaries:
-        return triton_impl.summarize(*self.tensors, None)
+    def summaries(self) -> tuple[Tensor, Tensor]:
+        return ops.mra2_summarize(*self.tensors, None)
 
     def select(self) -> Tensor:
-        return triton_impl.select(*self.tensors[:2], None, summaries=self.pooled, **self.budget)
+        return select_blocks(*self.tensors[:2], self.block_per_row, self.priors, self.pooled)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        arguments = (*self.tensors, None, self.blocks)
-        return triton_impl.forward(*arguments, summaries=self.pooled, **self.settings)
+        return ops.mra2_forward(*self.tensors, *self.settings, *self.pooled)
 
     def backward(self) -> tuple[Tensor, Tensor, Tensor]:
-        arguments = (self.grad, *self.tensors, *self.results, None, self.blocks)
-        return triton_impl.backward(*arguments, summaries=self.pooled, **self.settings)
+        tensors = (self.grad, *self.tensors, *self.results)
+        return ops.mra2_backward(*tensors, *self.settings, *self.pooled)
 
 
-def run_program(
-    session: Session, command: list[str], extra: dict[str, str], nothing: int = -1
-) -> Outcome:
-    """Run with the packages of this checkout on the path; the end of what it prints is logged.
+def select_blocks(
+    query: Tensor,
+    key: Tensor,
+    block_per_row: int,
+    priors: bool = False,
+    summaries: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The pairs `[B, H, R, R]` that the Triton kernels select."""
+    numbers = (block_per_row, None, 32, int(priors), 5 * priors)
+    scale = query.shape[-1] ** -0.5
+    return ops.mra2_select(
+        query, key, None, *numbers, "row_normalized", scale, "triton", *summaries
+    )
 
-    `extra` is added to the environment; an exit status of `nothing` says that nothing was to do.
+
+def run_program(session: Session, command: list[str], extra: dict[str, str]) -> Outcome:
+    """Run with the packages of this checkout on the path and log the end of what it prints.
+
+    `extra` is added to the environment. There is no timeout: the supervisor stops a step with all
+    its processes.
     """
     paths = [ROOT / "src", ROOT / "kernels" / "torch-ext", os.environ.get("PYTHONPATH")]
     environment = os.environ | extra
     environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,  # without a timeout: the supervisor stops the step with all its processes
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     text = done.stdout + done.stderr
     session.log(f"{' '.join(command[:6])} ended with {done.returncode}\n{text[-6000:]}")
     lines = text.strip().splitlines() or [""]
-    if done.returncode == nothing:
-        return Outcome("skipped", f"skipped: {lines[-1][:150]}")
     return Outcome("pass" if done.returncode == 0 else "fail", lines[-1][:150])
 
 
 def pictures(session: Session) -> ModuleType | None:
-    """The module `plot`; None, and a word of it, where matplotlib is missing."""
+    """The module `plot`; None, and a message, where matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         session.say("no pictures: matplotlib is not installed")
         return None

@@ -1,4 +1,4 @@
-"""Whole models on a card: RoBERTa-base with a masked-LM head, dense and MRA-2, untrained.
+"""Whole models on a GPU: RoBERTa-base with a masked-LM head, dense and MRA-2, untrained.
 
 Passes of the rows (op "model"): "fwd" is the encoder in bf16; "step" a training step with AdamW,
 15 % of the tokens predicted, float32 weights under bf16 autocast; " compiled" with the encoder
@@ -11,7 +11,7 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 import mra_hf
-from benchmarks.cuda.driver import Outcome, Session, Step
+from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
 from benchmarks.cuda.measure import peak_megabytes, time_calls
 from benchmarks.records import Records
 from mra_hf.sparse_prediction import predict_labelled_positions
@@ -24,27 +24,26 @@ def steps(session: Session, records: Records) -> list[Step]:
     """A step per length, provider, pass and whether it is compiled."""
     lengths = (64,) if session.dry_run else (4096, 512, 16384, 8192, 2048, 1024)
     budget = 1 if session.dry_run else 8
-    found = []
+    steps_of_models = []
     for compiled in (False, True):
         for length in lengths if not compiled else lengths[:3]:
-            for provider, of_provider in (("mra2", budget), ("sdpa", None)):
+            for provider, provider_budget in (("mra2", budget), ("sdpa", None)):
                 for kind in ("fwd", "step"):
                     name = kind + " compiled" * compiled
 
-                    def run(s, length=length, provider=provider, n=of_provider, name=name):
+                    def run(s, length=length, provider=provider, n=provider_budget, name=name):
                         return _model(s, records, length, provider, n, name)
 
                     label = f"model: {length} {provider} {name}"
-                    seconds = 45 if compiled else 8
-                    found.append(Step(label, run, "compiled" if compiled else "model", seconds))
-    return found
+                    steps_of_models.append(Step(label, run, 45 if compiled else 8))
+    return steps_of_models
 
 
 def _model(
     session: Session, records: Records, length: int, provider: str, budget: int | None, name: str
 ) -> Outcome | None:
     if session.dry_run and name.endswith("compiled"):
-        return Outcome("skipped", "skipped: dry run")
+        raise Skipped("dry run")
     config = _config(session, length)
     batch = 1 if session.dry_run else max(1, _TOKENS // length)
     row = session.where | {
@@ -117,8 +116,8 @@ def _tokens(session: Session, config: RobertaConfig, batch: int, length: int) ->
 def _training_step(session, model, batch, length) -> Callable[[], torch.Tensor]:
     ids = _tokens(session, model.config, batch, length)
     generator = torch.Generator().manual_seed(1)
-    hidden = torch.rand(batch, length, generator=generator) < 0.15
-    labels = torch.where(hidden.to(session.device), ids, -100)
+    masked = torch.rand(batch, length, generator=generator) < 0.15
+    labels = torch.where(masked.to(session.device), ids, -100)
     predict_labelled_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not session.dry_run)
 

@@ -1,12 +1,13 @@
-"""Where the time of a call goes on this card: every launch beside its floor, and its counters.
+"""Where the time of a call goes on this GPU: every launch beside its roofline, and its counters.
 
 `launches.csv` has a row per pass and kernel: how many launches, microseconds of all of them (the
-mean of some calls, as the device counts them), and the floor of `roofline.py` with the ceilings
-that were measured here. Kernels of torch have no floor. The rows "(all)" are the sums, "(graph)"
-what the pass takes as a CUDA graph: the rest is what lies between launches.
+mean of some calls, as the device counts them), and `floor_us`, the least time by the roofline with
+the ceilings that were measured here (`roofline.py`). torch's own kernels have none. The rows
+"(all)" are the sums, "(graph)" what the pass takes as a CUDA graph: the rest is the time between
+launches.
 
 `counters.csv` is what Nsight Compute (`ncu`) writes of each kernel of a call: achieved throughput
-of device memory, L2 and tensor cores, hit rates, occupancy. It needs `ncu` and the right to read
+of device memory, L2 and tensor cores, hit rates, occupancy. It needs `ncu` and permission to read
 the counters.
 """
 
@@ -35,7 +36,7 @@ _KEYS = ("pass", "dtype", "batch", "heads", "length", "head_dim", "block_per_row
 _NUMBERS = ("launches", "us", "floor_us", "bound", "memory_mb", "gather_mb", "gigaflop")
 LAUNCH_COLUMNS = (*CONDITIONS, *_KEYS, *_NUMBERS)
 PASSES = ("summaries", "select", "forward", "backward")
-#: What is asked of ncu: no names of counters, which differ from card to card.
+#: Sections of ncu, not names of counters, which differ between GPUs.
 _SECTIONS = (
     "SpeedOfLight",
     "MemoryWorkloadAnalysis",
@@ -51,17 +52,21 @@ def steps(session: Session) -> list[Step]:
     records = Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
     first, *others = _shapes(session)
 
-    def of_shape(shape: Shape) -> Iterator[Step]:
+    def launches_of(shape: Shape) -> Iterator[Step]:
         for name in PASSES:
 
             def run(s: Session, name: str = name) -> Outcome | None:
                 return _launches(s, records, shape, name)
 
-            yield Step(f"launches: {shape} {name}", run, "launches", 6)
+            yield Step(f"launches: {shape} {name}", run, 6)
 
-    counters = Step("counters by ncu", lambda s: _counters(s, first), "counters", 60)
-    found = [*bench.ceiling_steps(session), *of_shape(first), counters]
-    return found + [step for shape in others for step in of_shape(shape)]
+    counters = Step("counters by ncu", lambda s: _counters(s, first), 60, limit=float("inf"))
+    return [
+        *bench.ceiling_steps(session),
+        *launches_of(first),
+        counters,
+        *(step for shape in others for step in launches_of(shape)),
+    ]
 
 
 def _shapes(session: Session) -> list[Shape]:
@@ -99,24 +104,25 @@ def _launches(session: Session, records: Records, shape: Shape, name: str) -> Ou
     missing = {kernel for kernel, work in works.items() if work.memory} - times.keys()
     if missing:
         raise RuntimeError(f"the profiler saw no launch of {', '.join(sorted(missing))}")
-    rows, total, floor_total = [], 0.0, 0.0
+    rows, total, least_total = [], 0.0, 0.0
     for kernel, (launches, us) in times.items():
         row = about | {"kernel": kernel, "launches": f"{launches:g}", "us": f"{us:.2f}"}
         work = works.get(kernel)
         if work is not None:
-            floor, bound = ceilings.floor(work, precision)
-            row |= _work_columns(work) | {"floor_us": f"{floor:.2f}", "bound": bound}
-            floor_total += floor
+            least, bound = ceilings.least_microseconds(work, precision)
+            row |= _work_columns(work) | {"floor_us": f"{least:.2f}", "bound": bound}
+            least_total += least
         total += us
         rows.append(row)
-    sums = {"us": f"{total:.2f}", "floor_us": f"{floor_total:.2f}"}
+    sums = {"us": f"{total:.2f}", "floor_us": f"{least_total:.2f}"}
     launches = f"{sum(launches for launches, _ in times.values()):g}"
     rows.append(about | {"kernel": ALL, "launches": launches} | sums)
     graph = 1e3 * time_calls(session, graphed(session, run)).median
     rows.append(about | {"kernel": GRAPH, "us": f"{graph:.2f}"})
-    for row in rows:  # all of them or none: a pass that is measured again must not count twice
+    for row in rows:  # all of them or none: a pass measured again must not count twice
         records.add(row)
-    return Outcome(detail=f"{total:.0f} us in kernels, floor {floor_total:.0f}, graph {graph:.0f}")
+    detail = f"{total:.0f} us in kernels, roofline {least_total:.0f}, graph {graph:.0f}"
+    return Outcome(detail=detail)
 
 
 def _work_columns(work: Work) -> dict[str, str]:
@@ -126,24 +132,24 @@ def _work_columns(work: Work) -> dict[str, str]:
 
 
 def _kernel_times(session: Session, run: Callable[[], object]) -> dict[str, tuple[float, float]]:
-    """Kernel -> launches and microseconds per call. In a dry run launches of Triton alone, by the
+    """Kernel -> launches and microseconds per call. In a dry run only launches of Triton, by the
     host's clock.
     """
-    on_card = session.device.type == "cuda"
-    calls = 20 if on_card else 1
-    activity = ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU
-    place = DeviceType.CUDA if on_card else DeviceType.CPU
-    with contextlib.nullcontext() if on_card else _marked_launches() as marked:
+    on_gpu = session.device.type == "cuda"
+    calls = 20 if on_gpu else 1
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    device_type = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    with contextlib.nullcontext() if on_gpu else _marked_launches() as marked:
         for repeats in (2, calls):  # the first round wakes the profiler up
             with profile(activities=[activity], acc_events=True) as profiler:
                 for _ in range(repeats):
                     run()
-                if on_card:
+                if on_gpu:
                     torch.cuda.synchronize()
     times: dict[str, tuple[float, float]] = {}
     for event in profiler.key_averages():
-        if event.device_type == place and (on_card or event.key in marked):
-            us = event.self_device_time_total if on_card else event.cpu_time_total
+        if event.device_type == device_type and (on_gpu or event.key in marked):
+            us = event.self_device_time_total if on_gpu else event.cpu_time_total
             launches, before = times.get(event.key[:80], (0, 0))  # torch has longer names
             times[event.key[:80]] = (launches + event.count / calls, before + us / calls)
     return times
@@ -151,7 +157,7 @@ def _kernel_times(session: Session, run: Callable[[], object]) -> dict[str, tupl
 
 @contextlib.contextmanager
 def _marked_launches() -> Iterator[set[str]]:
-    """Launches leave an event of their name, which is added to the set."""
+    """Make launches leave a profiler event under their kernel's name, and collect the names."""
     names: set[str] = set()
     launch = launching.launch
 
@@ -186,52 +192,48 @@ torch.cuda.profiler.stop()
 
 
 def _counters(session: Session, shape: Shape) -> Outcome | None:
-    """Profile the Triton kernels of one call; the program that is profiled compiles them before."""
-    found = session.out / "counters.csv"
-    if found.exists():
+    """Profile the Triton kernels of one call, in a program that has compiled them before."""
+    path = session.out / "counters.csv"
+    if path.exists():
         return None
     if session.dry_run:
         raise Skipped("dry run")
     tool = _ncu()
     if tool is None:
         raise Skipped("no ncu")
-    written = session.out / "counters.tmp"
+    raw = session.out / "counters.tmp"
     command = [tool, "--profile-from-start", "off", "--target-processes", "all"]
     command += ["--kernel-name", f"regex:^({'|'.join(KERNELS)})$", "--clock-control", "none"]
     command += [word for section in _SECTIONS for word in ("--section", section)]
-    command += ["--csv", "--page", "raw", "--log-file", str(written)]
+    command += ["--csv", "--page", "raw", "--log-file", str(raw)]
     numbers = (shape.length, shape.batch, shape.heads, shape.dim, _budget(session))
     command += [sys.executable, "-c", _PROFILED, *map(str, numbers)]
     outcome = run_program(session, command, {})
     if outcome.status != "pass":
         return outcome
-    table = counters_of(written.read_text())
+    table = counters_of(raw.read_text())
     if not table:
-        session.log(written.read_text()[-4000:])
+        session.log(raw.read_text()[-4000:])
         return Outcome("fail", "ncu wrote no table; see the log")
-    found.write_text(table)
-    written.unlink()
+    path.write_text(table)
+    raw.unlink()
     return Outcome(detail=f"{len(table.splitlines()) - 2} launches")
 
 
 def _ncu() -> str | None:
-    places = [
-        "/usr/local/cuda/bin/ncu",
-        *map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")),
-    ]
-    return shutil.which("ncu") or next(
-        (place for place in places if os.access(place, os.X_OK)), None
-    )
+    installed = map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu"))
+    paths = [shutil.which("ncu"), "/usr/local/cuda/bin/ncu", *installed]
+    return next((path for path in paths if path and os.access(path, os.X_OK)), None)
 
 
 def counters_of(text: str) -> str:
-    """The table in what ncu writes with `--csv --page raw`: names, units, a line per launch."""
+    """The table in the output of ncu with `--csv --page raw`: names, units, a line per launch."""
     lines = [line for line in text.splitlines(keepends=True) if line.startswith('"')]
     return "".join(lines) if len(lines) > 2 else ""
 
 
 def finish(session: Session, write_table: bool) -> None:
     """Draw the launches of the first shape."""
-    drawn, rows = pictures(session), Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
-    if drawn is not None and rows.rows():
-        drawn.draw_launches(rows.rows(), session.out / "launches.png")
+    plot, records = pictures(session), Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
+    if plot is not None and records.rows():
+        plot.draw_launches(records.rows(), session.out / "launches.png")

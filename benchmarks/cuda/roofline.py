@@ -1,16 +1,17 @@
-"""The least time that each launch of the Triton kernels can take: bytes and FLOP over ceilings.
+"""The roofline of each launch of the Triton kernels: bytes and FLOP over the GPU's ceilings.
 
     python benchmarks/cuda/roofline.py --length 4096 --batch 1
 
-prints the table of kernels/README.md. The floor of a launch is the largest of what it must move
-through device memory and through the L2 cache and of what it must multiply, each over its ceiling.
-Gathered blocks come out of L2; everything else is counted once, as device memory: a launch that
-finds it in L2, because the one before left it there, can be faster. Merges depend on the selection
-and are counted as nothing.
+prints the table of kernels/README.md. The least time of a launch is the largest of three: what it
+must move through device memory, what it must move through the L2 cache, and what it must multiply,
+each divided by its ceiling. Gathered blocks come out of L2; everything else is counted once, as
+device memory. A launch can be faster where the launch before left its inputs in L2. Merges depend
+on the selection and are counted as nothing.
 """
 
 import argparse
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from pathlib import Path
 _M = 32
 #: Bytes of a 32-bit number: summaries, log-sum-exps, scores, list entries.
 _WORD = 4
-#: As in `launch_configs.json`, which a machine without Triton cannot ask for.
+#: As in `launch_configs.json`, which this script does not read: it runs without Triton.
 RECOMPUTE_FROM_LENGTH = 32768
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass has its launches of one kernel do.
+    """The work of all launches of one kernel in a pass.
 
     Args:
         launches: how many there are.
@@ -59,21 +60,21 @@ class Ceilings:
 
     @classmethod
     def measured(cls, path: Path) -> "Ceilings":
-        """Those of a `ceilings.csv`, the best row of each; what it does not hold stays assumed."""
-        found: dict[str, float] = {}
+        """The best rows of a `ceilings.csv`; what it does not hold stays assumed."""
+        rates: dict[str, float] = {}
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 kind, *words = row["name"].split()
                 name = words[0] if kind == "matmul" else kind
                 rate = float(row["rate"]) * {"GB/s": 1e9, "TFLOP/s": 1e12}[row["unit"]]
-                found[name] = max(rate, found.get(name, 0))
-        return cls(**found)
+                rates[name] = max(rate, rates.get(name, 0))
+        return cls(**rates)
 
-    def floor(self, work: Work, precision: str = "tf32x3") -> tuple[float, str]:
-        """Microseconds, and the ceiling that they come from ("" where there is nothing to do).
+    def least_microseconds(self, work: Work, precision: str = "tf32x3") -> tuple[float, str]:
+        """The roofline of some work: its least time, and the ceiling that bounds it ("" for none).
 
-        `precision` is that of coarse products: "ieee", or "tf32x3", which is three products at half
-        the rate of bf16.
+        `precision` is how coarse products are computed: "ieee", or "tf32x3", which is three
+        products at half the rate of bf16.
         """
         times = {
             "memory": work.memory / self.copy,
@@ -87,8 +88,8 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Problem:
-    """Shape and budget of a call of MRA-2 without a mask, as the kernels run it: summaries are
-    computed once, by the pass "summaries", and serve all others.
+    """Shape and budget of a call of MRA-2 without a mask. Summaries are computed once, by the pass
+    "summaries", for all other passes.
 
     Args:
         operand_bytes: 2 or 4.
@@ -104,7 +105,7 @@ class Problem:
     is_stored: bool = True
 
     def works(self) -> dict[str, dict[str, Work]]:
-        """Pass -> kernel -> what it does, both in order of launch."""
+        """Pass -> kernel -> its work, both in order of launch."""
         pool = Work(memory=3 * self._tokens + 3 * self._summaries)
         return {
             "summaries": {"pool_kernel": pool},
@@ -128,7 +129,7 @@ class Problem:
 
     @property
     def _tokens(self) -> float:
-        """Bytes of a tensor of the shape of the query."""
+        """Bytes of a tensor with the shape of the query."""
         return self._all_heads * self.length * self.head_dim * self.operand_bytes
 
     @property
@@ -157,7 +158,7 @@ class Problem:
 
     @property
     def _gathered(self) -> float:
-        """Bytes of two tensors' blocks, one of each per selected pair."""
+        """Bytes of the blocks of two tensors, one of each per selected pair."""
         return self._selected * 2 * _M * self.head_dim * self.operand_bytes
 
     def _lists(self, directions: int) -> dict[str, Work]:
@@ -171,7 +172,7 @@ class Problem:
     def _select(self) -> dict[str, Work]:
         scores = self._pairs * _WORD if self.is_stored else 2 * self._summaries
         again = 0 if self.is_stored else self._coarse_product(1)
-        counted = 3  # exact ties aside, the others leave at once
+        counted = 3  # the other launches return at once, unless scores tie exactly
         return {
             "flag_kernel": Work(),
             "score_kernel": Work(
@@ -222,53 +223,56 @@ class Problem:
         }
 
 
-#: What a launch of each kernel makes.
+#: What a launch of each kernel computes.
 _WHAT = {
     "pool_kernel": "means and sums of blocks, for all passes",
     "flag_kernel": "live blocks, budget of each sample",
-    "score_kernel": "coarse logits less the largest of their row",
-    "digit_kernel": "the key of the last pair that is chosen, by 11 bits",
-    "mark_kernel": "the pairs that are chosen",
-    "count_kernel": "sizes of the lists",
-    "plan_kernel": "where they start, work items",
+    "score_kernel": "coarse logits minus the largest of their row",
+    "digit_kernel": "the key of the last selected pair, by 11 bits",
+    "mark_kernel": "the selected pairs",
+    "count_kernel": "lengths of the lists",
+    "plan_kernel": "starts of the lists, work items",
     "fill_kernel": "lists of blocks",
-    "coarse_kernel": "softmax state over what is not selected",
+    "coarse_kernel": "softmax state over unselected pairs",
     "exact_kernel": "output",
     "merge_kernel": "output of blocks with several items",
     "reduce_rows_kernel": "delta, and its sums over blocks",
-    "coarse_query_kernel": "gradients at R rows",
-    "coarse_key_kernel": "the same of keys and values",
+    "coarse_query_kernel": "coarse gradients of queries, R rows",
+    "coarse_key_kernel": "coarse gradients of keys and values",
     "exact_query_kernel": "gradients of queries",
     "exact_key_kernel": "gradients of keys and values",
-    "merge_gradient_kernel": "those of blocks with several items",
+    "merge_gradient_kernel": "gradients of blocks with several items",
 }
 
 KERNELS = tuple(_WHAT)
 
 
-def print_floors(problem: Problem, ceilings: Ceilings, precision: str) -> None:
-    """The works of a problem and their floors, as a table in Markdown."""
-    print("| pass | launch | what | MB of memory | MB gathered | GFLOP | floor, us | bound by |")
+def print_rooflines(problem: Problem, ceilings: Ceilings, precision: str) -> None:
+    """Print the works of a problem and their rooflines as a table in Markdown."""
+    columns = ("pass", "launch", "what", "MB of memory", "MB gathered", "GFLOP")
+    print(f"| {' | '.join(columns)} | roofline, us | bound by |")
     print("|---|---|---|---|---|---|---|---|")
     totals = {}
     for name, works in problem.works().items():
-        totals[name] = sum(ceilings.floor(work, precision)[0] for work in works.values())
+        totals[name] = 0.0
+        label = name
         for kernel, work in works.items():
-            floor, bound = ceilings.floor(work, precision)
+            least, bound = ceilings.least_microseconds(work, precision)
+            totals[name] += least
             flop = work.exact + work.coarse
-            numbers = (work.memory / 1e6, work.gather / 1e6, flop / 1e9, floor)
+            numbers = (work.memory / 1e6, work.gather / 1e6, flop / 1e9, least)
             cells = " | ".join(f"{x:.2g}" if x < 10 else f"{x:.0f}" for x in numbers)
             times = f"{work.launches} x " if work.launches > 1 else ""
             launch = f"{times}`{kernel.removesuffix('_kernel')}`"
-            print(f"| {name} | {launch} | {_WHAT[kernel]} | {cells} | {bound} |")
-            name = ""
+            print(f"| {label} | {launch} | {_WHAT[kernel]} | {cells} | {bound} |")
+            label = ""
     both = sum(totals.values())
     forward = both - totals["backward"]
-    print(f"\nSum of the floors: {forward:.0f} us forward, {both:.0f} with the backward pass.")
+    print(f"\nSum of the rooflines: {forward:.0f} us forward, {both:.0f} with the backward pass.")
 
 
-def main() -> None:
-    """Print the floors of one shape."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the rooflines of one shape."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -279,11 +283,11 @@ def main() -> None:
     parser.add_argument("--block-per-row", type=int, default=8)
     parser.add_argument("--coarse-precision", choices=("tf32x3", "ieee"), default="tf32x3")
     parser.add_argument("--ceilings", type=Path, help="a ceilings.csv that `run.py bench` wrote")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     ceilings = Ceilings.measured(args.ceilings) if args.ceilings else Ceilings()
     shape = (args.length, args.batch, args.heads, args.head_dim, args.block_per_row)
     is_stored = args.length < RECOMPUTE_FROM_LENGTH
-    print_floors(Problem(*shape, is_stored=is_stored), ceilings, args.coarse_precision)
+    print_rooflines(Problem(*shape, is_stored=is_stored), ceilings, args.coarse_precision)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The short tables that the commands for a card end with, read from their CSV files."""
+"""The short tables that the commands for a GPU end with, read from their CSV files."""
 
 import csv
 from pathlib import Path
 
-#: Kernels that are none: the sum of a pass, and the pass as a CUDA graph.
+#: In the column of kernels: the sum of a pass, and the pass as a CUDA graph.
 ALL, GRAPH = "(all)", "(graph)"
-#: What is shown of the counters: words that a column's name must all have, and how it is called.
+#: Counters that are shown: the words that their column's name must have, and their title.
 SHOWN_COUNTERS = (
     (("gpu__time_duration.sum",), "time"),
     (("dram", "throughput", "pct_of_peak"), "memory, %"),
@@ -38,7 +38,7 @@ def print_bench(out: Path) -> None:
 
 
 def print_profile(out: Path) -> None:
-    """Launches beside their floors, a table per shape, and the counters."""
+    """Launches beside their rooflines, a table per shape, and the counters."""
     by_shape: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows_of(out / "launches.csv"):
         by_shape.setdefault((row["length"], row["batch"]), []).append(row)
@@ -46,10 +46,10 @@ def print_profile(out: Path) -> None:
     for (length, batch), rows in by_shape.items():
         total = sum(float(row["us"]) for row in rows if row["kernel"] == ALL)
         print(f"{length} x {batch}: microseconds of launches, and their share of {total:.0f}")
-        table = [(*shown, "x floor", "share")]
+        table = [(*shown, "x roofline", "share")]
         for row in rows:
-            us, floor = float(row["us"]), float(row["floor_us"] or 0)
-            over = f"{us / floor:.1f}" if floor else ""
+            us, least = float(row["us"]), float(row["floor_us"] or 0)
+            over = f"{us / least:.1f}" if least else ""
             share = "" if row["kernel"] == GRAPH else f"{100 * us / total:.0f} %"
             table.append((*(row[name] for name in shown), over, share))
         _print_table(table)
@@ -58,8 +58,8 @@ def print_profile(out: Path) -> None:
 
 
 def shown_counters(path: Path) -> list[tuple[str, ...]]:
-    """A line per launch with the counters of `SHOWN_COUNTERS`: the largest number in the columns
-    that match one of them, nothing where there is none.
+    """A line per launch with the counters of `SHOWN_COUNTERS`: the largest number in the matching
+    columns, empty where there is none.
     """
     with path.open(newline="") as file:
         names, units, *launches = csv.reader(file)
@@ -71,16 +71,16 @@ def shown_counters(path: Path) -> list[tuple[str, ...]]:
     lines = [("kernel", *(title for _, title in SHOWN_COUNTERS))]
     for launch in launches:
         cells = []
-        for chosen, (_, title) in zip(columns, SHOWN_COUNTERS, strict=True):
-            numbers = [x for x in (_number(launch[i]) for i in chosen) if x is not None]
-            unit = f" {units[chosen[0]]}" if chosen and title == "time" else ""
+        for matching, (_, title) in zip(columns, SHOWN_COUNTERS, strict=True):
+            numbers = [x for x in (_number(launch[i]) for i in matching) if x is not None]
+            unit = f" {units[matching[0]]}" if matching and title == "time" else ""
             cells.append(f"{max(numbers):.4g}{unit}" if numbers else "")
         lines.append((launch[kernel], *cells))
     return lines
 
 
 def _number(cell: str) -> float | None:
-    """None for an empty cell and for what could not be counted."""
+    """None for an empty cell and for one without a count."""
     try:
         return float(cell.replace(",", ""))
     except ValueError:
@@ -88,8 +88,8 @@ def _number(cell: str) -> float | None:
 
 
 def _print_speedups(rows: list[dict[str, str]]) -> None:
-    """A line per shape and provider: milliseconds, and how many times faster than the faster of the
-    dense kernels in the same pass.
+    """A line per shape and provider: milliseconds, and the speedup over the faster of the dense
+    kernels in the same pass.
     """
     dense: dict[tuple, float] = {}
     ours: dict[tuple, dict[str, dict[str, str]]] = {}
@@ -108,8 +108,8 @@ def _print_speedups(rows: list[dict[str, str]]) -> None:
             if name not in passes:
                 cells.append("")
                 continue
-            ms, beside = float(passes[name]["ms_median"]), dense.get((*key[:2], name))
-            cells.append(f"{ms:.3f}" + (f" {beside / ms:.2f}x" if beside else ""))
+            ms, dense_ms = float(passes[name]["ms_median"]), dense.get((*key[:2], name))
+            cells.append(f"{ms:.3f}" + (f" {dense_ms / ms:.2f}x" if dense_ms else ""))
         last = passes.get("fwd+bwd") or next(iter(passes.values()))
         table.append((*key, *cells, last["peak_mb"], last["rel_error"]))
     _print_table(table)

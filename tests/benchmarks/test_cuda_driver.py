@@ -1,49 +1,33 @@
-"""The commands for a card, tried out on a CPU: their rows, that they go on where they stopped, and
-what they say where there is no card.
+"""The commands for a GPU: their rows, that they go on where they stopped, that a broken step costs
+only itself. Dry runs try the whole programs out on a CPU.
 """
 
 import csv
 import json
-import os
-import shutil
+import multiprocessing
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import ROOT, run
+from benchmarks.cuda import check, driver, tune
+from benchmarks.cuda.driver import Finished, Outcome, Planned, Skipped, Started, Step
+from benchmarks.records import CONDITIONS
 from mra_attention.triton_impl import launching
 
 PASSES = ("summaries", "select", "forward", "backward")
-ROOT = Path(__file__).resolve().parents[2]
-RUN = ROOT / "benchmarks" / "run.py"
 STEPS = {
     "check": "check.csv",
     "bench": "bench_steps.csv",
     "profile": "profile_steps.csv",
     "tune": "tune_steps.csv",
 }
-
-
-def run(*arguments, path=None, script=RUN):
-    """Run the driver; it finds the packages of the checkout by itself."""
-    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
-    if path is not None:
-        environment["PATH"] = str(path)
-    return subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-
-
-def dry_run(command, out, **settings):
-    done = run("--device", "cpu", "--dry-run", command, "--out", out, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+SHIPPED = Path(launching.__file__).with_name("launch_configs.json")
 
 
 def rows_of(path):
@@ -51,50 +35,316 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def assert_steps(out, command):
-    """Every planned step has a row, and none has failed."""
-    rows = rows_of(out / STEPS[command])
-    planned = (out / f"{command}.plan").read_text().splitlines()
-    assert [row["step"] for row in rows] == planned
+def options(out, seconds=100.0, dry_run=True):
+    where = dict.fromkeys(CONDITIONS, "here")
+    deadline = time.monotonic() + seconds
+    return driver.Options("cpu", dry_run, 1, out, deadline, write_table=False, where=where)
+
+
+# -- steps and their supervisor
+
+
+def fails(session):
+    raise ValueError("a sentence\nand more")
+
+
+def runs_out_of_memory(session):
+    raise torch.OutOfMemoryError("too large")
+
+
+def cannot_run(session):
+    raise Skipped("no tool")
+
+
+def work(names_to_run, out, done=(), **arguments):
+    """The messages of a worker in this process."""
+    module, messages = types.ModuleType("some_steps"), []
+    module.steps = lambda session: [Step(name, step) for name, step in names_to_run.items()]
+    module.finish = lambda session, write_table: messages.append("finished")
+    sys.modules["some_steps"] = module
+    out.mkdir(exist_ok=True)
+    driver.work("check", "some_steps", options(out, **arguments), frozenset(done), messages.append)
+    return messages
+
+
+def test_a_worker_reports_every_step(tmp_path):
+    steps = {
+        "measures": lambda session: Outcome(max_error=0.5, allowed=1.0),
+        "passes": lambda session: None,
+        "done": fails,
+        "fails": fails,
+        "memory": runs_out_of_memory,
+        "tool": cannot_run,
+    }
+    planned, *messages, finished = work(steps, tmp_path, done=["done"])
+    assert planned == Planned(list(steps)) and finished == "finished"
+    assert [x.name for x in messages if isinstance(x, Started)] == [x for x in steps if x != "done"]
+    outcomes = [x.outcome for x in messages if isinstance(x, Finished)]
+    assert outcomes == [
+        Outcome(max_error=0.5, allowed=1.0),
+        Outcome(),
+        Outcome("fail", "ValueError: a sentence"),
+        Outcome("skipped", "skipped: OutOfMemoryError: too large"),
+        Outcome("skipped", "skipped: no tool"),
+    ]
+    assert "Traceback" in (tmp_path / "check.log").read_text()
+
+
+def test_no_step_starts_that_would_end_after_the_time_limit(tmp_path):
+    assert len(work({"passes": lambda session: None}, tmp_path, seconds=5, dry_run=False)) == 2
+    assert len(work({"passes": lambda session: None}, tmp_path, seconds=-1)) == 2
+    assert len(work({"passes": lambda session: None}, tmp_path, seconds=20, dry_run=False)) == 4
+
+
+class Worker:
+    """An ended process."""
+
+    def __init__(self, exitcode):
+        self.exitcode = exitcode
+
+    def join(self):
+        pass
+
+
+def follow(supervisor, *messages, exitcode=0, ends=True):
+    """What the supervisor makes of a worker that sends messages and ends."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    for message in messages:
+        sender.send(message)
+    if ends:
+        sender.close()
+    return supervisor.follow(Worker(exitcode), receiver)
+
+
+def statuses(supervisor):
+    return {name: row["status"] for name, row in supervisor.outcomes.items()}
+
+
+def test_the_supervisor_writes_a_row_as_soon_as_a_step_ends(tmp_path, capsys):
+    plan = Planned(["first", "second", "third"])
+    supervisor = driver.Supervisor("check", options(tmp_path))
+    first = (Started("first", 9), Finished(Outcome(max_error=0.5, allowed=1.0), 2.0))
+    second = (Started("second", 9), Finished(Outcome("fail", "off"), 1.0))
+    assert follow(supervisor, plan, *first, *second) == 0
+    assert supervisor.summarize() == 1
+    printed = capsys.readouterr().out
+    assert "failed: second: off" in printed and "left: third" in printed
+    assert "check: 1 pass, 1 fail, 0 skipped, 1 left" in printed
+    rows = rows_of(tmp_path / "check.csv")
+    columns = ("step", "status", "max_error", "allowed", "seconds", "detail")
+    assert tuple(rows[0]) == (*CONDITIONS, *columns)
+    assert [(row["step"], row["max_error"]) for row in rows] == [
+        ("first", "5.00e-01"),
+        ("second", ""),
+    ]
+
+    again = driver.Supervisor("check", options(tmp_path))
+    assert again.done == {"first"}, "what failed is tried again"
+    assert follow(again, plan, Started("second", 9), Finished(Outcome(), 1.0)) == 0
+    assert again.summarize() == 0 and statuses(again) == {"first": "pass", "second": "pass"}
+
+
+def test_a_step_that_ends_its_process_costs_only_itself(tmp_path):
+    supervisor = driver.Supervisor("check", options(tmp_path))
+    messages = (Started("tests", 9), Started("one test", 9))
+    assert follow(supervisor, *messages, exitcode=-6) is None, "another worker goes on"
+    assert statuses(supervisor) == {"one test": "fail"}, "not the step that it is a part of"
+    assert supervisor.outcomes["one test"]["detail"] == "the process ended with -6"
+    broken = (Started("tests", 9), Started("next", 9), Finished(Outcome("fail"), 1.0))
+    assert follow(supervisor, *broken, exitcode=driver._BROKEN) is None
+    assert statuses(supervisor) == {"one test": "fail", "next": "fail"}
+    assert follow(supervisor, exitcode=1) == 1, "no step is to blame, and none would go better"
+
+
+def test_a_step_that_hangs_costs_only_itself(tmp_path, capsys):
+    supervisor = driver.Supervisor("check", options(tmp_path, dry_run=False))
+    assert follow(supervisor, Started("hangs", 0.1), ends=False) is None
+    assert supervisor.outcomes["hangs"]["detail"] == "no end in 0 s"
+    late = driver.Supervisor("check", options(tmp_path, seconds=0.1))
+    assert follow(late, Started("long", 9), ends=False) == 0
+    assert "stopped after 0 s in: long" in capsys.readouterr().out
+    assert "long" not in late.outcomes, "it is left for the next call"
+
+
+BROKEN_STEPS = """
+import os, subprocess, sys, time
+from pathlib import Path
+from benchmarks.cuda.driver import Outcome, Step
+
+def hangs(session):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    (session.out / "child").write_text(str(child.pid))
+    time.sleep(300)
+
+def steps(session):
+    named = {"first": lambda s: Outcome(), "dies": lambda s: os.abort(), "hangs": hangs}
+    return [Step(name, run, limit=2) for name, run in [*named.items(), ("last", named["first"])]]
+"""
+
+
+def test_processes_of_broken_steps_are_replaced_and_ended(tmp_path, monkeypatch):
+    (tmp_path / "broken_steps.py").write_text(BROKEN_STEPS)
+    monkeypatch.syspath_prepend(tmp_path)
+    supervisor = driver.Supervisor("check", options(tmp_path, 500, dry_run=False), "broken_steps")
+    assert supervisor.run() == 1
+    expected = {"first": "pass", "dies": "fail", "hangs": "fail", "last": "pass"}
+    assert statuses(supervisor) == expected
+    assert {row["step"]: row["status"] for row in rows_of(tmp_path / "check.csv")} == expected
+    if Path("/proc/self/cmdline").exists():
+        command = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
+        assert not command.exists() or not command.read_text(), "gone, or a zombie at most"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("check", "--out", "x"), "--dry-run"),
+        (("check", "--dry-run", "--device", "cuda", "--out", "x"), "--dry-run"),
+        (("tune", "--dry-run", "--write-table", "--out", "x"), "--write-table"),
+        (("check", "--dry-run"), "--out"),
+        (("--dry-run",), "check, bench, profile, tune"),
+        *(
+            pytest.param(
+                (*command, "--device", "cuda", "--out", "x"),
+                "torch sees no CUDA or ROCm device here",
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+            )
+            for command in (("check",), ("--tune",), ("--preset", "quick"))
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run.main(arguments)
+    assert exit_.value.code == 2 and words in capsys.readouterr().err
+
+
+# -- check
+
+SOME_TESTS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_passes(record_property):
+    record_property("max_error", 0.25)
+    record_property("allowed", 0.5)
+
+def test_fails():
+    assert 1 == 2, "a sentence"
+
+def test_done():
+    raise RuntimeError
+
+@pytest.mark.skip(reason="no GPU")
+def test_is_skipped():
+    pass
+"""
+
+
+def test_every_gpu_test_has_a_row(tmp_path, monkeypatch):
+    tests = tmp_path / "tests" / "kernels"
+    tests.mkdir(parents=True)
+    (tests / "test_gpu.py").write_text(SOME_TESTS)
+    (tests / "test_cannot_be_imported.py").write_text("import no_such_module\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    name, messages = "tests/kernels/test_gpu.py::test_{}".format, []
+    session = driver.Session(
+        *("check", options(tmp_path, dry_run=False), torch.device("cpu")),
+        frozenset([name("done")]),
+        messages.append,
+    )
+    outcome = check._run_tests(session)
+    assert outcome == Outcome("fail", "pytest ended with 1; 2 failed of 4")
+    kinds = ("passes", "fails", "done", "is_skipped")
+    assert messages[0] == Planned([name(kind) for kind in kinds])
+    started = [x.name for x in messages if isinstance(x, Started)]
+    outcomes = [x.outcome for x in messages if isinstance(x, Finished)]
+    assert dict(zip(started, outcomes, strict=True)) == {
+        name("passes"): Outcome(max_error=0.25, allowed=0.5),
+        name("fails"): Outcome("fail", "AssertionError: a sentence"),
+        name("is_skipped"): Outcome("skipped", "skipped: no GPU"),
+    }
+    log = (tmp_path / "check.log").read_text()
+    assert "no_such_module" in log and "assert 1 == 2" in log
+
+
+# -- tune
+
+
+def test_of_two_settings_that_are_as_good_the_shipped_one_stays():
+    shipped = {"sm_80": "tf32x3", "sm_90": "tf32x3"}
+    for ieee, expected in ((0.99, "tf32x3"), (0.9, "ieee"), (1.1, "tf32x3")):
+        settings = {"coarse_precision=tf32x3": 1.0, "coarse_precision=ieee": ieee}
+        assert tune._best_precision(settings, shipped, "sm_90") == {"sm_90": expected}
+    assert tune._best_precision({"item_blocks=8": 1.0}, shipped, "sm_90") == {}
+    assert tune._best_item_blocks({"item_blocks=8": 1.0, "item_blocks=32": 0.5}, 16) == 32
+    assert tune._best_item_blocks({}, 16) == 16
+    topk = {f"topk_at_rows={n}": n for n in (16, 128, 32)}
+    assert tune._topk_up_to(topk | {f"radix_at_rows={n}": 50 for n in (16, 32, 128)}, 7) == 32
+    assert tune._topk_up_to(topk, 7) == 0 and tune._topk_up_to({}, 7) == 7
+
+
+def test_the_fastest_configurations_take_the_place_of_the_shipped_ones():
+    shipped = json.loads(SHIPPED.read_text())
+    where = {"device": "some GPU", "torch": "2", "triton": "3", "date": "today"}
+    keys = {"architecture": "sm_90", "kernel": "forward", "head_dim": "64", "operand_bytes": "2"}
+    config = {"swapped": "False", "group": "4", "num_warps": "8", "num_stages": "3"}
+    rows = [
+        where | keys | config | {"query_blocks": "2", "setting": "", "ms_median": "0.5"},
+        where | keys | config | {"query_blocks": "1", "setting": "", "ms_median": "0.7"},
+        where | keys | config | {"query_blocks": "1", "setting": "", "ms_median": ""},  # no launch
+    ]
+    content = tune.tuned(shipped, rows)
+    table, before = launching.parse_table(content), launching.table()
+    changed = [key for key, config in table.configs.items() if config != before.configs[key]]
+    assert changed == [("sm_90", "forward", 64, 2)]
+    assert table.configs[changed[0]] == launching.LaunchConfig(False, 4, 8, 3, 2)
+    (row,) = (row for row in content["configs"] if row.get("source", "").startswith("some GPU"))
+    assert row["source"] == "some GPU, torch 2, triton 3, today"
+    assert (table.item_blocks, table.topk_up_to_rows) == (
+        before.item_blocks,
+        before.topk_up_to_rows,
+    )
+    assert launching.parse_table(json.loads(tune.as_text(content))) == table
+    assert tune.tuned(shipped, []) == shipped
+
+
+# -- dry runs of the whole programs
+
+
+def dry_run(command, out):
+    """Every planned step has a row and none has failed; a second run measures nothing."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "run.py"), "--device", "cpu", "--dry-run"]
+    printed = []
+    for _ in range(2):
+        done = subprocess.run(
+            [*script, command, "--out", str(out)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert " 0 fail" in done.stdout and " 0 left" in done.stdout
+        printed.append((done.stdout, {path.name: path.read_text() for path in out.glob("*.csv")}))
+    assert printed[0][1] == printed[1][1]
+    rows = rows_of(out / STEPS[command.removeprefix("--")])
     assert {row["status"] for row in rows} <= {"pass", "skipped"}
-    assert all(row["detail"] == "skipped: dry run" for row in rows if row["status"] == "skipped")
-    return {row["step"]: row for row in rows}
+    return printed[0][0], {row["step"]: row for row in rows}
 
 
-def assert_second_run_measures_nothing(command, out):
-    before = {path.name: path.read_text() for path in out.glob("*.csv")}
-    assert " 0 left" in dry_run(command, out)
-    assert {path.name: path.read_text() for path in out.glob("*.csv")} == before
-
-
-def test_check_compares_with_the_reference_and_can_be_resumed(tmp_path):
-    dry_run("check", tmp_path, path=tmp_path)  # where there is no git
-    rows = assert_steps(tmp_path, "check")
-    assert all(row["commit"] == "" and row["torch"] for row in rows.values())
-    compared = [row for name, row in rows.items() if name.startswith("agrees")]
-    assert len(compared) >= 6 and all(row["status"] == "pass" for row in compared)
-    errors = [float(row["max_error"]) for row in compared]  # 0 for a single token in float32
-    assert all(e <= float(row["allowed"]) for e, row in zip(errors, compared, strict=True))
-    assert sum(error > 0 for error in errors) >= 6
-    skipped = {name for name, row in rows.items() if row["status"] == "skipped"}
+@pytest.mark.slow
+def test_check_compares_with_the_reference(tmp_path):
+    _, rows = dry_run("check", tmp_path)
+    compared = [row for row in rows.values() if row["max_error"]]
+    assert len(compared) >= 15
+    assert all(float(row["max_error"]) <= float(row["allowed"]) for row in compared)
+    assert sum(float(row["max_error"]) > 0 for row in compared) >= 10
+    skipped = [name for name, row in rows.items() if row["status"] == "skipped"]
     assert any("graph" in name for name in skipped) and any("sanitizer" in x for x in skipped)
 
-    kept = (tmp_path / "check.csv").read_text()
-    (tmp_path / "check.csv").write_text(kept.replace(",pass,", ",fail,", 1))
-    failed = next(iter(rows))
-    out = dry_run_again = run("--device", "cpu", "--dry-run", "check", "--out", tmp_path)
-    assert dry_run_again.returncode == 0, "what failed before is tried again"
-    again = rows_of(tmp_path / "check.csv")[len(rows) :]
-    assert [row["step"] for row in again] == [failed] and " 0 fail" in out.stdout
-    assert_second_run_measures_nothing("check", tmp_path)
 
-
-def test_bench_writes_the_columns_of_the_benchmark_and_can_be_resumed(tmp_path):
+@pytest.mark.slow
+def test_bench_writes_the_columns_of_the_benchmark(tmp_path):
     dry_run("bench", tmp_path)
-    assert_steps(tmp_path, "bench")
     rows = rows_of(tmp_path / "bench.csv")
-    header = (tmp_path / "bench.csv").read_text().splitlines()[0].split(",")
-    assert header[:2] == ["date", "commit"] and header[-1] == "rel_error" and len(header) == 21
     assert {row["op"] for row in rows} == {"attention", "variant", "selection", "model"}
     assert all(float(row["ms_median"]) > 0 for row in rows)
     table = [row for row in rows if row["op"] == "attention"]
@@ -108,7 +358,7 @@ def test_bench_writes_the_columns_of_the_benchmark_and_can_be_resumed(tmp_path):
     assert names == ["gather of", "copy", "matmul bf16", "matmul fp32"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
-    # A run that was cut off in the middle: its rows are kept, and only the others are measured.
+    # After a run that was cut off in the middle only the missing rows are measured.
     lines = (tmp_path / "bench.csv").read_text().splitlines(keepends=True)
     (tmp_path / "bench.csv").write_text("".join(lines[:-3]))
     steps = (tmp_path / "bench_steps.csv").read_text().splitlines(keepends=True)
@@ -116,17 +366,16 @@ def test_bench_writes_the_columns_of_the_benchmark_and_can_be_resumed(tmp_path):
     dry_run("bench", tmp_path)
     after = (tmp_path / "bench.csv").read_text().splitlines(keepends=True)
     assert after[:-3] == lines[:-3] and len(after) == len(lines)
-    assert_second_run_measures_nothing("bench", tmp_path)
 
 
-def test_profile_puts_every_launch_beside_its_floor_and_can_be_resumed(tmp_path):
-    printed = dry_run("profile", tmp_path)
-    assert_steps(tmp_path, "profile")
+@pytest.mark.slow
+def test_profile_puts_every_launch_beside_its_roofline(tmp_path):
+    printed, _ = dry_run("profile", tmp_path)
     rows = rows_of(tmp_path / "launches.csv")
     assert list(dict.fromkeys(row["pass"] for row in rows)) == list(PASSES)
     for name in PASSES:
-        of_pass = [row for row in rows if row["pass"] == name and row["length"] == "96"]
-        *kernels, total, graph = of_pass
+        first_shape = [row for row in rows if row["pass"] == name and row["length"] == "96"]
+        *kernels, total, graph = first_shape
         assert (total["kernel"], graph["kernel"]) == ("(all)", "(graph)") and float(graph["us"]) > 0
         assert float(total["us"]) == pytest.approx(
             sum(float(row["us"]) for row in kernels), abs=0.1
@@ -136,25 +385,14 @@ def test_profile_puts_every_launch_beside_its_floor_and_can_be_resumed(tmp_path)
         assert launches == {"summaries": 1, "select": 7, "forward": 5, "backward": 8}[name]
     gathered = {row["kernel"] for row in rows if row["bound"] == "L2"}
     assert gathered == {"exact_kernel", "exact_query_kernel", "exact_key_kernel"}
-    assert "exact_key_kernel" in printed and "x floor" in printed
+    assert "exact_key_kernel" in printed and "x roofline" in printed
     assert (tmp_path / "launches.png").stat().st_size > 10_000
-    assert_second_run_measures_nothing("profile", tmp_path)
 
 
-def test_of_two_settings_that_are_as_good_the_shipped_one_stays():
-    from benchmarks.cuda import tune
-
-    shipped = {"sm_80": "tf32x3", "sm_90": "tf32x3"}
-    for ieee, wanted in ((0.99, "tf32x3"), (0.9, "ieee"), (1.1, "tf32x3")):
-        settings = {"coarse_precision=tf32x3": 1.0, "coarse_precision=ieee": ieee}
-        assert tune._best_precision(settings, shipped, "sm_90") == {"sm_90": wanted}
-    assert tune._best_precision({"item_blocks=8": 1.0}, shipped, "sm_90") == {}
-
-
-def test_tune_writes_a_table_that_parses_and_can_be_resumed(tmp_path):
-    shipped = Path(launching.__file__).with_name("launch_configs.json").read_text()
+@pytest.mark.slow
+def test_tune_writes_a_table_that_parses(tmp_path):
+    shipped = SHIPPED.read_text()
     dry_run("--tune", tmp_path)
-    assert_steps(tmp_path, "tune")
     content = json.loads((tmp_path / "launch_configs.json").read_text())
     table, before = launching.parse_table(content), launching.table()
     assert table.configs.keys() == before.configs.keys()
@@ -163,121 +401,12 @@ def test_tune_writes_a_table_that_parses_and_can_be_resumed(tmp_path):
     same = [key for key in before.configs if key[2:] != (16, 4)]
     assert all(table.configs[key] == before.configs[key] for key in same)
     assert table.item_blocks in (1, 2, before.item_blocks) and table.topk_up_to_rows >= 0
-    timed = {
-        row["setting"].partition("=")[2]: float(row["ms_median"])
-        for row in rows_of(tmp_path / "tune.csv")
-        if row["setting"].startswith("coarse_precision=")
-    }
     assert table.coarse_precision.keys() == before.coarse_precision.keys()
-    assert timed.keys() == set(launching.COARSE_PRECISIONS)
-    assert Path(launching.__file__).with_name("launch_configs.json").read_text() == shipped
-
     rows = rows_of(tmp_path / "tune.csv")
+    settings = [row["setting"].partition("=")[::2] for row in rows if row["setting"]]
+    precisions = {value for name, value in settings if name == "coarse_precision"}
+    assert precisions == set(launching.COARSE_PRECISIONS)
     tried = {(row["kernel"], row["query_blocks"]) for row in rows if not row["setting"]}
     both = {(kernel, n) for kernel in ("forward", "query_gradient") for n in "12"}
     assert tried == both | {("key_gradient", "1")}
-    for row in rows:  # as if two query blocks were the fastest of all in one of the passes
-        row["ms_median"] = 1e-6 if (row["kernel"], row["query_blocks"]) == ("forward", "2") else 1
-    with (tmp_path / "tune.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    assert_second_run_measures_nothing("tune", tmp_path)
-    content = json.loads((tmp_path / "launch_configs.json").read_text())
-    chosen = {
-        key: config.query_blocks for key, config in launching.parse_table(content).configs.items()
-    }
-    assert [key for key, n in chosen.items() if n == 2] == [("sm_80", "forward", 16, 4)]
-
-
-def test_no_step_is_started_after_the_time_limit(tmp_path):
-    done = run("--device", "cpu", "--dry-run", "check", "--out", tmp_path, "--time-limit", 0.5)
-    assert done.returncode == 0, done.stderr
-    assert rows_of(tmp_path / "check.csv") == [] and "0 pass, 0 fail" in done.stdout
-
-
-CRASHING = """
-import os
-from benchmarks.cuda.driver import Outcome, Step
-
-def fine(session):
-    return Outcome(max_error=0.5, allowed=1.0)
-
-def broken(session):
-    raise ValueError("a sentence")
-
-def steps(session):
-    named = {"first": fine, "dies": lambda s: os.abort(), "raises": broken, "last": fine}
-    return [Step(name, run) for name, run in named.items()]
-"""
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_step_that_kills_its_process_costs_no_other_step(workers, tmp_path):
-    copy = tmp_path / "benchmarks"
-    shutil.copytree(RUN.parent, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    (copy / "cuda" / "check.py").write_text(CRASHING)
-    out = tmp_path / "out"
-    arguments = ("check", "--device", "cpu", "--dry-run", "--out", out, "--workers", workers)
-    done = run(*arguments, script=copy / "run.py")
-    assert done.returncode == 1, done.stdout + done.stderr
-    statuses = {row["step"]: row["status"] for row in rows_of(out / "check.csv")}
-    assert statuses == {"first": "pass", "dies": "fail", "raises": "fail", "last": "pass"}
-    assert "failed: raises: ValueError: a sentence" in done.stdout
-    assert "Traceback" in (out / "check.log").read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-@pytest.mark.parametrize("command", STEPS)
-def test_without_a_card_the_driver_says_so(command, tmp_path):
-    done = run("--device", "cuda", command, "--out", tmp_path / "out", "--workers", 1)
-    assert done.returncode == 2
-    assert "torch sees no CUDA or ROCm device here" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (("check",), "--dry-run"),
-        (("check", "--dry-run", "--device", "cuda"), "--dry-run"),
-        (("tune", "--dry-run", "--write-table"), "--write-table"),
-    ],
-)
-def test_wrong_combinations_are_refused(arguments, words, tmp_path):
-    done = run(*arguments, "--out", tmp_path)
-    assert done.returncode == 2 and words in done.stderr
-    done = run("check", "--dry-run")
-    assert done.returncode == 2 and "--out" in done.stderr
-
-
-STARTS_A_PROGRAM = """
-import subprocess
-import sys
-import time
-from pathlib import Path
-from benchmarks.cuda.driver import Step
-
-def starts_a_program(session):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    Path(__file__).with_name("child").write_text(str(child.pid))
-    time.sleep(300)
-
-def steps(session):
-    return [Step("pytest that takes long", starts_a_program)]
-"""
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self/cmdline").exists(),
-    reason="whether a process is gone is read from /proc, which Linux alone has",
-)
-def test_a_step_out_of_time_ends_with_all_it_has_started(tmp_path):
-    copy = tmp_path / "benchmarks"
-    shutil.copytree(RUN.parent, copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
-    (copy / "cuda" / "check.py").write_text(STARTS_A_PROGRAM)
-    arguments = ("check", "--device", "cpu", "--dry-run", "--out", tmp_path / "out")
-    done = run(*arguments, "--workers", 1, "--time-limit", 40, script=copy / "run.py")
-    assert "stopped at 40 s in: pytest that takes long" in done.stdout
-    assert rows_of(tmp_path / "out" / "check.csv") == [], "it is left for the next call"
-    command = Path(f"/proc/{(copy / 'cuda' / 'child').read_text()}/cmdline")
-    assert not command.exists() or not command.read_text(), "gone, or a zombie at most"
+    assert SHIPPED.read_text() == shipped

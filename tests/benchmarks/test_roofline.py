@@ -1,42 +1,28 @@
-"""What the launches of a call must do at least, and how what was measured is put beside it."""
+"""The least work of the launches of a call, and how measurements are put beside it."""
 
 import collections
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-
+from benchmarks import ROOT
+from benchmarks.cuda import profile, roofline, summary
 from mra_attention.triton_impl import launching
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "kernels")
-
-
-def test_the_floors_are_of_the_launches_that_there_are(benchmarks):
+def test_the_rooflines_are_of_the_launches_that_there_are(monkeypatch):
     """As many of each kernel as the public path launches, in the order of the passes."""
+    monkeypatch.syspath_prepend(ROOT / "kernels")
     import compile_check
-
-    from benchmarks.cuda import roofline
 
     for length in (1024, 4096, 65536):
         launches = compile_check._recorded("sm_90", "bf16", 64, False, False, "ieee", length)
         counted = collections.Counter(launch.kernel for launch in launches)
-        works = roofline.Problem(length, 2, 12, 64, 8).works()
         expected = collections.Counter()
-        for of_pass in works.values():
-            expected.update({kernel: work.launches for kernel, work in of_pass.items()})
+        for works in roofline.Problem(length, 2, 12, 64, 8).works().values():
+            expected.update({kernel: work.launches for kernel, work in works.items()})
         assert counted == expected
 
 
-def test_floors_count_bytes_and_flop(benchmarks):
+def test_rooflines_count_bytes_and_flop():
     """By hand, for 64 tokens of 2 heads of 16 channels in bf16 that select one block a row."""
-    from benchmarks.cuda import roofline
-
     works = roofline.Problem(64, 1, 2, 16, 1).works()
     tokens, means, pairs, selected = 2 * 64 * 16 * 2, 2 * 2 * 16 * 4, 2 * 2 * 2, 2 * 2
     assert works["summaries"]["pool_kernel"].memory == 3 * tokens + 3 * means
@@ -45,42 +31,37 @@ def test_floors_count_bytes_and_flop(benchmarks):
     assert exact.exact == selected * 2 * (2 * 32 * 32 * 16)
     assert works["forward"]["coarse_kernel"].coarse == pairs * 2 * (2 * 16)
     assert works["backward"]["exact_key_kernel"].exact == 2 * exact.exact
-    stored, anew = (
+    stored, recomputed = (
         roofline.Problem(64, 1, 2, 16, 1, is_stored=is_stored).works()["select"]
         for is_stored in (True, False)
     )
     assert stored["digit_kernel"].coarse == 0 and stored["score_kernel"].coarse == pairs * 2 * 32
-    assert anew["digit_kernel"].coarse == 3 * pairs * 32
+    assert recomputed["digit_kernel"].coarse == 3 * pairs * 32
 
     ceilings = roofline.Ceilings(copy=1e12, gather=2e12, bf16=6e12, fp32=1e12)
-    assert ceilings.floor(roofline.Work(memory=1e6, gather=1e6)) == (1.0, "memory")
-    assert ceilings.floor(roofline.Work(gather=4e6, exact=6e6)) == (2.0, "L2")
-    assert ceilings.floor(roofline.Work(coarse=4e6)) == (4.0, "tf32x3")
-    assert ceilings.floor(roofline.Work(coarse=4e6), "ieee") == (4.0, "ieee")
-    assert ceilings.floor(roofline.Work()) == (0.0, "")
+    least = ceilings.least_microseconds
+    assert least(roofline.Work(memory=1e6, gather=1e6)) == (1.0, "memory")
+    assert least(roofline.Work(gather=4e6, exact=6e6)) == (2.0, "L2")
+    assert least(roofline.Work(coarse=4e6)) == (4.0, "tf32x3")
+    assert least(roofline.Work(coarse=4e6), "ieee") == (4.0, "ieee")
+    assert least(roofline.Work()) == (0.0, "")
     assert launching.table().recompute_from_length == roofline.RECOMPUTE_FROM_LENGTH
 
 
-def test_measured_ceilings_replace_assumed_ones(benchmarks, tmp_path):
-    from benchmarks.cuda import roofline
-
+def test_measured_ceilings_replace_assumed_ones(tmp_path):
     lines = ("name,rate,unit", "gather of 4 KB blocks from 8 MB,7000,GB/s", "copy,2500,GB/s")
     lines += ("gather of 4 KB blocks from 1024 MB,2000,GB/s", "matmul bf16 4096,700,TFLOP/s")
     (tmp_path / "ceilings.csv").write_text("\n".join(lines) + "\n")
-    found = roofline.Ceilings.measured(tmp_path / "ceilings.csv")
-    assert (found.copy, found.gather, found.bf16) == (2.5e12, 7e12, 7e14)
-    assert found.fp32 == roofline.Ceilings().fp32
+    ceilings = roofline.Ceilings.measured(tmp_path / "ceilings.csv")
+    assert (ceilings.copy, ceilings.gather, ceilings.bf16) == (2.5e12, 7e12, 7e14)
+    assert ceilings.fp32 == roofline.Ceilings().fp32
 
 
-def test_the_table_in_the_documentation_is_what_the_script_prints():
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "cuda" / "roofline.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.count("\n| ") > 15
-    assert done.stdout in (ROOT / "kernels" / "README.md").read_text()
+def test_the_table_in_the_documentation_is_what_the_script_prints(capsys):
+    roofline.main([])
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") > 15
+    assert printed in (ROOT / "kernels" / "README.md").read_text()
 
 
 #: As Nsight Compute writes it, with notes before and columns that nobody asked for.
@@ -97,9 +78,7 @@ COUNTERS = """\
 """
 
 
-def test_counters_are_read_from_what_the_profiler_writes(benchmarks, tmp_path):
-    from benchmarks.cuda import profile, summary
-
+def test_counters_are_read_from_what_the_profiler_writes(tmp_path):
     (tmp_path / "counters.csv").write_text(profile.counters_of(COUNTERS))
     names, pool, exact = summary.shown_counters(tmp_path / "counters.csv")
     shown = dict(zip(names, zip(pool, exact, strict=True), strict=True))
@@ -108,3 +87,29 @@ def test_counters_are_read_from_what_the_profiler_writes(benchmarks, tmp_path):
     assert shown["L2, %"] == ("40", "81.5")
     assert shown["tensor cores, %"] == ("", "31") and shown["memory, %"] == ("71", "")
     assert profile.counters_of("==ERROR== no permission\n") == ""
+
+
+def test_tables_put_times_beside_dense_attention_and_the_roofline(tmp_path, capsys):
+    (tmp_path / "bench.csv").write_text(
+        "op,provider,batch,length,block_per_row,mode,pass,ms_median,peak_mb,rel_error\n"
+        "attention,sdpa_flash,8,4096,,,fwd,3.0,10,0\n"
+        "attention,sdpa_cudnn,8,4096,,,fwd,2.5,10,0\n"
+        "attention,mra2,8,4096,8,full,fwd,1.25,12,1e-1\n"
+        "selection,topk,1,4096,8,,select,0.5,,\n"
+    )
+    summary.print_bench(tmp_path)
+    printed = capsys.readouterr().out
+    assert "1.250 2.00x" in printed, "against the faster one"
+    assert "selection  topk" in printed
+    (tmp_path / "launches.csv").write_text(
+        "length,batch,pass,kernel,launches,us,floor_us,bound\n"
+        "96,1,forward,exact_kernel,1,30,20,L2\n"
+        "96,1,forward,fill,1,10,,\n"
+        "96,1,forward,(all),2,40,20,\n"
+        "96,1,forward,(graph),,45,,\n"
+    )
+    summary.print_profile(tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1][-3:] == ["x", "roofline", "share"]
+    assert lines[2] == ["forward", "exact_kernel", "1", "30", "20", "L2", "1.5", "75", "%"]
+    assert lines[4][-3:] == ["2.0", "100", "%"] and lines[5] == ["forward", "(graph)", "45"]

@@ -1,10 +1,16 @@
-"""What every timing here is made of: generated inputs and interleaved runs."""
+"""What measurements are made of: generated inputs, interleaved timing, peak memory."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+#: Names of dtypes in tables of measurements.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def topical_inputs(
@@ -26,8 +32,8 @@ def topical_inputs(
     shape = (batch, heads, length, head_dim)
     topics = 1.2 * torch.randn(batch, heads, 24, head_dim, generator=generator)
     segments = torch.randint(0, 24, (batch, heads, -(-length // 64)), generator=generator)
-    chosen = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
-    base = chosen.repeat_interleave(64, 2)[:, :, :length]
+    segment_topics = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
+    base = segment_topics.repeat_interleave(64, 2)[:, :, :length]
     query = base + 0.8 * torch.randn(shape, generator=generator)
     key = base + 0.8 * torch.randn(shape, generator=generator)
     value = torch.randn(shape, generator=generator)
@@ -45,14 +51,14 @@ def interleaved_milliseconds(
 ) -> dict[str, list[float]]:
     """Time `provider(*inputs)` of each provider in turn, `repeats` times after a warm-up round.
 
-    Turns are taken so that a change of the machine's speed meets all providers alike.
+    Providers take turns, so that a change of the machine's speed affects all of them alike.
 
     Args:
         providers: name -> attention function.
         inputs: query, key, value.
         backward: include the gradients of all inputs.
         repeats: rounds that count.
-        warm_up: run one round more that does not count, first.
+        warm_up: run one more round first, which does not count.
 
     Returns:
         Wall-clock milliseconds per provider, one per round.
@@ -80,3 +86,53 @@ def interleaved_milliseconds(
             if counts:
                 samples[name].append(milliseconds)
     return samples
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: PyTorch's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX only
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def added_peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int | None:
+    """Call `run` and return the bytes by which its peak memory exceeds what was in use before.
+
+    Measures PyTorch's allocator on a GPU and the process's resident set on Linux. On other systems
+    `run` is called as well, and the result is None.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    before = _reset_resident_peak()
+    run()
+    return None if before is None else max(0, _resident_bytes("VmHWM") - before)
+
+
+def _reset_resident_peak() -> int | None:
+    """Set the peak of the resident set to its present size and return that; None if not Linux."""
+    peak_reset = Path("/proc/self/clear_refs")
+    if not peak_reset.exists():
+        return None
+    # Return freed memory to the system first, or the next peak would hide in it.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        peak_reset.write_text("5")
+    except OSError:
+        return None
+    return _resident_bytes("VmRSS")
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,34 @@ def read_file(path: Path, remedy: str) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read ({error}); {remedy}.") from error
+
+
+def source_commit(*status_options: str) -> str | None:
+    """Return the commit of this package's source, "+" behind it where files differ; None if
+    installed from a wheel.
+
+    Args:
+        status_options: options of `git status` that say which files count; by default all files
+            of this package, untracked ones included.
+    """
+    folder = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A wheel may lie in an environment inside somebody else's repository.
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    commit = git("rev-parse", "--short", "HEAD")
+    if commit is None:
+        return None
+    return commit + "+" * bool(git("status", "--porcelain", *(status_options or (".",))))
 
 
 def _is_default(item: dataclasses.Field, value: Any) -> bool:

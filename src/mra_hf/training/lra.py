@@ -2,8 +2,6 @@
 
 import inspect
 import math
-import resource
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import TrainingArguments
 
+from mra_attention.benchmarking import peak_bytes
 from mra_attention.checks import check_choice
 from mra_hf.baselines.methods import ARENA_ATTENTIONS
 from mra_hf.data.lra import TASKS, LraData
@@ -147,7 +146,7 @@ def run_lra(
 
     def evaluate() -> dict[str, Any]:
         results = experiment.results
-        results["train"]["peak_memory_mb"] = _peak_megabytes(training_args.device)
+        results["train"]["peak_memory_mb"] = peak_bytes(training_args.device) / 2**20
         scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
         predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
         trainer.save_predictions("test", predicted, data.labels)
@@ -368,11 +367,3 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
         names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")
         own |= {name: getattr(config, name) for name in names}
     return own
-
-
-def _peak_megabytes(device: torch.device) -> float:
-    """Peak memory so far: what torch had on the card, or what the process had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +43,7 @@ from mra_hf.results.files import (
     STATE_NAME,
     experiment_settings,
     save_experiment,
+    source_commit,
     write_history,
     write_predictions,
     write_text,
@@ -323,28 +323,6 @@ def run_metadata(
         "accelerate": accelerate.__version__,
         "datasets": datasets.__version__,
     }
-
-
-def source_commit() -> str | None:
-    """The commit of this package's source, "+" behind it where files differ; None if installed from
-    a wheel.
-    """
-    folder = Path(mra_hf.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
-            )
-        except OSError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # A wheel may lie in an environment inside somebody else's repository.
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    commit = git("rev-parse", "--short", "HEAD")
-    return None if commit is None else commit + "+" * bool(git("status", "--porcelain", "."))
 
 
 def data_fingerprint(data: "datasets.Dataset | datasets.IterableDataset | None") -> str | None:

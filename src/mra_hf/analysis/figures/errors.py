@@ -1,16 +1,14 @@
 """Figures 4, 5 and 7 and Table 7 of the paper: error against work, entropy and length."""
 
-import ctypes
-import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mra_attention import mra2_attention
+from mra_attention.benchmarking import added_peak_bytes
 from mra_hf.analysis.figures.drawing import Drawn, shape_of
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.analysis.paper_errors import TABLE_7
@@ -26,7 +24,6 @@ TEMPERATURES = tuple(2.0**power for power in range(-4, 5))
 _BY_ENTROPY = ("mra2", "mra2_s", "longformer", "bigbird", "nystromformer", "h_transformer")
 #: Longest input in tokens for the best sparse and low-rank matrices, N^3 operations each.
 _LONGEST_OPTIMUM = 1024
-_STATUS = Path("/proc/self/status")
 
 
 def error_and_time(heads: HeadInputs) -> Drawn:
@@ -267,30 +264,17 @@ def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, f
         output = method.attend(*parts, scale=heads.scale, size=size, seed=0)
         torch.autograd.grad(output.sum(), parts)
 
-    run()
-    before = _reset_peak()
     times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    peak = None if before is None else max(0.0, _kilobytes("VmHWM") - before) / 1024
-    return 1000 * sorted(times)[1], peak
 
+    def timed_runs() -> None:
+        for _ in range(3):
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
 
-def _reset_peak() -> float | None:
-    """Kilobytes in use now, with the peak set back to it; None where the system cannot say."""
-    try:
-        # What was freed goes back to the system first, or the next peak would hide in it.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _kilobytes("VmRSS")
-    except (OSError, AttributeError):
-        return None
-
-
-def _kilobytes(name: str) -> float:
-    return float(re.search(rf"{name}:\s+(\d+)", _STATUS.read_text())[1])
+    run()
+    peak = added_peak_bytes(timed_runs)
+    return 1000 * sorted(times)[1], None if peak is None else peak / 2**20
 
 
 def _over_temperatures(heads: HeadInputs, sizes: dict[str, int | None]) -> Iterator[dict[str, Any]]:
