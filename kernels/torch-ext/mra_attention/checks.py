@@ -29,8 +29,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], got "
-                f"{type(x).__name__}."
+                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], "
+                f"got {type(x).__name__}."
             )
         if x.layout != torch.strided:
             raise ValueError(
@@ -38,9 +38,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
             )
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must be [batch, heads, tokens, head_dim], got {x.ndim} dimensions "
-                f"{tuple(x.shape)}; split the hidden dimension into heads and move heads before "
-                "tokens."
+                f"{name} must be [batch, heads, tokens, head_dim], "
+                f"got {x.ndim} dimensions {tuple(x.shape)}; "
+                "split the hidden dimension into heads and move heads before tokens."
             )
     for name in ("key", "value"):
         if tensors[name].shape != query.shape:
@@ -51,8 +51,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
             )
         if tensors[name].device != query.device:
             raise ValueError(
-                f"{name} is on {tensors[name].device}, query on {query.device}; move all three to "
-                "one device."
+                f"{name} is on {tensors[name].device}, query on {query.device}; "
+                "move all three to one device."
             )
     if query.shape[2] == 0 or query.shape[3] == 0:
         raise ValueError(
@@ -86,13 +86,13 @@ def to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None
         return None
     if not isinstance(attention_mask, Tensor):
         raise ValueError(
-            "attention_mask must be a torch.Tensor [batch, tokens] or None, got "
-            f"{type(attention_mask).__name__}."
+            "attention_mask must be a torch.Tensor [batch, tokens] or None, "
+            f"got {type(attention_mask).__name__}."
         )
     expected = (query.shape[0], query.shape[2])
     if attention_mask.ndim != 2 or attention_mask.shape != expected:
         raise ValueError(
-            f"attention_mask must be [batch, tokens] = {tuple(expected)}, got "
+            f"attention_mask must be [batch, tokens] = {expected}, got "
             f"{tuple(attention_mask.shape)}; pass the tokenizer's 2-D attention_mask, "
             "not an expanded one."
         )

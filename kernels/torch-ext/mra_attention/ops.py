@@ -103,21 +103,7 @@ def mra2_select(
 
 
 @mra2_select.register_fake
-def _(
-    query,
-    key,
-    token_mask,
-    block_per_row,
-    block_budget,
-    block_size,
-    initial_prior_first_n_blocks,
-    initial_prior_diagonal_n_blocks,
-    rule,
-    scale,
-    impl="torch",
-    vectors=None,
-    counts=None,
-):
+def _(query, key, token_mask, block_per_row, block_budget, block_size, *_):
     n_blocks = count_blocks(query.shape[2], block_size)
     return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
 
@@ -164,20 +150,7 @@ def mra2_forward(
 
 
 @mra2_forward.register_fake
-def _(
-    query,
-    key,
-    value,
-    token_mask,
-    blocks,
-    scale,
-    sparse,
-    block_size,
-    impl="torch",
-    largest_budget=None,
-    vectors=None,
-    counts=None,
-):
+def _(query, key, value, token_mask, blocks, scale, sparse, block_size, impl="torch", *_):
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=query.dtype if FAST[impl].keeps_dtype else dtype)
     return output, query.new_empty(query.shape[:3], dtype=dtype)
@@ -225,24 +198,8 @@ def mra2_backward(
 
 
 @mra2_backward.register_fake
-def _(
-    grad_output,
-    query,
-    key,
-    value,
-    output,
-    lse,
-    token_mask,
-    blocks,
-    scale,
-    sparse,
-    block_size,
-    impl="torch",
-    largest_budget=None,
-    vectors=None,
-    counts=None,
-):
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+def _(grad_output, query, *_):
+    return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
 def _save_for_backward(ctx, inputs, output):

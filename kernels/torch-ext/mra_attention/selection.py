@@ -81,9 +81,10 @@ class SelectionRule:
         sub_blocks: how many means per block `score` takes, a power of two; fewer where that does
             not divide the block size.
         row_normalized: whether the largest score of the row, over live blocks, is subtracted.
-        scheme: whether the general scheme may use the rule. It ranks by coarse logits of its own.
-        kernel: whether compiled kernels rank by this rule, likewise from coarse logits of their
-            own. Every other rule is ranked by torch, on every device.
+        scheme: whether the general scheme may use the rule. The scheme computes coarse logits
+            itself, so `score` must be `coarse_logits`.
+        kernel: whether the Triton kernels rank by this rule. They compute coarse logits themselves
+            too; torch ranks by all other rules, on every device.
     """
 
     description: str

@@ -53,7 +53,7 @@ _FILLER_BLOCKS = 24
 
 
 def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> None:
-    """None: the passes share nothing, each works on chunks of its own."""
+    """Return None: every pass works on its own chunks, and shares nothing."""
 
 
 def select(
