@@ -123,7 +123,7 @@ def attend(x, query_order, key_order):
         ),
         (
             lambda x: attend(x, torch.arange(64), torch.zeros(64, dtype=torch.long)),
-            "key_order must hold every place from 0 to 63 once",
+            "key_order must hold every position from 0 to 63 once",
         ),
         (
             lambda x: attend(x, torch.arange(64) + 1, torch.arange(64)),

@@ -230,6 +230,13 @@ def test_global_rule_ranks_the_whole_matrix_and_may_leave_a_row_empty():
     assert by_row == {(0, 0), (1, 0), (2, 0)}
 
 
+def test_what_the_scheme_and_the_kernels_rank_by_is_the_coarse_logit():
+    """They compute it themselves, so a row that says more would be ranked by something else."""
+    for name, rule in selection.RULES.items():
+        if rule.scheme or rule.kernel:
+            assert rule.score is selection.coarse_logits and rule.sub_blocks == 1, name
+
+
 @pytest.mark.parametrize("block_size", [4, 2, 7, 1])
 @pytest.mark.parametrize("mask_kind", MASK_KINDS)
 def test_refined_mass_of_parts_of_one_token_is_that_of_softmax(mask_kind, block_size):

@@ -1,5 +1,5 @@
-"""The namespace of the custom operators. A build for the kernel hub puts a file with a namespace of
-its own here.
+"""The namespace of the custom operators. A build for the kernel hub replaces this file, to get a
+namespace of its own.
 """
 
 import torch

@@ -3,7 +3,6 @@
 Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N / M) block rows.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,7 +15,6 @@ from .blocks import count_blocks, is_exporting
 from .checks import (
     APPROX_MODES,
     MAX_BLOCK_SIZE,
-    SELECTION_RULES,
     check_choice,
     check_scales,
     check_scheme,
@@ -24,9 +22,9 @@ from .checks import (
     check_tensors,
     to_token_mask,
 )
-from .implementations import IMPLEMENTATIONS, resolve_impl
+from .implementations import FAST, IMPLEMENTATIONS, resolve_impl
 from .multiresolution_reference import multiresolution_matrix
-from .selection import BlockSelection, select
+from .selection import SELECTION_RULES, BlockSelection, select
 
 
 def mra2_attention(
@@ -43,7 +41,7 @@ def mra2_attention(
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
     scale: float | None = None,
-    impl: Literal["auto", "reference", "torch", "triton"] = "auto",
+    impl: str = "auto",
 ) -> Tensor:
     """Multi-resolution self-attention with the scales {block_size, 1}: MRA-2 and MRA-2-s.
 
@@ -55,8 +53,8 @@ def mra2_attention(
 
     Args:
         query, key, value: `[B, H, N, D]`, any strides, one dtype of float32, bfloat16, float16,
-            float64. Under autocast they are cast to its dtype first (float64 is left alone, as
-            torch does).
+            float64. Under autocast they are cast to its dtype first (float64 stays, as elsewhere
+            in torch).
         attention_mask: `[B, N]` bool or integer, nonzero at real tokens, any pattern; None means
             all are real. Padded queries give zeros, padded keys are never attended, even when they
             hold NaN.
@@ -68,15 +66,14 @@ def mra2_attention(
         block_size: tokens per block.
         initial_prior_first_n_blocks: the first n block rows and columns that hold a real token are
             chosen before all others.
-        initial_prior_diagonal_n_blocks: so are the pairs with `abs(row - column) <= n // 2`; 0 is
-            off.
-        selection: `"row_normalized"` ranks a pair by its coarse logit minus the largest one of its
-            row, so that every row gets its best pair when the budget allows one each (and no row's
-            maximum is tied); `"global"` by the coarse logit; `"refined"` by the softmax mass of the
-            pair as estimated from quarters of blocks, which finds better pairs for 16 times the
-            scores. Or a ready `BlockSelection` from
-            `select_blocks`, which stands for its own budget and priors: those given here are then
-            not used.
+        initial_prior_diagonal_n_blocks: pairs with `abs(row - column) <= n // 2` are chosen first
+            too; 0 is off.
+        selection: the rule that ranks pairs, by its name in `mra_attention.selection.RULES`, where
+            every row says in a sentence what it ranks by. The default `"row_normalized"` takes the
+            coarse logit minus the largest one of its row, so that every row gets its best pair
+            when the budget allows one each; `"global"` and `"refined"` are others. Or a ready
+            `BlockSelection` from `select_blocks`; the budget and the priors given here are then not
+            used.
         scale: factor of the logits, default `D ** -0.5`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer),
             `"triton"` (kernels for CUDA and ROCm tensors: float32, bfloat16, float16, head dims 16
@@ -118,26 +115,12 @@ def mra2_attention(
         return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
     match resolve_impl(impl, query, block_size):
         case "reference":
-            blocks = _choose(select, query, key, token_mask, selection, settings)
-            return _reference_attention(query, key, value, token_mask, blocks, **arguments)
-        case "torch" | "triton" as fast:
-            _refuse_forward_mode(query, key, value)
-            is_chosen = isinstance(selection, BlockSelection)
-            shared = {"impl": fast}
-            if fast == "triton":
-                vectors, counts = _summarize_op(query, key, value, token_mask)
-                shared |= {"vectors": vectors, "counts": counts}
-            if not is_chosen and _selects_all(query, settings):
-                blocks = None
-            else:
-                chooser = functools.partial(_select_op, **shared)
-                blocks = _choose(chooser, query, key, token_mask, selection, settings)
-            arguments["largest_budget"] = None if is_chosen else _largest_budget(query, settings)
-            arguments |= shared
-            output = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)[0]
-            return output.to(query.dtype)
-        case other:
-            raise AssertionError(f"no implementation named {other}")
+            blocks = _reference_blocks(query, key, token_mask, selection, settings)
+            return _reference_attention(query, key, value, token_mask, blocks, arguments)
+        case fast:
+            return _fast_attention(
+                fast, query, key, value, token_mask, selection, settings, arguments
+            )
 
 
 def multiresolution_attention(
@@ -160,24 +143,27 @@ def multiresolution_attention(
     ICML 2022 paper, Algorithms 1 and 2. The matrix is covered by blocks of side `resolutions[0]`;
     the best `block_budgets[0]` of them per head are cut into blocks of side `resolutions[1]`, of
     which the best `block_budgets[1]` are cut again, and so on. Every block that is left contributes
-    the product of its means. `(32, 1)` is MRA-2 and takes its kernels; budgets that cover
-    everything with a last scale of 1 are softmax attention; a last scale above 1 gives a result
-    that is constant over so many queries. With N tokens, scales s_i and budgets m_i the cost is
+    the product of its means.
+
+    `(32, 1)` is MRA-2 and takes its kernels. Budgets that cover everything with a last scale of 1
+    give softmax attention. A last scale s above 1 gives a result that is constant over s queries.
+    With N tokens, scales s_i and budgets m_i the cost is
     N + (N / s_0)^2 + sum_i m_i (s_(i-1) / s_i)^2: a coarser first scale keeps it linear where the
-    pooled matrix of (32, 1) has become the larger part.
+    pooled matrix of (32, 1) would dominate.
 
     Args:
         query, key, value, attention_mask, scale: as in `mra2_attention`.
         resolutions: sides of blocks in tokens, from the coarsest on; each divides the one before.
         block_budgets: blocks per head that are cut, one number for every scale but the last;
-            clamped to the blocks that there are.
-        approx_mode: `"full"`, or `"sparse"`: blocks of the last scale alone contribute.
+            clamped to the number of blocks.
+        approx_mode: `"full"`, or `"sparse"`: only blocks of the last scale contribute.
         initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks: priors as in
             `mra2_attention`, on the blocks of the coarsest scale.
-        selection: `"row_normalized"` ranks a block by its logit minus the largest one among the
-            candidates of its row, `"global"` by the logit itself.
+        selection: the rule that ranks blocks: `"row_normalized"` by the logit minus the largest one
+            among the candidates of its row, `"global"` by the logit itself. Two scales that end in
+            1 take every rule of `mra2_attention`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (no N x N buffer), or
-            `"auto"`: torch, and for two scales with a last of 1 what `mra2_attention` takes.
+            `"auto"`: torch, and for two scales that end in 1 what `mra2_attention` takes.
 
     Returns:
         `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on).
@@ -239,9 +225,8 @@ def select_blocks(
     """Return which block pairs `mra2_attention` computes exactly for the same arguments.
 
     For plots, for tests, and to hand one choice to several calls (`mra2_attention(...,
-    selection=chosen)`). No gradient. Chosen as by `impl="auto"`: scores are float32 from float32
-    means in the Triton kernels, and from float64 means otherwise, so that near-ties can differ
-    between the two.
+    selection=selection)`). No gradient. Chosen as by `impl="auto"`: the Triton kernels score in
+    float32, from float32 means, torch in float64, so that near-ties can differ between the two.
 
     Raises:
         ValueError: as `mra2_attention`.
@@ -249,9 +234,9 @@ def select_blocks(
     query, key, _ = check_tensors(query, key, key)
     if isinstance(selection, BlockSelection):
         raise ValueError(
-            f"selection must be the name of a rule here, one of {SELECTION_RULES}; got a ready "
-            "BlockSelection, "
-            "which is what this function returns. Pass it to mra2_attention instead."
+            f"selection must be the name of a rule here, one of {SELECTION_RULES}; "
+            "got a ready BlockSelection, which is what this function returns. "
+            "Pass it to mra2_attention instead."
         )
     settings = check_settings(
         query,
@@ -265,8 +250,9 @@ def select_blocks(
     )
     token_mask = to_token_mask(attention_mask, query)
     impl = resolve_impl("auto", query, block_size)
-    chooser = functools.partial(_select_op, impl="triton" if impl == "triton" else "torch")
-    return BlockSelection(_choose(chooser, query, key, token_mask, selection, settings), block_size)
+    impl = impl if impl in FAST else "torch"
+    blocks = ops.mra2_select(query.detach(), key.detach(), token_mask, **settings, impl=impl)
+    return BlockSelection(blocks, block_size)
 
 
 def mra2_attention_matrix(
@@ -285,7 +271,7 @@ def mra2_attention_matrix(
 ) -> Tensor:
     """Return the row-normalised matrix A-hat `[B, H, N, N]` that `mra2_attention` applies.
 
-    From the reference, so it needs O(N^2) memory; float32, or float64 for float64 inputs. Rows of
+    Computed by the reference, in O(N^2) memory; float32, or float64 for float64 inputs. Rows of
     padding are zero.
 
     Raises:
@@ -304,7 +290,7 @@ def mra2_attention_matrix(
     )
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     token_mask = to_token_mask(attention_mask, query)
-    blocks = _choose(select, query, key, token_mask, selection, settings)
+    blocks = _reference_blocks(query, key, token_mask, selection, settings)
     with torch.autocast(query.device.type, enabled=False):
         return reference.attention_matrix(
             query,
@@ -333,7 +319,7 @@ def multiresolution_attention_matrix(
     """Return the row-normalised matrix A-hat `[B, H, N, N]` that `multiresolution_attention`
     applies.
 
-    From the reference, so it needs O(N^2) memory; float32, or float64 for float64 inputs. Rows of
+    Computed by the reference, in O(N^2) memory; float32, or float64 for float64 inputs. Rows of
     padding are zero.
 
     Raises:
@@ -375,51 +361,27 @@ def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
     return len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE
 
 
-def _summarize_op(
-    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What selection, forward and backward pass of the kernels share. Without a gradient: that of
-    the coarse part is in the backward pass.
-    """
-    return ops.mra2_summarize(query.detach(), key.detach(), value.detach(), token_mask)
-
-
-def _select_op(query: Tensor, key: Tensor, token_mask: Tensor | None, **settings) -> Tensor:
-    return ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
-
-
-def _choose(chooser, query, key, token_mask, selection, settings) -> Tensor:
-    """The chosen pairs `[B, H, R, R]` bool: those of a ready selection, or those of `chooser`."""
+def _fast_attention(impl, query, key, value, token_mask, selection, settings, arguments) -> Tensor:
+    """Attention by an implementation of `FAST`."""
+    _refuse_forward_mode(query, key, value)
+    shared = {"impl": impl}
+    # Neither operator has a gradient: the backward pass holds the gradient of the coarse part.
+    detached = [x.detach() for x in (query, key, value)]
+    if FAST[impl].shares_summaries:
+        shared["vectors"], shared["counts"] = ops.mra2_summarize(*detached, token_mask)
     if isinstance(selection, BlockSelection):
-        return selection.blocks
-    return chooser(query, key, token_mask, **settings)
-
-
-def _selects_all(query: Tensor, settings: dict) -> bool:
-    """Whether the budget covers every live pair whatever the values."""
-    n_blocks = count_blocks(query.shape[2], settings["block_size"])
-    return _largest_budget(query, settings) >= n_blocks**2
-
-
-def _largest_budget(query: Tensor, settings: dict) -> int:
-    """Pairs chosen per head, at most: R rows of `block_per_row`, or `block_budget`."""
-    if settings["block_budget"] is not None:
-        return settings["block_budget"]
-    return count_blocks(query.shape[2], settings["block_size"]) * settings["block_per_row"]
-
-
-def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:
-    """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
-    if token_mask is None:
-        token_mask = torch.ones(
-            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
-        )
-    if isinstance(selection, BlockSelection):
-        blocks = selection.blocks
+        blocks, largest_budget = selection.blocks, None
     else:
-        blocks = select(query, key, token_mask, traceable=True, **settings)
-    with torch.autocast(query.device.type, enabled=False):
-        return reference.attention(query, key, value, token_mask, blocks, **arguments)
+        n_blocks = count_blocks(query.shape[2], settings["block_size"])
+        largest_budget = settings["block_budget"]
+        if largest_budget is None:
+            largest_budget = n_blocks * settings["block_per_row"]
+        blocks = None  # every live pair, whatever the values
+        if largest_budget < n_blocks**2:
+            blocks = ops.mra2_select(*detached[:2], token_mask, **settings, **shared)
+    arguments = arguments | shared | {"largest_budget": largest_budget}
+    output, _ = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)
+    return output.to(query.dtype)
 
 
 def _refuse_forward_mode(*inputs: Tensor) -> None:
@@ -428,20 +390,38 @@ def _refuse_forward_mode(*inputs: Tensor) -> None:
         return
     if any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
         raise RuntimeError(
-            "mra2_attention has no forward-mode derivative in the fast implementations; pass "
-            'impl="reference", which torch differentiates in every mode.'
+            "mra2_attention has no forward-mode derivative in the fast implementations; "
+            'pass impl="reference", which torch differentiates in every mode.'
         )
 
 
-def _reference_attention(query, key, value, token_mask, blocks, **arguments) -> Tensor:
+def _reference_blocks(query, key, token_mask, selection, settings, traceable=False) -> Tensor:
+    """The selected pairs `[B, H, R, R]` bool: of a ready selection, or chosen by torch."""
+    if isinstance(selection, BlockSelection):
+        return selection.blocks
+    return select(query, key, token_mask, **settings, traceable=traceable)
+
+
+def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:
+    """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
+    if token_mask is None:
+        token_mask = torch.ones(
+            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
+        )
+    blocks = _reference_blocks(query, key, token_mask, selection, settings, traceable=True)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.attention(query, key, value, token_mask, blocks, **arguments)
+
+
+def _reference_attention(query, key, value, token_mask, blocks, arguments) -> Tensor:
     if torch.is_autocast_enabled(query.device.type):
         return _ReferenceUnderAutocast.apply(query, key, value, token_mask, blocks, arguments)
     return reference.attention(query, key, value, token_mask, blocks, **arguments)
 
 
 class _ReferenceUnderAutocast(torch.autograd.Function):
-    """The reference with autocast off in both directions, even when `backward()` is called inside
-    the context.
+    """The reference with autocast off, forward and backward, even when `backward()` is called
+    inside the context.
     """
 
     @staticmethod

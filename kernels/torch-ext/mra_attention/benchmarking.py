@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """What measurements are made of: generated inputs, interleaved timing, peak memory."""
+=======
+"""Generated inputs and interleaved timing, for every benchmark."""
+>>>>>>> op
 
 import ctypes
 import sys
@@ -23,17 +27,22 @@ def topical_inputs(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return query, key, value `[B, H, N, D]`, contiguous, that require gradients.
+    """Return query, key and value `[B, H, N, D]`, contiguous, that require gradients.
 
-    Segments of 64 tokens share one of 24 topics per head, so that related blocks lie near the
+    Segments of 64 tokens share one of 24 topics per head. Related blocks so lie both near the
     diagonal and far from it, and rows need uneven numbers of exact blocks, as in trained models.
     """
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, length, head_dim)
     topics = 1.2 * torch.randn(batch, heads, 24, head_dim, generator=generator)
     segments = torch.randint(0, 24, (batch, heads, -(-length // 64)), generator=generator)
+<<<<<<< HEAD
     segment_topics = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
     base = segment_topics.repeat_interleave(64, 2)[:, :, :length]
+=======
+    levels = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
+    base = levels.repeat_interleave(64, 2)[:, :, :length]
+>>>>>>> op
     query = base + 0.8 * torch.randn(shape, generator=generator)
     key = base + 0.8 * torch.randn(shape, generator=generator)
     value = torch.randn(shape, generator=generator)
@@ -51,17 +60,26 @@ def interleaved_milliseconds(
 ) -> dict[str, list[float]]:
     """Time `provider(*inputs)` of each provider in turn, `repeats` times after a warm-up round.
 
+<<<<<<< HEAD
     Providers take turns, so that a change of the machine's speed affects all of them alike.
+=======
+    Providers take turns, so that a change of the machine's speed affects all alike.
+>>>>>>> op
 
     Args:
         providers: name -> attention function.
         inputs: query, key, value.
         backward: include the gradients of all inputs.
+<<<<<<< HEAD
         repeats: rounds that count.
         warm_up: run one more round first, which does not count.
+=======
+        repeats: number of timed rounds.
+        warm_up: run one round before them that is not timed.
+>>>>>>> op
 
     Returns:
-        Wall-clock milliseconds per provider, one per round.
+        Wall-clock milliseconds of each provider, one per timed round.
     """
     grad_output = torch.ones_like(inputs[0])
     on_gpu = inputs[0].device.type == "cuda"
@@ -80,10 +98,10 @@ def interleaved_milliseconds(
         return 1e3 * (time.perf_counter() - begin)
 
     samples: dict[str, list[float]] = {name: [] for name in providers}
-    for counts in [False] * warm_up + [True] * repeats:
+    for is_timed in [False] * warm_up + [True] * repeats:
         for name, function in providers.items():
             milliseconds = once(function)
-            if counts:
+            if is_timed:
                 samples[name].append(milliseconds)
     return samples
 

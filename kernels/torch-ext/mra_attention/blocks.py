@@ -1,8 +1,9 @@
-"""Blocks of tokens: the few definitions that every implementation shares.
+"""Blocks of tokens: the few definitions that every implementation shares, and what makes them fast
+on a CPU.
 
-A sequence of N tokens is cut from position 0 into R = ceil(N / M) blocks of M tokens. Tokens that
-are padding, and the tail that completes the last block, count as not real: they become zeros and
-are never counted.
+A sequence of N tokens is cut from position 0 into R = ceil(N / M) blocks of M tokens. Padding
+tokens, and the tail that completes the last block, are not real: they become zeros and are never
+counted.
 """
 
 from collections.abc import Iterator
@@ -11,47 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Bytes of one operand, in float32, that a CPU works on at a time: fresh memory costs a page fault
-#: per 4 kB, and buffers of this size are used again instead.
-PART_BYTES = 16 * 2**20
+#: Bytes of one float32 operand that a CPU works on at a time. Buffers of this size are used again,
+#: where fresh memory would cost a page fault per 4 kB.
+CHUNK_BYTES = 16 * 2**20
 
 #: Bytes of a temporary that stays in a core's cache.
 _CACHED_BYTES = 2**20
 
-#: Padding up to this size gives finite products with operands up to 2^80 in float32.
+#: Padding of at most this magnitude gives finite float32 products with operands up to 2^80.
 _HARMLESS = 2.0**40
 
 
 def is_exporting() -> bool:
     """Whether `torch.export` traces.
 
-    Read from where torch keeps it: Dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for
-    true in every function that it compiles, which then runs what is meant for exported graphs.
+    Reads torch's own flag: in torch 2.11 `torch.compiler.is_exporting()` is true in every function
+    that Dynamo compiles, which would then run what is meant for exported graphs.
     """
     return torch.compiler._is_exporting_flag
 
 
-def chunks(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
-    """Cut `[B, H, N, D]` into (samples, heads) to work on one after another: one part but on a CPU.
-
-    Every (sample, head) is a problem of its own, so cutting changes no result.
-    """
-    batch, heads, length, dim = shape
-    if device_type != "cpu":
-        yield slice(0, batch), slice(0, heads)
-        return
-    problems = max(1, PART_BYTES // max(1, 4 * length * dim))
-    some_heads = max(1, min(heads, problems))
-    some_samples = max(1, min(batch, problems // some_heads))
-    for sample in range(0, batch, some_samples):
-        for head in range(0, heads, some_heads):
-            yield slice(sample, sample + some_samples), slice(head, head + some_heads)
-
-
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of all arithmetic: float64 for float64 inputs, float32 for everything
-    narrower.
-    """
+    """Return the dtype of all arithmetic: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -61,9 +43,9 @@ def count_blocks(length: int, block_size: int) -> int:
 
 
 def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: int) -> Tensor:
-    """Cut `[B, H, N, D]` into `[B, H, R, M, D]`; what is not a real token becomes zero, even NaN.
+    """Cut `[B, H, N, D]` into `[B, H, R, M, D]`; tokens that are not real become zero, even NaN.
 
-    `token_mask` is `[B, N]` bool or None (all real). A view where nothing has to be filled.
+    `token_mask` is `[B, N]` bool or None (all real). Returns a view where nothing has to be filled.
     """
     if token_mask is not None:
         x = fill_padding(x, token_mask, 0)
@@ -71,13 +53,6 @@ def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: i
     if not isinstance(missing, int) or missing:
         x = F.pad(x, (0, 0, 0, missing))
     return x.unflatten(2, (n_blocks, block_size))
-
-
-def drop_trivial_mask(token_mask: Tensor | None) -> Tensor | None:
-    """None for a mask that hides nothing, which is read on a CPU alone: no device waits for it."""
-    if token_mask is None or (token_mask.device.type == "cpu" and bool(token_mask.all())):
-        return None
-    return token_mask
 
 
 def fill_padding(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
@@ -88,9 +63,9 @@ def fill_padding(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
 
 
 def fill_padding_(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
-    """`fill_padding` in place. On a CPU it costs as much as there is padding, not as x is large."""
+    """`fill_padding` in place. On a CPU the cost depends on the padding, not on the size of x."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # By indices: assigning through the mask itself visits all of x.
+        # By indices, because assigning through the mask itself visits all of x.
         padding = (~token_mask).nonzero(as_tuple=True)
         x.transpose(1, 2).index_put_(padding, x.new_tensor(value))
         return x
@@ -117,35 +92,22 @@ def mask_to_blocks(
     )
 
 
-def zero_unsafe_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
-    """`x` itself where its padding is finite and moderate, so that a weight of 0 hides it; else a
-    copy with zeros there. Read on a CPU alone; elsewhere always a copy.
-    """
-    if token_mask is None:
-        return x
-    if x.device.type == "cpu":
-        padding = x.transpose(1, 2)[~token_mask]
-        if padding.numel() == 0 or bool(padding.abs().amax().float() <= _HARMLESS):
-            return x
-    return fill_padding(x, token_mask, 0)
-
-
 def block_sums(blocks: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Sum over the real tokens of each block: `[B, H, R, M, D]` -> `[B, H, R, D]` in `dtype`.
 
-    `real` is `[B, R, M]` bool or None where everything else is zero already.
+    `real` is `[B, R, M]` bool, or None where all other tokens are zero already.
     """
     sums = _sum_tokens(blocks, dtype)
     if real is not None:
-        partial = ~real.all(-1)  # [B, R]: few, and summed again
+        partial = ~real.all(-1)  # [B, R]: few blocks, which are summed again
         tokens = blocks.transpose(1, 2)[partial].masked_fill_(~real[partial][:, None, :, None], 0)
         sums.transpose(1, 2)[partial] = tokens.sum(2, dtype=dtype)
     return sums
 
 
 def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """`blocks.sum(3, dtype=dtype)`; on a CPU, where torch would first convert all of it, a few
-    heads at a time.
+    """`blocks.sum(3, dtype=dtype)`, on a CPU a few heads at a time: torch would first convert all
+    of it.
     """
     if blocks.dtype == dtype or blocks.device.type != "cpu" or torch.compiler.is_compiling():
         return blocks.sum(3, dtype=dtype)
@@ -156,10 +118,48 @@ def _sum_tokens(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 def block_means(
     blocks: Tensor, counts: Tensor, dtype: torch.dtype | None = None, real: Tensor | None = None
 ) -> Tensor:
-    """Mean over the real tokens of each block, 0 where there is none.
+    """Mean over the real tokens of each block, 0 in a block without any.
 
     `blocks` is `[B, H, R, M, D]`, `counts` `[B, R]`, `real` as in `block_sums`; returns
     `[B, H, R, D]` in `dtype` (default: the compute dtype).
     """
     dtype = dtype or compute_dtype(blocks.dtype)
     return block_sums(blocks, real, dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)
+
+
+def chunks(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
+    """Cut `[B, H, N, D]` into chunks of (samples, heads), to be worked on in turn; on any device
+    but a CPU one chunk holds everything.
+
+    Every (sample, head) is a problem of its own, so cutting changes no result.
+    """
+    batch, heads, length, dim = shape
+    if device_type != "cpu":
+        yield slice(0, batch), slice(0, heads)
+        return
+    problems = max(1, CHUNK_BYTES // max(1, 4 * length * dim))
+    chunk_heads = max(1, min(heads, problems))
+    chunk_samples = max(1, min(batch, problems // chunk_heads))
+    for sample in range(0, batch, chunk_samples):
+        for head in range(0, heads, chunk_heads):
+            yield slice(sample, sample + chunk_samples), slice(head, head + chunk_heads)
+
+
+def drop_trivial_mask(token_mask: Tensor | None) -> Tensor | None:
+    """Drop an all-true mask: None in its place. Checked on a CPU only, to avoid a device sync."""
+    if token_mask is None or (token_mask.device.type == "cpu" and bool(token_mask.all())):
+        return None
+    return token_mask
+
+
+def zero_unsafe_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Return `x` itself where its padding is finite and moderate, so that a weight of 0 hides it,
+    else a copy with zeros there. Values are checked on a CPU only; elsewhere it is always a copy.
+    """
+    if token_mask is None:
+        return x
+    if x.device.type == "cpu":
+        padding = x.transpose(1, 2)[~token_mask]
+        if padding.numel() == 0 or bool(padding.abs().amax().float() <= _HARMLESS):
+            return x
+    return fill_padding(x, token_mask, 0)

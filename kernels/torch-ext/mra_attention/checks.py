@@ -1,4 +1,4 @@
-"""Checks of the arguments that the public functions share: type, shape, dtype, device and value.
+"""Checks of the arguments of the public functions: type, shape, dtype, device and value.
 
 Every refusal is a `ValueError` that says what to pass.
 """
@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from .blocks import count_blocks, is_exporting
-from .multiresolution import Scheme, fit_scales
-from .selection import MAX_BLOCK_ROWS, BlockSelection
+from .scheme import Scheme, fit_scales
+from .selection import MAX_BLOCK_ROWS, SCHEME_RULES, SELECTION_RULES, BlockSelection
 
 APPROX_MODES = ("full", "sparse")
-#: Rules of the general scheme; two scales have one more.
-SCHEME_RULES = ("row_normalized", "global")
-SELECTION_RULES = (*SCHEME_RULES, "refined")
 #: Larger blocks are refused: inputs are padded to whole blocks.
 MAX_BLOCK_SIZE = 1024
-#: More pairs than any matrix that can be ranked has; keeps products of budgets inside int64.
+#: More pairs than any matrix has that can be ranked. Clamping to it keeps products of budgets
+#: inside int64.
 _ENOUGH = 2**30
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,8 +29,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], got "
-                f"{type(x).__name__}."
+                f"{name} must be a torch.Tensor [batch, heads, tokens, head_dim], "
+                f"got {type(x).__name__}."
             )
         if x.layout != torch.strided:
             raise ValueError(
@@ -40,22 +38,21 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
             )
         if x.ndim != 4:
             raise ValueError(
-                f"{name} must be [batch, heads, tokens, head_dim], got {x.ndim} dimensions "
-                f"{tuple(x.shape)}; "
+                f"{name} must be [batch, heads, tokens, head_dim], "
+                f"got {x.ndim} dimensions {tuple(x.shape)}; "
                 "split the hidden dimension into heads and move heads before tokens."
             )
     for name in ("key", "value"):
         if tensors[name].shape != query.shape:
             raise ValueError(
                 f"{name} must have the shape of query, {tuple(query.shape)}, got "
-                f"{tuple(tensors[name].shape)}; "
-                "mra2_attention is self-attention: no cache, no cross-attention, no grouped key "
-                "heads."
+                f"{tuple(tensors[name].shape)}; mra2_attention is self-attention: no cache, "
+                "no cross-attention, no grouped key heads."
             )
         if tensors[name].device != query.device:
             raise ValueError(
-                f"{name} is on {tensors[name].device}, query on {query.device}; move all three to "
-                "one device."
+                f"{name} is on {tensors[name].device}, query on {query.device}; "
+                "move all three to one device."
             )
     if query.shape[2] == 0 or query.shape[3] == 0:
         raise ValueError(
@@ -70,8 +67,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
         )
     if query.dtype not in _DTYPES:
         raise ValueError(
-            f"query must be float32, bfloat16, float16 or float64, got {query.dtype}; cast it "
-            "first."
+            "query must be float32, bfloat16, float16 or float64, "
+            f"got {query.dtype}; cast it first."
         )
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
@@ -82,34 +79,33 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Check the mask by type and shape alone (no value is read on the host) and return it as `[B,
-    N]` bool.
+    """Check the type and shape of the mask and return it as `[B, N]` bool. No value is read on the
+    host.
     """
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, Tensor):
         raise ValueError(
-            "attention_mask must be a torch.Tensor [batch, tokens] or None, got "
-            f"{type(attention_mask).__name__}."
+            "attention_mask must be a torch.Tensor [batch, tokens] or None, "
+            f"got {type(attention_mask).__name__}."
         )
     expected = (query.shape[0], query.shape[2])
     if attention_mask.ndim != 2 or attention_mask.shape != expected:
         raise ValueError(
-            f"attention_mask must be [batch, tokens] = {tuple(expected)}, got "
-            f"{tuple(attention_mask.shape)}; "
-            "pass the tokenizer's 2-D attention_mask, not an expanded one."
+            f"attention_mask must be [batch, tokens] = {expected}, got "
+            f"{tuple(attention_mask.shape)}; pass the tokenizer's 2-D attention_mask, "
+            "not an expanded one."
         )
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise ValueError(
             "attention_mask must be bool or integer, nonzero at real tokens, got "
-            f"{attention_mask.dtype}; an additive "
-            "float mask cannot be used: pass mask.bool(), or (mask == 0) if it holds 0 for real "
-            "tokens."
+            f"{attention_mask.dtype}; an additive float mask cannot be used: pass mask.bool(), "
+            "or (mask == 0) if it holds 0 for real tokens."
         )
     if attention_mask.device != query.device:
         raise ValueError(
-            f"attention_mask is on {attention_mask.device}, query on {query.device}; move it to "
-            "the device of query."
+            f"attention_mask is on {attention_mask.device}, query on {query.device}; "
+            "move it to the device of query."
         )
     return attention_mask.bool()
 
@@ -125,7 +121,9 @@ def check_settings(
     selection,
     scale,
 ) -> dict:
-    """Check what the selection needs and return it as keyword arguments of `selection.select`."""
+    """Check what the selection needs and return it as keyword arguments of `selection.select`; the
+    rule of a ready `BlockSelection` is "".
+    """
     check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
     check_int("block_per_row", block_per_row, 1)
     if block_budget is not None:
@@ -136,19 +134,14 @@ def check_settings(
     scale = check_scale(scale, query)
     n_blocks = count_blocks(query.shape[2], block_size)
     if isinstance(selection, BlockSelection):
-        _check_ready_selection(
-            selection,
-            (query.shape[0], query.shape[1], n_blocks, n_blocks),
-            query.device,
-            block_size=block_size,
-        )
+        shape = (*query.shape[:2], n_blocks, n_blocks)
+        _check_ready_selection(selection, shape, query.device, block_size)
     else:
         check_choice("selection", selection, SELECTION_RULES, "a BlockSelection from select_blocks")
         if n_blocks > MAX_BLOCK_ROWS:
             raise ValueError(
-                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}; at most "
-                f"{MAX_BLOCK_ROWS} "
-                "block rows can be ranked: raise block_size."
+                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}; "
+                f"at most {MAX_BLOCK_ROWS} block rows can be ranked: raise block_size."
             )
     return {
         "block_per_row": min(block_per_row, _ENOUGH),
@@ -164,28 +157,28 @@ def check_settings(
 def check_scales(
     resolutions: Sequence[int], block_budgets: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Check a chain of scales and its budgets by themselves, and return them as tuples."""
-    for name, given in (("resolutions", resolutions), ("block_budgets", block_budgets)):
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            raise ValueError(f"{name} must be a sequence of integers, got {given!r}.")
+    """Check a chain of scales and its budgets, and return them as tuples."""
+    for name, numbers in (("resolutions", resolutions), ("block_budgets", block_budgets)):
+        if isinstance(numbers, str) or not isinstance(numbers, Sequence):
+            raise ValueError(f"{name} must be a sequence of integers, got {numbers!r}.")
     if not resolutions:
         raise ValueError("resolutions must hold at least one scale, got none.")
-    for place, size in enumerate(resolutions):
-        check_int(f"resolutions[{place}]", size, 1)
+    for level, size in enumerate(resolutions):
+        check_int(f"resolutions[{level}]", size, 1)
     for coarse, fine in itertools.pairwise(resolutions):
         if coarse <= fine or coarse % fine:
             raise ValueError(
-                f"resolutions must go from coarse to fine, each dividing the one before, got "
-                f"{tuple(resolutions)}: {fine} after {coarse}."
+                "resolutions must go from coarse to fine, each dividing the one before, "
+                f"got {tuple(resolutions)}: {fine} after {coarse}."
             )
     if len(block_budgets) != len(resolutions) - 1:
         raise ValueError(
-            f"block_budgets must hold one number for every scale but the last, "
-            f"{len(resolutions) - 1} for resolutions={tuple(resolutions)}, got "
-            f"{tuple(block_budgets)}."
+            "block_budgets must hold one number for every scale but the last, "
+            f"{len(resolutions) - 1} for resolutions={tuple(resolutions)}, "
+            f"got {tuple(block_budgets)}."
         )
-    for place, budget in enumerate(block_budgets):
-        check_int(f"block_budgets[{place}]", budget, 1)
+    for level, budget in enumerate(block_budgets):
+        check_int(f"block_budgets[{level}]", budget, 1)
     return tuple(resolutions), tuple(min(budget, _ENOUGH) for budget in block_budgets)
 
 
@@ -200,25 +193,20 @@ def check_scheme(
     selection,
     scale,
 ) -> Scheme:
-    """Check what the general scheme needs beside its scales."""
+    """Check what the general scheme needs besides its scales."""
     check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
     check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
-    if selection == "refined":
-        raise ValueError(
-            f'selection="refined" is for two scales that end in 1, got resolutions={resolutions}; '
-            f"use one of {SCHEME_RULES}."
-        )
-    check_choice("selection", selection, SCHEME_RULES)
-    if not is_exporting():  # there the length may be any
+    check_scheme_rule(selection, resolutions)
+    if not is_exporting():  # an exported graph takes any length
         resolutions = fit_scales(resolutions, query.shape[2])
     padded = count_blocks(query.shape[2], resolutions[0]) * resolutions[0]
-    ranked = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]
-    if ranked:
+    too_fine = [size for size in resolutions[:-1] if padded // size > MAX_BLOCK_ROWS]
+    if too_fine:
         raise ValueError(
-            f"query has {query.shape[2]} tokens in {padded // ranked[0]} blocks of {ranked[0]}; at "
-            f"most {MAX_BLOCK_ROWS} block rows can be ranked: make resolutions coarser, got "
-            f"{resolutions}."
+            f"query has {query.shape[2]} tokens in {padded // too_fine[0]} blocks of "
+            f"{too_fine[0]}; at most {MAX_BLOCK_ROWS} block rows can be ranked: "
+            f"make resolutions coarser, got {resolutions}."
         )
     return Scheme(
         resolutions,
@@ -231,8 +219,18 @@ def check_scheme(
     )
 
 
+def check_scheme_rule(selection, resolutions: Sequence[int]) -> None:
+    """Check that a rule can rank the blocks of other scales than two that end in 1."""
+    if selection in SELECTION_RULES and selection not in SCHEME_RULES:
+        raise ValueError(
+            f'selection="{selection}" is for two scales that end in 1, '
+            f"got resolutions={resolutions}; use one of {SCHEME_RULES}."
+        )
+    check_choice("selection", selection, SCHEME_RULES)
+
+
 def check_scale(scale, query: Tensor) -> float:
-    """The factor of the logits, by default `D ** -0.5`."""
+    """Return the factor of the logits: `D ** -0.5` for None."""
     if scale is None:
         return query.shape[3] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -242,40 +240,42 @@ def check_scale(scale, query: Tensor) -> float:
     return float(scale)
 
 
-def _check_ready_selection(selection: BlockSelection, shape, device, *, block_size: int) -> None:
+def _check_ready_selection(
+    selection: BlockSelection, shape: tuple[int, ...], device: torch.device, block_size: int
+) -> None:
     blocks = selection.blocks
     if not isinstance(blocks, Tensor):
         raise ValueError(
-            f"selection.blocks must be a torch.Tensor, got {type(blocks).__name__}; make the "
-            "selection with select_blocks."
+            f"selection.blocks must be a torch.Tensor, got {type(blocks).__name__}; "
+            "make the selection with select_blocks."
         )
     if blocks.shape != shape or blocks.dtype != torch.bool or blocks.device != device:
         raise ValueError(
-            f"selection.blocks must be bool {tuple(shape)} = [batch, heads, block rows, block "
-            f"rows] on {device}, got "
-            f"{blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; make it with select_blocks "
-            "from tensors of the "
-            "same shape."
+            f"selection.blocks must be bool {shape} = [batch, heads, block rows, block rows] "
+            f"on {device}, got {blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; "
+            "make it with select_blocks from tensors of the same shape."
         )
     if selection.block_size != block_size:
         raise ValueError(
             f"block_size is {block_size} but the given selection was made with "
-            f"{selection.block_size}; pass "
-            f"block_size={selection.block_size}."
+            f"{selection.block_size}; pass block_size={selection.block_size}."
         )
 
 
-def check_choice(name: str, given, allowed: tuple[str, ...], otherwise: str | None = None) -> None:
-    if not isinstance(given, str) or given not in allowed:
-        words = ", ".join(f'"{word}"' for word in allowed) + (
-            f", or {otherwise}" if otherwise else ""
-        )
-        raise ValueError(f"{name} must be one of {words}; got {given!r}.")
+def check_choice(name: str, value, allowed: tuple[str, ...], otherwise: str | None = None) -> None:
+    """Raise a `ValueError` unless `value` is one of the `allowed` words; `otherwise` names what
+    else the argument takes.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        words = ", ".join(f'"{word}"' for word in allowed)
+        if otherwise is not None:
+            words += f", or {otherwise}"
+        raise ValueError(f"{name} must be one of {words}; got {value!r}.")
 
 
-def check_int(name: str, given, lowest: int, highest: int | None = None) -> None:
-    """Raise a `ValueError` unless `given` is an integer (not a bool) from `lowest` to `highest`."""
-    if isinstance(given, bool) or not isinstance(given, (int, torch.SymInt)) or given < lowest:
-        raise ValueError(f"{name} must be an integer of at least {lowest}, got {given!r}.")
-    if highest is not None and given > highest:
-        raise ValueError(f"{name} must be at most {highest}, got {given}.")
+def check_int(name: str, value, lowest: int, highest: int | None = None) -> None:
+    """Raise a `ValueError` unless `value` is an integer (not a bool) from `lowest` to `highest`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}.")
+    if highest is not None and value > highest:
+        raise ValueError(f"{name} must be at most {highest}, got {value}.")

@@ -1,12 +1,26 @@
-"""Which implementation takes a call. Imports no triton: it may be missing."""
+"""The fast implementations, and which of them takes a call. Imports no triton: it may be missing.
+
+Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its first call. It offers
+
+    summarize(query, key, value, token_mask) -> Summaries | None
+    select(query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
+           initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale) -> blocks
+    forward(query, key, value, token_mask, blocks, *, summaries, scale, sparse, block_size,
+            largest_budget) -> (output, lse)
+    backward(grad_output, query, key, value, output, lse, token_mask, blocks, *, summaries, scale,
+             sparse, block_size, largest_budget) -> (grad_query, grad_key, grad_value)
+
+with the shapes that `ops.py` states.
+"""
 
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 # What the Triton kernels take.
 BLOCK_SIZE = 32
@@ -17,27 +31,66 @@ OLDEST_CAPABILITY = (8, 0)
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+class Summaries(NamedTuple):
+    """What the coarse part knows of the tokens, computed once for all passes of a call.
+
+    Attributes:
+        vectors: `[3, B * H, R, D']` float32, D' at least D: means of query and key and sums of
+            value over the real tokens of each block.
+        counts: `[B, R]` int32, real tokens of each block.
+    """
+
+    vectors: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A fast implementation: one row of `FAST`.
+
+    Attributes:
+        refusal: called as `refusal(query, block_size)`; says why the implementation cannot take a
+            call and what to do, as words that follow its name, or returns None where it can.
+        auto_devices: types of devices whose tensors `impl="auto"` gives to it.
+        shares_summaries: whether selection, forward and backward pass share `Summaries`.
+        keeps_dtype: whether its output has the dtype of the inputs, not the compute dtype.
+    """
+
+    refusal: Callable[[Tensor, int], str | None]
+    auto_devices: tuple[str, ...] = ()
+    shares_summaries: bool = False
+    keeps_dtype: bool = False
+
+
 def resolve_impl(impl: str, query: Tensor, block_size: int) -> str:
-    """Return "reference", "torch" or "triton"; an empty batch, nothing to compute, is the
-    reference's.
+    """Return "reference" or a name of `FAST`: for "auto" the first that takes the tensors of this
+    device, else "torch"; for an empty batch, where there is nothing to compute, "reference".
 
     Raises:
-        ValueError: "triton" was asked for and cannot take the call.
+        ValueError: an implementation was asked for by name and cannot take the call.
     """
-    if impl == "triton":
-        reason = refusal(query, block_size)
+    if impl in FAST:
+        reason = FAST[impl].refusal(query, block_size)
         if reason is not None:
-            raise ValueError(f'impl="triton" {reason}. Pass impl="auto" or "torch" for such calls.')
+            raise ValueError(f'impl="{impl}" {reason}. Pass impl="auto" or "torch" for such calls.')
     if query.shape[0] == 0 or query.shape[1] == 0:
         return "reference"
-    if impl == "auto":
-        on_a_gpu = query.device.type == "cuda"
-        return "triton" if on_a_gpu and refusal(query, block_size) is None else "torch"
-    return impl
+    if impl != "auto":
+        return impl
+    for name, implementation in FAST.items():
+        on_its_device = query.device.type in implementation.auto_devices
+        if on_its_device and implementation.refusal(query, block_size) is None:
+            return name
+    return "torch"
 
 
-def refusal(query: Tensor, block_size: int) -> str | None:
-    """Why the Triton kernels cannot take a call, and what to do, in words; None where they can."""
+def torch_refusal(query: Tensor, block_size: int) -> str | None:
+    """None: plain torch takes every call."""
+    return None
+
+
+def triton_refusal(query: Tensor, block_size: int) -> str | None:
+    """Why the Triton kernels cannot take a call."""
     if not _IS_INSTALLED:
         return "needs triton, which is not installed (pip install triton)"
     if query.dtype not in DTYPES:
@@ -54,8 +107,10 @@ def refusal(query: Tensor, block_size: int) -> str | None:
     if query.device.type == "cuda":
         capability = cuda_capability(query.device)
         if capability is not None and capability < OLDEST_CAPABILITY:
-            oldest, given = ("{}.{}".format(*x) for x in (OLDEST_CAPABILITY, capability))
-            return f"takes CUDA devices of compute capability {oldest} or newer, got one of {given}"
+            oldest, actual = ("{}.{}".format(*x) for x in (OLDEST_CAPABILITY, capability))
+            return (
+                f"takes CUDA devices of compute capability {oldest} or newer, got one of {actual}"
+            )
     return None
 
 
@@ -66,11 +121,21 @@ def cuda_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
-# torch.compile calls it while it traces and keeps the result, as it does with functions that
-# torch.compiler.assume_constant_result has marked; that would import the compiler, two seconds.
+# Tells torch.compile to call the function while it traces and to keep the result. The decorator
+# torch.compiler.assume_constant_result does the same, but imports the compiler: two seconds.
 cuda_capability._dynamo_marked_constant = True
 
 
 def interprets() -> bool:
     """Whether the environment asks for Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+#: "auto" asks them from first to last.
+FAST = {
+    "torch": Implementation(torch_refusal),
+    "triton": Implementation(
+        triton_refusal, auto_devices=("cuda",), shares_summaries=True, keeps_dtype=True
+    ),
+}
+IMPLEMENTATIONS = ("auto", "reference", *FAST)

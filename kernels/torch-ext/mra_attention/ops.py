@@ -1,33 +1,60 @@
-"""`torch.library` operators around the fast paths: what compile, checkpointing and autograd see.
+"""`torch.library` operators around the fast implementations: what compile, checkpointing and
+autograd see.
 
-`impl` is "torch" or "triton"; triton is imported by the first call that asks for it.
+`impl` is a name in `implementations.FAST`; its package is imported by the first call that asks for
+it. `implementations.py` states what it offers.
 
 `mra2_summarize` and `mra2_select` have no gradient. `mra2_forward` returns the output and its
 log-sum-exp; its gradient is `mra2_backward`, which has none of its own. Bodies run with autocast
 off, forward and backward, whatever the context they are called in.
 
-By Triton, `vectors` and `counts` are what `mra2_summarize` returned for the same inputs; where they
-are None, every operator computes them for itself. By torch they are not used.
+`vectors` and `counts` are what `mra2_summarize` returned for the same inputs; where they are None,
+an operator whose implementation needs them computes them for itself.
 """
+
+import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import selection, torch_impl
 from ._ops import add_op_namespace_prefix
 from .blocks import compute_dtype, count_blocks
+from .implementations import FAST, Summaries
+from .selection import RULES
+
+
+def _implementation(impl: str) -> ModuleType:
+    """Return the package of a fast implementation."""
+    return importlib.import_module(f".{impl}_impl", __package__)
+
+
+def _summaries(
+    package: ModuleType,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    token_mask: Tensor | None,
+    vectors: Tensor | None,
+    counts: Tensor | None,
+) -> Summaries | None:
+    """The summaries of a call: the ones it was given, else computed."""
+    if vectors is None:
+        return package.summarize(*inputs, token_mask)
+    return Summaries(vectors, counts)
+
+
+def _without_autocast(query: Tensor) -> torch.autocast:
+    return torch.autocast(query.device.type, enabled=False)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_summarize"), mutates_args=())
 def mra2_summarize(
     query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`triton_impl.summarize` as an operator: block means of query and key and sums of value
+    """`summarize` of the Triton kernels: block means of query and key and sums of value,
     `[3, B * H, R, D']` float32, and the real tokens of the blocks, `[B, R]` int32.
     """
-    from . import triton_impl
-
-    return tuple(triton_impl.summarize(query, key, value, token_mask))
+    with _without_autocast(query):
+        return tuple(_implementation("triton").summarize(query, key, value, token_mask))
 
 
 @mra2_summarize.register_fake
@@ -36,13 +63,6 @@ def _(query, key, value, token_mask):
 
     vectors, counts = summary_shapes(query.shape)
     return query.new_empty(vectors, dtype=torch.float32), query.new_empty(counts, dtype=torch.int32)
-
-
-def _summaries(vectors: Tensor | None, counts: Tensor | None):
-    """The two tensors as the kernels take them; None for None."""
-    from .triton_impl import Summaries
-
-    return None if vectors is None else Summaries(vectors, counts)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_select"), mutates_args=())
@@ -61,39 +81,29 @@ def mra2_select(
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """`selection.select` as an operator: `[B, H, R, R]` bool."""
-    settings = {
-        "block_per_row": block_per_row,
-        "block_budget": block_budget,
-        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
-        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
-        "rule": rule,
-        "scale": scale,
-    }
-    if impl == "triton" and rule != "refined":  # which torch ranks on every device
-        from . import triton_impl
-
-        summaries = _summaries(vectors, counts)
-        return triton_impl.select(query, key, token_mask, summaries=summaries, **settings)
-    return selection.select(query, key, token_mask, block_size=block_size, **settings)
+    """The pairs that are chosen, `[B, H, R, R]` bool, by a rule of `selection.RULES`. Torch ranks
+    by the rules that kernels do not.
+    """
+    package = _implementation(impl if RULES[rule].kernel else "torch")
+    with _without_autocast(query):
+        summaries = _summaries(package, (query, key, key), token_mask, vectors, counts)
+        return package.select(
+            query,
+            key,
+            token_mask,
+            summaries=summaries,
+            block_size=block_size,
+            block_per_row=block_per_row,
+            block_budget=block_budget,
+            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+            rule=rule,
+            scale=scale,
+        )
 
 
 @mra2_select.register_fake
-def _(
-    query,
-    key,
-    token_mask,
-    block_per_row,
-    block_budget,
-    block_size,
-    initial_prior_first_n_blocks,
-    initial_prior_diagonal_n_blocks,
-    rule,
-    scale,
-    impl="torch",
-    vectors=None,
-    counts=None,
-):
+def _(query, key, token_mask, block_per_row, block_budget, block_size, *_):
     n_blocks = count_blocks(query.shape[2], block_size)
     return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
 
@@ -113,50 +123,36 @@ def mra2_forward(
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`torch_impl.forward` or that of Triton as an operator: output `[B, H, N, D]` and log-sum-exp
-    `[B, H, N]`.
+    """The output `[B, H, N, D]` and its log-sum-exp `[B, H, N]`, +inf at padding and where there is
+    nothing to attend to.
 
-    By torch both are in the compute dtype: a backward from an output rounded to half would lose
-    digits. By Triton the output has the input dtype, as with other kernels of that kind.
-    `largest_budget` is a bound of the pairs selected per head, where one is known.
+    The log-sum-exp is in the compute dtype. So is the output, unless `Implementation.keeps_dtype`:
+    a backward from an output rounded to half precision loses digits.
+
+    `blocks` is `[B, H, R, R]` bool, or None for every live pair. `largest_budget` is an upper bound
+    of the pairs selected per head, None where there is no such bound.
     """
-    if impl == "triton":
-        from . import triton_impl
-
-        return triton_impl.forward(
+    package = _implementation(impl)
+    with _without_autocast(query):
+        summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
+        return package.forward(
             query,
             key,
             value,
             token_mask,
             blocks,
+            summaries=summaries,
             scale=scale,
             sparse=sparse,
+            block_size=block_size,
             largest_budget=largest_budget,
-            summaries=_summaries(vectors, counts),
-        )
-    with torch.autocast(query.device.type, enabled=False):
-        return torch_impl.forward(
-            query, key, value, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
         )
 
 
 @mra2_forward.register_fake
-def _(
-    query,
-    key,
-    value,
-    token_mask,
-    blocks,
-    scale,
-    sparse,
-    block_size,
-    impl="torch",
-    largest_budget=None,
-    vectors=None,
-    counts=None,
-):
+def _(query, key, value, token_mask, blocks, scale, sparse, block_size, impl="torch", *_):
     dtype = compute_dtype(query.dtype)
-    output = query.new_empty(query.shape, dtype=query.dtype if impl == "triton" else dtype)
+    output = query.new_empty(query.shape, dtype=query.dtype if FAST[impl].keeps_dtype else dtype)
     return output, query.new_empty(query.shape[:3], dtype=dtype)
 
 
@@ -178,11 +174,13 @@ def mra2_backward(
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of `mra2_forward` as an operator: gradients of query, key and value."""
-    if impl == "triton":
-        from . import triton_impl
-
-        return triton_impl.backward(
+    """The gradients of query, key and value, each `[B, H, N, D]` in the input dtype; `output` and
+    `lse` are what `mra2_forward` returned.
+    """
+    package = _implementation(impl)
+    with _without_autocast(query):
+        summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
+        return package.backward(
             grad_output,
             query,
             key,
@@ -191,46 +189,17 @@ def mra2_backward(
             lse,
             token_mask,
             blocks,
-            scale=scale,
-            sparse=sparse,
-            largest_budget=largest_budget,
-            summaries=_summaries(vectors, counts),
-        )
-    with torch.autocast(query.device.type, enabled=False):
-        return torch_impl.backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            token_mask,
-            blocks,
+            summaries=summaries,
             scale=scale,
             sparse=sparse,
             block_size=block_size,
+            largest_budget=largest_budget,
         )
 
 
 @mra2_backward.register_fake
-def _(
-    grad_output,
-    query,
-    key,
-    value,
-    output,
-    lse,
-    token_mask,
-    blocks,
-    scale,
-    sparse,
-    block_size,
-    impl="torch",
-    largest_budget=None,
-    vectors=None,
-    counts=None,
-):
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+def _(grad_output, query, *_):
+    return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -246,17 +215,16 @@ def _backward(ctx, grad_output, grad_lse):
 
 def _refuse_double_backward(ctx, *grads):
     raise RuntimeError(
-        "mra2_attention has no second derivative in the fast implementations; pass "
-        'impl="reference", which is '
-        "differentiated by torch, to differentiate its gradient."
+        "mra2_attention has no second derivative in the fast implementations; to differentiate its "
+        'gradient, pass impl="reference", which is differentiated by torch.'
     )
 
 
 def _refuse_vmap(info, in_dims, *args):
     raise RuntimeError(
         "mra2_attention does not support torch.vmap; it is batched already: put the mapped "
-        "dimension into "
-        'the batch dimension of query, key and value, or pass impl="reference".'
+        "dimension into the batch dimension of query, key and value, or pass "
+        'impl="reference".'
     )
 
 

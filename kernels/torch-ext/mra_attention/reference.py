@@ -5,8 +5,7 @@ MRA-2 is softmax attention whose logit for a token pair (i, j) is
     scale * q_i . k_j                            if the pair of their blocks (x, y) is selected,
     scale * mean(q in x) . mean(k in y)          otherwise.
 
-MRA-2-s leaves the second kind out. (ICML 2022, section 4: R = {32, 1}; eq. numbers follow the block
-form of A-hat.)
+MRA-2-s leaves the second kind out. (ICML 2022, section 4, R = {32, 1}.)
 """
 
 import torch
@@ -30,9 +29,11 @@ def attention_matrix(
     Args:
         query, key: `[B, H, N, D]`.
         token_mask: `[B, N]` bool, or None when every token is real.
-        blocks: `[B, H, R, R]` bool, the pairs in high resolution; R may exceed ceil(N /
-            block_size).
+        blocks: `[B, H, R, R]` bool, the pairs in high resolution; R may exceed
+            ceil(N / block_size).
+        scale: factor of the logits.
         sparse: True for MRA-2-s.
+        block_size: M, tokens per block.
 
     Rows of padding, and rows that have nothing to attend to, are zero.
     """
@@ -59,8 +60,8 @@ def attention_matrix(
 
 
 def softmax_over_real(logits: Tensor, real_tokens: Tensor, length: int) -> Tensor:
-    """Softmax over real keys: `[B, H, P, P]` logits and `[B, P]` bool of a padded length P ->
-    `[B, H, N, N]`; rows of padding, and rows without any logit, are zero.
+    """Softmax over real keys: logits `[B, H, P, P]` and real tokens `[B, P]` bool of a padded
+    length P -> `[B, H, N, N]`. Rows of padding, and rows without a finite logit, are zero.
     """
     logits = logits.masked_fill(~real_tokens[:, None, None, :], -torch.inf)
     logits, real_tokens = logits[:, :, :length, :length], real_tokens[:, :length]
@@ -94,7 +95,7 @@ def apply_matrix(matrix: Tensor, value: Tensor, token_mask: Tensor | None) -> Te
     if token_mask is None:
         return (matrix @ real_value).to(value.dtype)
     padding = ~token_mask[:, None, :, None]
-    # Filled going in and coming out: NaN in padding reaches no real token in either direction.
+    # Filled before and after: NaN in padding reaches no real token, forward or backward.
     output = matrix @ real_value.masked_fill(padding, 0)
     return output.masked_fill(padding, 0).to(value.dtype)
 

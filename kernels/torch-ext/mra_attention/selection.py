@@ -1,8 +1,9 @@
 """Which blocks of the attention matrix are computed exactly.
 
-The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`. Per (batch, head)
-the `budget` best pairs of the whole matrix are chosen; equal scores go to the pair nearest the
-diagonal, then to the lowest row, then to the lowest column. Nothing here has a gradient.
+The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`. A rule, one row
+of `RULES`, turns such logits into scores. Per (batch, head) the `budget` best pairs of the whole
+matrix are chosen; equal scores go to the pair nearest the diagonal, then to the lowest row, then to
+the lowest column. Nothing here has a gradient.
 
 The order is made total by one int64 key per pair, so that a plain top-k is deterministic:
 
@@ -10,7 +11,10 @@ The order is made total by one int64 key per pair, so that a plain top-k is dete
     bits)
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ from .blocks import (
 )
 
 _TIE_BITS = 30
-#: Scores of parts of blocks that `refined_mass` holds at a time.
+#: Logits of sub-blocks that `refined_mass` holds at a time.
 _REFINED_SCORES = 2**22
 #: Block rows that fit the tie rank, 2 * R * R <= 2**30; 741,440 tokens in blocks of 32.
 MAX_BLOCK_ROWS = 23170
@@ -51,6 +55,111 @@ class BlockSelection:
         return self.blocks.sum((-2, -1))
 
 
+class Means(NamedTuple):
+    """Means over the real tokens of P = R * k sub-blocks, k to a block.
+
+    Attributes:
+        query, key: `[B, H, P, D]` float64 (float32 where the device has no float64).
+        counts: `[B, P]` int64, real tokens of each sub-block.
+        n_blocks: R.
+    """
+
+    query: Tensor
+    key: Tensor
+    counts: Tensor
+    n_blocks: int
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """How block pairs are ranked: one row of `RULES`.
+
+    Attributes:
+        description: what a pair is ranked by, in one sentence.
+        score: called as `score(means, scale)`, returns `[B, H, R, R]` float32; the largest scores
+            are chosen.
+        sub_blocks: how many means per block `score` takes, a power of two; fewer where that does
+            not divide the block size.
+        row_normalized: whether the largest score of the row, over live blocks, is subtracted.
+        scheme: whether the general scheme may use the rule. The scheme computes coarse logits
+            itself, so `score` must be `coarse_logits`.
+        kernel: whether the Triton kernels rank by this rule. They compute coarse logits themselves
+            too; torch ranks by all other rules, on every device.
+    """
+
+    description: str
+    score: Callable[[Means, float], Tensor]
+    sub_blocks: int = 1
+    row_normalized: bool = False
+    scheme: bool = False
+    kernel: bool = False
+
+
+def coarse_logits(means: Means, scale: float) -> Tensor:
+    """Scaled products of the means of blocks, `[B, H, R, R]` float32.
+
+    They are computed in float64 and rounded to float32 before anything is compared. What is equal
+    by definition (constant queries, repeated text) then ties exactly, instead of being ranked by
+    the rounding of blocks of different sizes.
+    """
+    return (means.query @ means.key.mT * scale).float()
+
+
+def refined_mass(means: Means, scale: float) -> Tensor:
+    """The softmax mass of block pairs, `[B, H, R, R]` float32, estimated from means of sub-blocks:
+    tokens of the query block times the share of their attention.
+
+    The error of leaving a pair out depends on its mass. Few large logits make it up, and the mean
+    logit of 32 x 32 token pairs hides them; the means of 8 x 8 pairs hide fewer.
+    """
+    query, key, counts, n_blocks = means
+    per_block = counts.shape[-1] // n_blocks
+    log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
+    masses = []
+    if is_exporting():  # sizes stay symbolic
+        strips = [(query, counts)]
+    else:
+        row_scores = max(1, counts.shape[-1] * query.shape[:2].numel())
+        rows = per_block * max(1, _REFINED_SCORES // (row_scores * per_block))
+        strips = zip(query.split(rows, dim=2), counts.split(rows, dim=1), strict=True)
+    for strip, strip_counts in strips:
+        logits = (strip @ key.mT * scale).float() + log_counts
+        shares = logits.softmax(-1).nan_to_num_()  # NaN in a sample without a real token
+        shares = shares.unflatten(-1, (n_blocks, per_block)).sum(-1)
+        mass = shares * strip_counts[:, None, :, None]
+        masses.append(mass.unflatten(2, (-1, per_block)).sum(3))
+    return torch.cat(masses, dim=2)
+
+
+#: All rules by name. A new one needs its row here, its function above, and a test.
+RULES = {
+    "row_normalized": SelectionRule(
+        "By the coarse logit minus the largest one of its row (the authors' code): every row gets "
+        "its best pair when the budget allows one each.",
+        coarse_logits,
+        row_normalized=True,
+        scheme=True,
+        kernel=True,
+    ),
+    "global": SelectionRule(
+        "By the coarse logit itself (Algorithm 1 of the paper): rows with small logits may get "
+        "nothing.",
+        coarse_logits,
+        scheme=True,
+        kernel=True,
+    ),
+    "refined": SelectionRule(
+        "By the softmax mass of the pair, estimated from quarters of blocks: finds better pairs "
+        "for 16 times the scores.",
+        refined_mass,
+        sub_blocks=4,
+    ),
+}
+SELECTION_RULES = tuple(RULES)
+#: Rules of the general scheme.
+SCHEME_RULES = tuple(name for name, rule in RULES.items() if rule.scheme)
+
+
 def coarse_scores(
     query: Tensor,
     key: Tensor,
@@ -61,95 +170,46 @@ def coarse_scores(
     scale: float,
     rule: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the scores `[B, H, R, R]` that rank block pairs, and the live blocks `[B, R]`.
-
-    `rule` is `"row_normalized"` (coarse logit minus the largest one of its row over live pairs, the
-    authors' code), `"global"` (the coarse logit itself, the text of the paper, Algorithm 1), or
-    `"refined"` (`refined_mass`).
-
-    Coarse logits are computed in float64 and rounded to float32 before anything is compared. What
-    is equal by definition (constant queries, repeated text) then ties exactly, instead of being
-    ranked by the rounding of blocks of different sizes.
+    """Return the scores `[B, H, R, R]` float32 that rank block pairs by a rule of `RULES`, and the
+    live blocks `[B, R]` bool.
     """
-    if rule == "refined":
-        parts_of_block = sub_blocks(block_size)
-        size, count = block_size // parts_of_block, n_blocks * parts_of_block
-        pooled_query, pooled_key, counts = _means(query, key, token_mask, size, count)
-        live = counts.unflatten(-1, (n_blocks, parts_of_block)).any(-1)
-        return refined_mass(pooled_query, pooled_key, counts, n_blocks, scale), live
-    pooled_query, pooled_key, counts = _means(query, key, token_mask, block_size, n_blocks)
-    live = counts > 0
-    scores = (pooled_query @ pooled_key.mT * scale).float()  # [B, H, R, R]
-    if rule == "row_normalized":
+    ranking = RULES[rule]
+    per_block = math.gcd(block_size, ranking.sub_blocks)
+    means = _means(query, key, token_mask, block_size, n_blocks, per_block)
+    live = means.counts.unflatten(-1, (n_blocks, per_block)).any(-1)
+    scores = ranking.score(means, scale)
+    if ranking.row_normalized:
         row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
         scores = scores - row_max
     return scores, live
 
 
-def sub_blocks(block_size: int) -> int:
-    """Into how many parts the side of a block is cut by `"refined"`: 4 where they come out even."""
-    return next(count for count in (4, 2, 1) if block_size % count == 0)
-
-
-def refined_mass(
-    query_means: Tensor, key_means: Tensor, counts: Tensor, n_blocks: int, scale: float
-) -> Tensor:
-    """The softmax mass of pairs of blocks, estimated from means of parts of blocks.
-
-    What a row of the softmax matrix gives to a pair is what the error of leaving it out depends on;
-    the mean logit of 32 x 32 pairs misses the few large ones that make it up, the means of 8 x 8
-    pairs less so.
-
-    Args:
-        query_means, key_means: `[B, H, P, D]`, the means of P = R * parts consecutive parts.
-        counts: `[B, P]` real tokens of each.
-        n_blocks: R.
-        scale: factor of the logits.
-
-    Returns:
-        `[B, H, R, R]` float32: tokens of the query block times the share of their attention.
-    """
-    parts_of_block = counts.shape[-1] // n_blocks
-    log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
-    mass = []
-    if is_exporting():  # sizes stay symbolic
-        strips = [(query_means, counts)]
-    else:
-        held = max(1, counts.shape[-1] * query_means.shape[:2].numel())
-        step = parts_of_block * max(1, _REFINED_SCORES // (held * parts_of_block))
-        strips = zip(query_means.split(step, dim=2), counts.split(step, dim=1), strict=True)
-    for some, weights in strips:
-        logits = (some @ key_means.mT * scale).float() + log_counts
-        shares = logits.softmax(-1).nan_to_num_()  # of a sample without a real token
-        shares = shares.unflatten(-1, (n_blocks, parts_of_block)).sum(-1)
-        shares = shares * weights[:, None, :, None]
-        mass.append(shares.unflatten(2, (-1, parts_of_block)).sum(3))
-    return torch.cat(mass, dim=2)
-
-
 def _means(
-    query: Tensor, key: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of the blocks of both, `[B, H, R, D]`, and the real tokens of each block, `[B, R]`."""
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    block_size: int,
+    n_blocks: int,
+    per_block: int,
+) -> Means:
+    """Means of `[B, H, N, D]` query and key over sub-blocks, `per_block` of them to a block."""
     dtype = score_dtype(query)
-    mask_blocks = mask_to_blocks(
-        token_mask, query.shape[0], query.shape[2], block_size, n_blocks, query.device
-    )
-    counts = mask_blocks.sum(-1)
+    size, count = block_size // per_block, n_blocks * per_block
+    real = mask_to_blocks(token_mask, query.shape[0], query.shape[2], size, count, query.device)
+    counts = real.sum(-1)
     reads_values = query.device.type == "cpu" and not torch.compiler.is_compiling()
 
     def means(x: Tensor) -> Tensor:
         if not reads_values:
-            return block_means(to_blocks(x, token_mask, block_size, n_blocks), counts, dtype)
-        blocks = to_blocks(zero_unsafe_padding(x, token_mask), None, block_size, n_blocks)
-        real = None if token_mask is None else mask_blocks
-        return block_means(blocks, counts, dtype, real)
+            return block_means(to_blocks(x, token_mask, size, count), counts, dtype)
+        blocks = to_blocks(zero_unsafe_padding(x, token_mask), None, size, count)
+        return block_means(blocks, counts, dtype, None if token_mask is None else real)
 
-    return means(query), means(key), counts
+    return Means(means(query), means(key), counts, n_blocks)
 
 
 def score_dtype(query: Tensor) -> torch.dtype:
-    """What scores are computed in: float64, where the device has it."""
+    """The dtype in which scores are computed: float64 where the device has it."""
     return torch.float32 if query.device.type == "mps" else torch.float64
 
 
@@ -169,17 +229,15 @@ def sort_keys(scores: Tensor, row: Tensor, column: Tensor, n_blocks: int) -> Ten
 
 
 def best_keys(keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """The largest `budget` of `[..., K]` keys, -1 where there is no pair: whether each is a pair,
-    and where it stands, `[..., min(budget, K)]`.
+    """Return the indices of the largest `budget` of `[..., K]` keys, and before them whether each
+    is a pair (its key is not -1); both `[..., min(budget, K)]`.
     """
-    found, places = keys.topk(min(budget, keys.shape[-1]), dim=-1)
-    return found >= 0, places
+    largest, indices = keys.topk(min(budget, keys.shape[-1]), dim=-1)
+    return largest >= 0, indices
 
 
 def pair_budget(live: Tensor, block_per_row: int, block_budget: int | None) -> Tensor:
-    """Return the number of pairs to choose per head of each sample, `[B]` int64, at most its live
-    pairs.
-    """
+    """Return how many pairs to choose per head, `[B]` int64: at most the live pairs of a sample."""
     rows = live.sum(-1)
     if block_budget is None:
         return torch.minimum(rows * block_per_row, rows * rows)
@@ -202,10 +260,11 @@ def choose_blocks(
         live: `[B, R]` bool, blocks that hold a real token.
         budget: `[B]` int64, pairs per head of each sample.
         largest_budget: the largest value `budget` can take, known from shapes; None sorts all
-            pairs, which is slower and free of data-independent sizes (for tracing).
+            pairs, which is slower but needs no such size (for tracing).
         initial_prior_first_n_blocks: the first n live block rows and columns rank before everything
             else (live ones, so that leading padding by whole blocks changes nothing).
-        initial_prior_diagonal_n_blocks: so do pairs with `abs(row - column) <= n // 2`; 0 is off.
+        initial_prior_diagonal_n_blocks: pairs with `abs(row - column) <= n // 2` do so too; 0 is
+            off.
 
     Returns:
         `[B, H, R, R]` bool.
@@ -231,7 +290,7 @@ def choose_blocks(
     else:
         ranked = flat.topk(largest_budget, dim=-1).values
     last = (budget - 1).clamp_min(0)[:, None, None].expand(-1, scores.shape[1], 1)
-    threshold = ranked.gather(-1, last)[..., None]  # the lowest key that is still inside the budget
+    threshold = ranked.gather(-1, last)[..., None]  # the lowest key inside the budget
     return (sort_key >= threshold) & (sort_key >= 0)
 
 
@@ -252,12 +311,12 @@ def select(
 ) -> Tensor:
     """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool.
 
-    The arguments are those of `mra2_attention`, checked.
+    Takes checked arguments of `mra2_attention`; `rule` is a name in `RULES`.
 
     `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
     instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
-    and all pairs are sorted. `reads_mask=False` reads no value of the mask, as a traced graph needs
-    it.
+    and all pairs are sorted. A traced graph also needs `reads_mask=False`: no value of the mask is
+    then read on the host.
     """
     batch, heads, length, _ = query.shape
     if traceable:
@@ -287,7 +346,7 @@ def select(
         if reads_mask:
             token_mask = drop_trivial_mask(token_mask)
         blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
-        for part in chunks(query.shape, query.device.type):
-            mask_part = None if token_mask is None else token_mask[part[0]]
-            blocks[part] = choose(query[part], key[part], mask_part)
+        for chunk in chunks(query.shape, query.device.type):
+            chunk_mask = None if token_mask is None else token_mask[chunk[0]]
+            blocks[chunk] = choose(query[chunk], key[chunk], chunk_mask)
         return blocks

@@ -1,9 +1,9 @@
-"""MRA-2 and MRA-2-s in plain torch without any N x N buffer, forward and hand-written backward.
+"""MRA-2 and MRA-2-s in plain torch without an N x N buffer, forward and hand-written backward.
 
-The coarse part gives every query row of block x the state of an online softmax, a maximum R_x, a
-numerator a_x and a denominator z_x; the exact part attends to the gathered keys of the row's
-selected blocks; both are merged by their log-sum-exp. With c_y real tokens in key block y, V_y the
-sum of their values and S the coarse logits,
+The coarse part gives every query of block x the state of an online softmax: a maximum R_x, a
+numerator a_x and a denominator z_x. The exact part attends to the gathered keys of the selected
+blocks. Both are merged by their log-sum-exp. With c_y real tokens in key block y, V_y the sum of
+their values and S the coarse logits,
 
     E_xy = exp(S_xy - R_x) outside the selection, 0 inside
     a_x = sum_y E_xy V_y        z_x = sum_y E_xy c_y
@@ -15,14 +15,15 @@ and backward, with L_i the merged log-sum-exp, delta_i = dO_i . O_i and w_i = ex
 
 while the exact part is the backward of softmax attention fed the merged output and log-sum-exp.
 
-Query blocks are sorted by their number of selected blocks, and those with about the same number
-form one batched attention (`batched.py`); keys are gathered in pieces, on a CPU into
-buffers (`scratch.py`) small enough for its caches.
+Query blocks are sorted by their number of selected blocks, and blocks with about the same number
+form one batched attention (`batched.py`). Its keys are gathered, on a CPU into buffers
+(`scratch.py`) small enough for the caches.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import (
@@ -36,17 +37,35 @@ from ..blocks import (
     to_blocks,
     zero_unsafe_padding,
 )
+from ..implementations import Summaries
+from ..selection import select as select_pairs
 from .batched import attend, attend_backward, operand_dtype
 from .dense import dense_backward, dense_forward, flash_is_available
 from .scratch import convert, scratch, take
 
-#: Keys gathered at a time, counted in the compute dtype: a few times what stays in a core's cache,
-#: which pays for the calls.
+#: Bytes of the keys of one batched attention, in the compute dtype: a few times what stays in a
+#: core's cache, which pays for the calls.
 _GATHER_BYTES = 3 * 2**19
 _GATHER_BYTES_ON_A_GPU = 2**28
-#: Query blocks with different numbers of selected blocks share a batched attention when that takes
-#: at most so many blocks of padding: about what one more call costs.
-_PADDING_BLOCKS = 24
+#: Query blocks with different numbers of selected blocks share a batched attention where that adds
+#: at most so many filler blocks: about the cost of one more call.
+_FILLER_BLOCKS = 24
+
+
+def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> None:
+    """Return None: every pass works on its own chunks, and shares nothing."""
+
+
+def select(
+    query: Tensor,
+    key: Tensor,
+    token_mask: Tensor | None,
+    *,
+    summaries: Summaries | None = None,
+    **settings,
+) -> Tensor:
+    """The chosen pairs `[B, H, R, R]` bool. The settings are those of `selection.select`."""
+    return select_pairs(query, key, token_mask, **settings)
 
 
 def forward(
@@ -56,16 +75,17 @@ def forward(
     token_mask: Tensor | None,
     blocks: Tensor | None,
     *,
+    summaries: Summaries | None = None,
     scale: float,
     sparse: bool,
     block_size: int,
+    largest_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding).
-
-    Both in the compute dtype.
+    """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both in
+    the compute dtype.
 
     `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, R]` bool, None for every live
-    pair.
+    pair. Neither `summaries` nor `largest_budget` is needed here.
     """
     if blocks is None and flash_is_available(query.device.type):
         return dense_forward(query, key, value, token_mask, scale)
@@ -74,25 +94,26 @@ def forward(
     output = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     settings = (scale, sparse, block_size)
-    for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
-        _forward_part(problem, output[part], lse[part])
+    for where, chunk in _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+        _forward_chunk(chunk, output[where], lse[where])
     return output, lse
 
 
-def _forward_part(problem: "_Problem", output_part: Tensor, lse_part: Tensor) -> None:
-    output = problem.rows_to_write(output_part, "output rows")
-    lse = problem.exact_forward(output)
-    if problem.coarse is not None:
-        lse = problem.coarse.merge_(output, lse)
-    dead = lse == -torch.inf  # nothing to attend to
+def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
+    """Write the output and the log-sum-exp of a chunk into the last two arguments."""
+    output_blocks = chunk.result_blocks(output, "output blocks")
+    block_lse = chunk.exact_forward(output_blocks)
+    if chunk.coarse is not None:
+        block_lse = chunk.coarse.merge_(output_blocks, block_lse)
+    dead = block_lse == -torch.inf  # nothing to attend to
     if bool(dead.any()):
-        output.masked_fill_(dead[..., None], 0)
-        lse.masked_fill_(dead, torch.inf)
-    problem.write(output, output_part)
-    lse_part.copy_(problem.to_tokens(lse[..., None])[..., 0])
-    if problem.token_mask is not None:
-        fill_padding_(output_part, problem.token_mask, 0)
-        fill_padding_(lse_part, problem.token_mask, torch.inf)
+        output_blocks.masked_fill_(dead[..., None], 0)
+        block_lse.masked_fill_(dead, torch.inf)
+    chunk.copy_result(output_blocks, output)
+    lse.copy_(chunk.to_tokens(block_lse[..., None])[..., 0])
+    if chunk.token_mask is not None:
+        fill_padding_(output, chunk.token_mask, 0)
+        fill_padding_(lse, chunk.token_mask, torch.inf)
 
 
 def backward(
@@ -105,9 +126,11 @@ def backward(
     token_mask: Tensor | None,
     blocks: Tensor | None,
     *,
+    summaries: Summaries | None = None,
     scale: float,
     sparse: bool,
     block_size: int,
+    largest_budget: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
@@ -115,51 +138,52 @@ def backward(
     token_mask = drop_trivial_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
     settings = (scale, sparse, block_size)
-    for part, problem in _problems(query, key, value, token_mask, blocks, *settings):
-        part_grads = [grad[part] for grad in grads]
-        _backward_part(problem, grad_output[part], output[part], lse[part], part_grads)
+    for where, chunk in _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+        chunk_grads = [grad[where] for grad in grads]
+        _backward_chunk(chunk, grad_output[where], output[where], lse[where], chunk_grads)
     if token_mask is not None:
         for grad in grads:
             fill_padding_(grad, token_mask, 0)
     return grads
 
 
-def _backward_part(
-    problem: "_Problem", grad_output: Tensor, output: Tensor, lse: Tensor, part_grads: list[Tensor]
+def _backward_chunk(
+    chunk: "_Chunk", grad_output: Tensor, output: Tensor, lse: Tensor, grads: list[Tensor]
 ) -> None:
-    """Write the gradients of query, key and value into the last argument."""
-    # Padding of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
-    missing = problem.n_blocks * problem.block_size - lse.shape[-1]
-    row_lse = torch.nn.functional.pad(lse, (0, missing), value=torch.inf)
-    row_lse = row_lse.reshape(-1, problem.block_size)
-    row_grad, row_output = (problem.to_rows(x).to(problem.dtype) for x in (grad_output, output))
-    delta = _row_dots(row_grad, row_output)  # [G * R, M]
+    """Write the gradients of query, key and value of a chunk into the last argument."""
+    # The tail of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
+    missing = chunk.n_blocks * chunk.block_size - lse.shape[-1]
+    block_lse = F.pad(lse, (0, missing), value=torch.inf).reshape(-1, chunk.block_size)
+    grad_blocks, output_blocks = (chunk.cut(x).to(chunk.dtype) for x in (grad_output, output))
+    delta = _row_dots(grad_blocks, output_blocks)  # [G * R, M]
     names = ("grad_query", "grad_key", "grad_value")
-    grads = list(map(problem.rows_to_write, part_grads, names))
-    if problem.coarse is None:
-        for grad in grads:
-            grad.zero_()
+    results = list(map(chunk.result_blocks, grads, names))
+    if chunk.coarse is None:
+        for result in results:
+            result.zero_()
     else:
-        coarse = problem.coarse.backward(row_grad, delta, row_lse)
-        for grad, coarse_grad in zip(grads, coarse, strict=True):
-            grad.copy_(coarse_grad)  # the same for every token of a block
-    problem.add_exact_backward_(*grads, row_grad, delta, row_lse)
-    for grad, part_grad in zip(grads, part_grads, strict=True):
-        problem.write(grad, part_grad)
+        coarse_grads = chunk.coarse.backward(grad_blocks, delta, block_lse)
+        for result, coarse_grad in zip(results, coarse_grads, strict=True):
+            result.copy_(coarse_grad)  # the same for every token of a block
+    chunk.add_exact_backward_(*results, grad_blocks, delta, block_lse)
+    for result, grad in zip(results, grads, strict=True):
+        chunk.copy_result(result, grad)
 
 
-def _problems(query, key, value, token_mask, blocks, *settings):
-    """Yield (samples, heads) as slices, and the part of the call they are."""
-    for part in chunks(query.shape, query.device.type):
-        mask_part = None if token_mask is None else token_mask[part[0]]
-        blocks_part = None if blocks is None else blocks[part]
-        yield part, _Problem(query[part], key[part], value[part], mask_part, blocks_part, *settings)
+def _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+    """Yield where each chunk lies, (samples, heads) as slices, and the chunk laid out in blocks."""
+    for where in chunks(query.shape, query.device.type):
+        chunk_mask = None if token_mask is None else token_mask[where[0]]
+        chunk_blocks = None if blocks is None else blocks[where]
+        inputs = (query[where], key[where], value[where])
+        yield where, _Chunk(*inputs, chunk_mask, chunk_blocks, *settings)
 
 
-class _Problem:
-    """One part of a call, laid out in blocks.
+class _Chunk:
+    """Some samples and heads of a call, laid out in blocks.
 
-    G = B * H; a "row" is a query block, a "column" a key block, both `[G * R, M, D]`.
+    G = B * H. The inputs are kept as blocks, `[G * R, M, D]` each; a "row" is the index of a query
+    block among them, a "column" the index of a key block.
     """
 
     def __init__(self, query, key, value, token_mask, blocks, scale, sparse, block_size):
@@ -168,7 +192,7 @@ class _Problem:
         self.token_mask, self.dtype = token_mask, compute_dtype(query.dtype)
         self.operand_dtype = operand_dtype(query.dtype, query.device.type)
         self.n_blocks = count_blocks(length, block_size)
-        self.rows, self.keys, self.values = (self.to_rows(x) for x in (query, key, value))
+        self.queries, self.keys, self.values = (self.cut(x) for x in (query, key, value))
 
         real = mask_to_blocks(
             token_mask, batch, length, block_size, self.n_blocks, query.device
@@ -178,51 +202,51 @@ class _Problem:
         live_pairs = (live[:, :, None] & live[:, None, :])[:, None].expand(-1, heads, -1, -1)
         selected = live_pairs if blocks is None else blocks & live_pairs
         self.selected = selected.reshape(-1, self.n_blocks, self.n_blocks)  # [G, R, R]
-        self.real = real[:, None].expand(-1, heads, -1, -1).reshape(-1, block_size)  # [G * R, M]
-        self.key_bias = None  # for the logits of tokens that are not real, in blocks with real ones
+        self.key_bias = None  # hides what is not real in blocks that hold real tokens too
         partial = live & (counts < block_size)
         if bool(partial.any()):
             self.partial = partial[:, None].expand(-1, heads, -1).flatten()  # [G * R]
-            self.key_bias = torch.zeros(self.real.shape, dtype=self.dtype, device=query.device)
-            self.key_bias.masked_fill_(~self.real, -torch.inf)
-        self.coarse = None if sparse or blocks is None else _Coarse(self, real, live_pairs)
+            padding = ~real[:, None].expand(-1, heads, -1, -1).reshape(-1, block_size)
+            self.key_bias = torch.zeros(padding.shape, dtype=self.dtype, device=query.device)
+            self.key_bias.masked_fill_(padding, -torch.inf)  # [G * R, M]
+        self.coarse = None if sparse or blocks is None else _CoarsePart(self, real, live_pairs)
 
-    def to_rows(self, x: Tensor) -> Tensor:
+    def cut(self, x: Tensor) -> Tensor:
         """`[B, H, N, D]` -> contiguous `[G * R, M, D]`; padding holds numbers that do no harm."""
         x = zero_unsafe_padding(x, self.token_mask)
         blocks = to_blocks(x, None, self.block_size, self.n_blocks)
         return blocks.reshape(-1, self.block_size, x.shape[-1]).contiguous()
 
-    def to_tokens(self, rows: Tensor) -> Tensor:
+    def to_tokens(self, blocks: Tensor) -> Tensor:
         """`[G * R, M, D]` -> `[B, H, N, D]`, a view."""
         batch, heads, length, _ = self.shape
-        padded = rows.view(batch, heads, self.n_blocks * self.block_size, rows.shape[-1])
+        padded = blocks.view(batch, heads, self.n_blocks * self.block_size, blocks.shape[-1])
         return padded[:, :, :length]
 
-    def rows_to_write(self, tokens: Tensor, name: str) -> Tensor:
-        """Rows `[G * R, M, D]` in the compute dtype for the result `tokens` `[B, H, N, D]`: its own
-        memory where it is laid out in whole blocks, else scratch. `write` ends it.
+    def result_blocks(self, tokens: Tensor, name: str) -> Tensor:
+        """Memory `[G * R, M, D]` in the compute dtype for the result `tokens` `[B, H, N, D]`: its
+        own where that consists of whole blocks, else scratch. `copy_result` must follow.
         """
         whole = tokens.shape[2] == self.n_blocks * self.block_size
         if whole and tokens.dtype == self.dtype and tokens.is_contiguous():
             return tokens.view(-1, self.block_size, tokens.shape[-1])
-        return scratch(name, self.rows.shape, self.dtype, tokens.device)
+        return scratch(name, self.queries.shape, self.dtype, tokens.device)
 
-    def write(self, rows: Tensor, tokens: Tensor) -> None:
-        """Copy rows from `rows_to_write` to `tokens` unless they are the same memory."""
-        if rows.data_ptr() != tokens.data_ptr():
-            tokens.copy_(self.to_tokens(rows))
+    def copy_result(self, blocks: Tensor, tokens: Tensor) -> None:
+        """Copy blocks from `result_blocks` to `tokens` unless they are the same memory."""
+        if blocks.data_ptr() != tokens.data_ptr():
+            tokens.copy_(self.to_tokens(blocks))
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield (rows `[n]`, columns `[n, P]`, surplus `[n, P]` bool or None).
-
-        A piece is n query blocks that select up to P key blocks each; where `surplus` is True the
-        column only fills the list of a shorter row up.
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield (rows `[n]`, columns `[n, P]`, filler `[n, P]` bool or None) for each batched
+        attention: n query blocks that select up to P key blocks each. Where `filler` is True, a
+        column only fills up the list of a shorter row.
         """
         counts = self.selected.sum(-1).flatten()  # [G * R]
         rank = counts
         if self.key_bias is not None:
-            # Of rows with equal counts those that need a bias come last, into as few pieces as can.
+            # Among rows with equal counts, the ones that need a bias come last: fewer batches have
+            # a bias then.
             partial = self.partial.view(-1, 1, self.n_blocks)  # [G, 1, R]
             rank = 2 * counts + (self.selected & partial).any(-1).flatten()
         order = rank.argsort(stable=True)
@@ -237,54 +261,55 @@ class _Problem:
         for begin, end, width, uniform, offset in _groups(counts):
             if uniform:
                 lists = columns[offset : offset + (end - begin) * width].view(-1, width)
-                surplus = None
+                filler = None
             else:
                 slots = torch.arange(width, device=counts.device)
                 last = counts[begin:end, None] - 1
                 lists = columns[starts[begin:end, None] + torch.minimum(slots, last)]
-                surplus = slots > last
+                filler = slots > last
             size = max(1, gather_bytes // (block_bytes * width))
-            for piece in range(0, end - begin, size):
-                span = slice(piece, piece + size)
-                rows = order[begin:end][span]
-                yield rows, lists[span], None if surplus is None else surplus[span]
+            for first in range(0, end - begin, size):
+                batch = slice(first, first + size)
+                rows = order[begin:end][batch]
+                yield rows, lists[batch], None if filler is None else filler[batch]
 
     def gather(
-        self, columns: Tensor, surplus: Tensor | None
+        self, columns: Tensor, filler: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]`
-        that hides padding and surplus columns.
+        that hides padding and filler.
         """
         n, flat = columns.shape[0], columns.flatten()
         shape = (n, -1, self.shape[-1])
         keys = self.take("keys", self.keys, flat).view(shape)
         values = self.take("values", self.values, flat).view(shape)
         padded = self.key_bias is not None and bool(self.partial.index_select(0, flat).any())
-        if not padded and surplus is None:
+        if not padded and filler is None:
             return keys, values, None
         if padded:
             bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.block_size)
         else:
             bias = keys.new_zeros((*columns.shape, self.block_size), dtype=self.dtype)
-        if surplus is not None:
-            bias.masked_fill_(surplus[..., None], -torch.inf)
+        if filler is not None:
+            bias.masked_fill_(filler[..., None], -torch.inf)
         return keys, values, bias.view(n, 1, -1)
 
-    def take(self, name: str, rows: Tensor, index: Tensor) -> Tensor:
-        """Some rows of an input, in the dtype in which they are multiplied."""
-        return convert(f"{name} operand", take(name, rows, index), self.operand_dtype)
+    def take(self, name: str, blocks: Tensor, index: Tensor) -> Tensor:
+        """Some blocks of an input, in the dtype in which they are multiplied."""
+        return convert(f"{name} operand", take(name, blocks, index), self.operand_dtype)
 
     def exact_forward(self, output: Tensor) -> Tensor:
-        """Write the softmax over the selected blocks alone to `output` `[G * R, M, D]`; returns its
-        log-sum-exp `[G * R, M]` (-inf without any).
+        """Write the softmax attention over the selected blocks to `output` `[G * R, M, D]`; return
+        its log-sum-exp `[G * R, M]`, -inf in rows without a selected block.
         """
-        lse = torch.full(self.rows.shape[:2], -torch.inf, dtype=self.dtype, device=self.rows.device)
-        for rows, columns, surplus in self.pieces():
-            keys, values, bias = self.gather(columns, surplus)
-            query = self.take("query", self.rows, rows)
-            piece_output, piece_lse = attend(query, keys, values, bias, self.scale)
-            output.index_copy_(0, rows, piece_output)
-            lse.index_copy_(0, rows, piece_lse)
+        shape, device = self.queries.shape[:2], self.queries.device
+        lse = torch.full(shape, -torch.inf, dtype=self.dtype, device=device)
+        for rows, columns, filler in self.batches():
+            keys, values, bias = self.gather(columns, filler)
+            query = self.take("query", self.queries, rows)
+            batch_output, batch_lse = attend(query, keys, values, bias, self.scale)
+            output.index_copy_(0, rows, batch_output)
+            lse.index_copy_(0, rows, batch_lse)
         nothing = ~self.selected.any(-1).flatten()
         if bool(nothing.any()):
             output[nothing] = 0
@@ -292,22 +317,23 @@ class _Problem:
 
     def add_exact_backward_(
         self,
-        grad_rows: Tensor,
-        grad_keys: Tensor,
-        grad_values: Tensor,
-        grad: Tensor,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        grad_output: Tensor,
         delta: Tensor,
         lse: Tensor,
     ) -> None:
-        """Add the gradients through the selected blocks to the first three, all `[G * R, M, D]` in
-        the compute dtype.
+        """Add the gradients through the selected blocks to the first three arguments.
+
+        Gradients are `[G * R, M, D]`, `delta` and `lse` `[G * R, M]`, all in the compute dtype.
         """
-        block = grad.shape[1:]
-        for rows, columns, surplus in self.pieces():
-            keys, values, bias = self.gather(columns, surplus)
+        block = grad_output.shape[1:]
+        for rows, columns, filler in self.batches():
+            keys, values, bias = self.gather(columns, filler)
             d_query, d_keys, d_values = attend_backward(
-                take("grad", grad, rows),
-                self.take("query", self.rows, rows),
+                take("grad", grad_output, rows),
+                self.take("query", self.queries, rows),
                 keys,
                 values,
                 bias,
@@ -316,15 +342,16 @@ class _Problem:
                 self.scale,
             )
             flat = columns.flatten()
-            add_blocks_(grad_rows, rows, d_query)
-            add_blocks_(grad_keys, flat, d_keys.view(-1, *block))
-            add_blocks_(grad_values, flat, d_values.view(-1, *block))
+            add_blocks_(grad_query, rows, d_query)
+            add_blocks_(grad_key, flat, d_keys.view(-1, *block))
+            add_blocks_(grad_value, flat, d_values.view(-1, *block))
 
 
 def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
     """Cut rows, sorted by their number of selected blocks, into groups of about the same number.
 
-    Yields (begin, end, largest number, whether all have it, selected blocks before `begin`).
+    Yields (first row, row after the last, largest number, whether all rows have it, selected blocks
+    before the first row).
     """
     widths, sizes = (x.tolist() for x in counts.unique_consecutive(return_counts=True))
     begin = offset = 0
@@ -333,48 +360,49 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
         if widths[i] == 0:
             begin, i = sizes[i], i + 1
             continue
-        j, surplus, members, held = i, 0, sizes[i], sizes[i] * widths[i]
+        j, filler, rows, selected = i, 0, sizes[i], sizes[i] * widths[i]
         while j + 1 < len(widths):
-            surplus += members * (widths[j + 1] - widths[j])
-            if surplus > _PADDING_BLOCKS:
+            filler += rows * (widths[j + 1] - widths[j])
+            if filler > _FILLER_BLOCKS:
                 break
             j += 1
-            members += sizes[j]
-            held += sizes[j] * widths[j]
-        yield begin, begin + members, widths[j], i == j, offset
-        begin, offset, i = begin + members, offset + held, j + 1
+            rows += sizes[j]
+            selected += sizes[j] * widths[j]
+        yield begin, begin + rows, widths[j], i == j, offset
+        begin, offset, i = begin + rows, offset + selected, j + 1
 
 
-class _Coarse:
-    """The low-resolution part: operands of R rows instead of N."""
+class _CoarsePart:
+    """Attention to what is not selected, in low resolution: operands have R rows instead of N."""
 
-    def __init__(self, problem: _Problem, real: Tensor, live_pairs: Tensor):
-        batch, heads, _, dim = problem.shape
-        self.n_blocks, self.scale = problem.n_blocks, problem.scale
+    def __init__(self, chunk: _Chunk, real: Tensor, live_pairs: Tensor):
+        batch, heads, _, dim = chunk.shape
+        self.n_blocks, self.scale = chunk.n_blocks, chunk.scale
+        masked_real = None if chunk.token_mask is None else real
 
-        real_or_none = None if problem.token_mask is None else real
-
-        def sums(rows: Tensor) -> Tensor:  # [G * R, M, D] -> [B, H, R, D]
-            blocks = rows.view(batch, heads, self.n_blocks, problem.block_size, dim)
-            return block_sums(blocks, real_or_none, problem.dtype)
+        def sums(blocks: Tensor) -> Tensor:  # [G * R, M, D] -> [B, H, R, D]
+            blocks = blocks.view(batch, heads, self.n_blocks, chunk.block_size, dim)
+            return block_sums(blocks, masked_real, chunk.dtype)
 
         counts = real.sum(-1)  # [B, R]
-        size = counts.clamp_min(1)[:, None, :, None].to(problem.dtype)
-        self.query_means = (sums(problem.rows) / size).flatten(0, 1)  # [G, R, D]
-        self.key_means = (sums(problem.keys) / size).flatten(0, 1)
-        self.value_sums = sums(problem.values).flatten(0, 1)
+        size = counts.clamp_min(1)[:, None, :, None].to(chunk.dtype)
+        self.query_means = (sums(chunk.queries) / size).flatten(0, 1)  # [G, R, D]
+        self.key_means = (sums(chunk.keys) / size).flatten(0, 1)
+        self.value_sums = sums(chunk.values).flatten(0, 1)
         counts_by_head = counts[:, None].expand(-1, heads, -1)
-        self.counts = counts_by_head.reshape(-1, 1, self.n_blocks).to(problem.dtype)  # [G, 1, R]
-        inside = live_pairs.reshape(problem.selected.shape) & ~problem.selected
+        self.counts = counts_by_head.reshape(-1, 1, self.n_blocks).to(chunk.dtype)  # [G, 1, R]
+        coarse = live_pairs.reshape(chunk.selected.shape) & ~chunk.selected
         logits = self.scale * torch.bmm(self.query_means, self.key_means.mT)
-        logits = logits.masked_fill_(~inside, -torch.inf)
-        row_max = logits.amax(-1)  # [G, R], -inf where nothing is left to the coarse part
+        logits = logits.masked_fill_(~coarse, -torch.inf)
+        row_max = logits.amax(-1)  # [G, R], -inf where everything is selected
         self.row_max = row_max.view(-1, 1)
         finite_max = row_max.masked_fill(row_max == -torch.inf, 0)
         self.weights = logits.sub_(finite_max[..., None]).exp_()  # E
 
     def merge_(self, output: Tensor, exact_lse: Tensor) -> Tensor:
-        """Merge into the exact part, `[G * R, M, D]` and `[G * R, M]`; returns the log-sum-exp."""
+        """Merge into the output of the exact part, `[G * R, M, D]`; return the merged log-sum-exp
+        `[G * R, M]`.
+        """
         numerator = torch.bmm(self.weights, self.value_sums)  # [G, R, D]
         denominator = (self.weights * self.counts).sum(-1).view(-1, 1)
         lse = torch.logaddexp(exact_lse, self.row_max + denominator.log())  # [G * R, M]
@@ -385,12 +413,11 @@ class _Coarse:
         return lse
 
     def backward(self, grad: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients for every token of a block, `[G * R, 1, D]` each (the mean spreads them
-        evenly).
+        """Return the gradients of query, key and value, the same for every token of a block (the
+        mean spreads them evenly): `[G * R, 1, D]` each.
         """
         dim = grad.shape[-1]
-        # 0 at padding and where there is no coarse part
-        weight = (self.row_max - lse).exp_()  # [G * R, M]
+        weight = (self.row_max - lse).exp_()  # w: [G * R, M], 0 at padding and without coarse part
         grad_sum = torch.bmm(weight[:, None], grad).view(-1, self.n_blocks, dim)  # G: [G, R, D]
         delta_sum = (weight * delta).sum(-1).view(-1, self.n_blocks, 1)  # g: [G, R, 1]
         grad_values = torch.bmm(self.weights.mT, grad_sum)
@@ -405,15 +432,15 @@ class _Coarse:
 
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Sum over the last dimension of x * y, a few rows at a time: no product as large as x."""
+    """Sum x * y over the last dimension, some blocks at a time: no product is as large as x."""
     size = max(1, _GATHER_BYTES // (x[0].numel() * x.dtype.itemsize))
-    pieces = zip(x.split(size), y.split(size), strict=True)
-    return torch.cat([(a * b).sum(-1) for a, b in pieces])
+    strips = zip(x.split(size), y.split(size), strict=True)
+    return torch.cat([(a * b).sum(-1) for a, b in strips])
 
 
 def add_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
-    """`target[index[i]] += source[i]` in a fixed order, so that two runs give the same bits on
-    every device.
+    """`target[index[i]] += source[i]` in a fixed order, on every device: two runs give the same
+    bits.
     """
     if target.device.type == "cpu":
         target.index_add_(0, index, source)  # sequential on a CPU
@@ -424,6 +451,6 @@ def add_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
 def add_sorted_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:
     """`add_blocks_` without atomics: one sum per run of equal indices, after a stable sort."""
     index, order = index.sort(stable=True)
-    where, lengths = index.unique_consecutive(return_counts=True)
+    targets, lengths = index.unique_consecutive(return_counts=True)
     sums = torch.segment_reduce(source[order].flatten(1), "sum", lengths=lengths)
-    target[where] += sums.view(-1, *target.shape[1:])
+    target[targets] += sums.view(-1, *target.shape[1:])

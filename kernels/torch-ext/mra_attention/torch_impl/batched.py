@@ -1,9 +1,9 @@
 """Softmax attention of many small problems at once: n query blocks, each with K keys of its own.
 
 Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]` or None, the log-sum-exp
-`[n, M]`. Logits are powers of 2 in place of e, which CPUs compute several times faster. Operands
-are multiplied in their own dtype; logits, softmax and log-sum-exp are in the compute dtype always.
-Outputs and gradients lie in scratch memory: they are valid until the next call in that thread.
+`[n, M]`. The softmax takes powers of 2, not of e, which CPUs compute several times faster. Operands
+are multiplied in their own dtype; logits, softmax and log-sum-exp are always in the compute dtype.
+Outputs and gradients lie in scratch memory: they are valid until the next call in the same thread.
 """
 
 import math
@@ -18,8 +18,8 @@ _LOG2_E = math.log2(math.e)
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype in which inputs of `dtype` are multiplied: bfloat16 as it is on a CPU, everything
-    else in the compute dtype.
+    """The dtype in which inputs of `dtype` are multiplied: bfloat16 for bfloat16 on a CPU, else the
+    compute dtype.
     """
     return dtype if dtype == torch.bfloat16 and device_type == "cpu" else compute_dtype(dtype)
 
@@ -27,7 +27,7 @@ def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp in the compute dtype."""
+    """Return the output `[n, M, D]` and the log-sum-exp `[n, M]` in the compute dtype."""
     wide = compute_dtype(query.dtype)
     weights = _logits(query, keys, bias, wide, scale, None)  # [n, M, K]
     largest = weights.amax(-1, keepdim=True)
@@ -50,12 +50,12 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, keys and values in the compute dtype.
 
-    `grad`, `delta` (the row sums of grad times output) and `lse`, in the compute dtype, may be
-    those of a softmax over more keys than are given here.
+    `grad`, `delta` (the row sums of grad times output) and `lse` are in the compute dtype. They may
+    belong to a softmax over more keys than these.
     """
     dtype, wide, device = query.dtype, grad.dtype, grad.device
     weights = _logits(query, keys, bias, wide, scale, lse).exp2_()
-    # Both factors are differences of nearly equal numbers: they stay wide until they are done.
+    # A difference of nearly equal numbers: its operands stay wide.
     grad_logits = scratch("grad_logits", weights.shape, wide, device)
     wide_values = convert("wide", values, wide)
     torch.baddbmm(delta[..., None], grad, wide_values.mT, beta=-1, out=grad_logits)
@@ -84,9 +84,8 @@ def _logits(
     scale: float,
     lse: Tensor | None,
 ) -> Tensor:
-    """Logits `[n, M, K]` to base 2, less the log-sum-exp where it is given.
-
-    In the compute dtype: a product rounded to bfloat16 would be no logit.
+    """Logits `[n, M, K]` to base 2, minus the log-sum-exp unless it is None, in the compute dtype:
+    a product rounded to bfloat16 is too coarse for a logit.
     """
     shape = (*query.shape[:2], keys.shape[1])
     logits = scratch("logits", shape, wide, query.device)

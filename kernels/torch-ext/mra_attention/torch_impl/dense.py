@@ -1,6 +1,7 @@
-"""Every live pair selected: dense softmax attention by aten's flash kernel for CPUs.
+"""Dense softmax attention by aten's flash kernel for CPUs, for calls that select every live pair.
 
-It is a private operator, tried once; where it is missing, such calls go the way of all others.
+The kernel is a private operator. It is tried once; where it is missing, such calls are computed
+like all others.
 """
 
 from functools import cache
@@ -67,7 +68,7 @@ def dense_backward(
 def _inputs(query, key, value, token_mask):
     """Inputs in the compute dtype with padding zeroed, and the bias `[B, 1, 1, N]` that hides it.
 
-    A sample without any token is left open: its rows are overwritten afterwards.
+    In a sample without a real token nothing is hidden: its rows are overwritten afterwards.
     """
     dtype = compute_dtype(query.dtype)
     inputs = [x.to(dtype) for x in (query, key, value)]

@@ -1,8 +1,8 @@
-"""Buffers that are used again: on a CPU fresh memory costs a page fault per 4 kB.
+"""Buffers that are used again: on a CPU, fresh memory costs a page fault per 4 kB.
 
-Every thread keeps its own, one per name and dtype, as large as the largest that was asked for. A
-buffer is valid until its name is asked for again in the same thread. Other devices have allocators
-that keep memory, and get new tensors.
+Every thread keeps one buffer per name and dtype, as large as the largest request so far. A buffer
+is valid until the same thread asks for its name again. The allocators of other devices keep memory
+themselves, so that new tensors are returned there.
 """
 
 import math
@@ -22,17 +22,17 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     buffers = _kept.__dict__.setdefault("buffers", {})
     buffer = buffers.get((name, dtype))
     if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):  # else it could not be written to outside of it
+        with torch.inference_mode(False):  # a buffer made inside could not be written to outside
             buffer = buffers[name, dtype] = torch.empty(size, dtype=dtype)
     return buffer[:size].view(shape)
 
 
 def take(name: str, x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` along the first dimension, in the buffer of that name."""
+    """Return `x[index]` along the first dimension, in the buffer of that name."""
     out = scratch(name, (index.shape[0], *x.shape[1:]), x.dtype, x.device)
     return torch.index_select(x, 0, index, out=out)
 
 
 def convert(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` itself where it has that dtype, else a copy in the buffer of that name."""
+    """Return `x` itself where it has that dtype, else a copy in the buffer of that name."""
     return x if x.dtype == dtype else scratch(name, x.shape, dtype, x.device).copy_(x)

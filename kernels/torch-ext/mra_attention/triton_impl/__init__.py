@@ -9,12 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..selection import choose_blocks
+from ..implementations import BLOCK_SIZE, Summaries
+from ..selection import RULES, choose_blocks
 from . import backward as backward_kernels
 from . import forward as forward_kernels
 from . import launching
 from . import selection as selection_kernels
-from .call import BlockLists, KernelCall, Summaries, as_bytes
+from .call import BlockLists, KernelCall, as_bytes
 
 _LOG2_E = math.log2(math.e)
 #: Block rows that a program of the selection ranks.
@@ -35,6 +36,7 @@ def select(
     token_mask: Tensor | None,
     *,
     summaries: Summaries | None = None,
+    block_size: int = BLOCK_SIZE,
     block_per_row: int,
     block_budget: int | None,
     initial_prior_first_n_blocks: int,
@@ -55,7 +57,7 @@ def select(
             block_per_row=block_per_row,
             block_budget=block_budget,
         )
-        ranking.score(normalized=rule == "row_normalized", scale=scale)
+        ranking.score(normalized=RULES[rule].row_normalized, scale=scale)
         table = launching.table()
         if call.n_blocks <= table.topk_up_to_rows and ranking.stored:
             return ranking.choose_by_topk()
@@ -187,6 +189,7 @@ def forward(
     *,
     scale: float,
     sparse: bool,
+    block_size: int = BLOCK_SIZE,
     largest_budget: int | None,
     summaries: Summaries | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -286,6 +289,7 @@ def backward(
     *,
     scale: float,
     sparse: bool,
+    block_size: int = BLOCK_SIZE,
     largest_budget: int | None,
     summaries: Summaries | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,25 +1,11 @@
 """One call as the kernels see it: inputs with their strides, block summaries, lists of blocks."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..blocks import count_blocks
-from ..implementations import BLOCK_SIZE
+from ..implementations import BLOCK_SIZE, Summaries
 from . import block_lists, launching, pooling
-
-
-class Summaries(NamedTuple):
-    """What the coarse part knows of the tokens, float32, computed once for all passes.
-
-    Attributes:
-        vectors: `[3, B * H, R, D_PAD]`: means of query and key, sums of value, over real tokens.
-        counts: `[B, R]` int32, real tokens of the blocks.
-    """
-
-    vectors: Tensor
-    counts: Tensor
 
 
 def summary_shapes(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
