@@ -19,7 +19,7 @@ OPERATOR_IMPORTS = {
     },
     "checks": {"blocks", "multiresolution", "selection"},
     "implementations": set(),
-    "ops": {"_ops", "selection", "torch_impl", "triton_impl", "blocks"},
+    "ops": {"_ops", "selection", "torch_impl", "triton_impl", "blocks", "implementations"},
     "_ops": set(),
     "benchmarking": set(),
     "blocks": set(),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_CAPABILITY = (8, 0)
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+class Summaries(NamedTuple):
+    """What the coarse part knows of the tokens, computed once for all passes of a call.
+
+    Attributes:
+        vectors: `[3, B * H, R, D']` float32: means of query and key, sums of value, over the real
+            tokens of every block; D' is the padded head dim.
+        counts: `[B, R]` int32, real tokens of the blocks.
+    """
+
+    vectors: Tensor
+    counts: Tensor
 
 
 def resolve_impl(impl: str, query: Tensor, block_size: int) -> str:

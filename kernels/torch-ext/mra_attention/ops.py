@@ -16,6 +16,7 @@ from torch import Tensor
 from . import selection, torch_impl
 from ._ops import add_op_namespace_prefix
 from .blocks import compute_dtype, count_blocks
+from .implementations import Summaries
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_summarize"), mutates_args=())
@@ -40,8 +41,6 @@ def _(query, key, value, token_mask):
 
 def _summaries(vectors: Tensor | None, counts: Tensor | None):
     """The two tensors as the kernels take them; None for None."""
-    from .triton_impl import Summaries
-
     return None if vectors is None else Summaries(vectors, counts)
 
 
@@ -74,7 +73,9 @@ def mra2_select(
         from . import triton_impl
 
         summaries = _summaries(vectors, counts)
-        return triton_impl.select(query, key, token_mask, summaries=summaries, **settings)
+        return triton_impl.select(
+            query, key, token_mask, summaries=summaries, block_size=block_size, **settings
+        )
     return selection.select(query, key, token_mask, block_size=block_size, **settings)
 
 
@@ -131,6 +132,7 @@ def mra2_forward(
             blocks,
             scale=scale,
             sparse=sparse,
+            block_size=block_size,
             largest_budget=largest_budget,
             summaries=_summaries(vectors, counts),
         )
@@ -193,6 +195,7 @@ def mra2_backward(
             blocks,
             scale=scale,
             sparse=sparse,
+            block_size=block_size,
             largest_budget=largest_budget,
             summaries=_summaries(vectors, counts),
         )
