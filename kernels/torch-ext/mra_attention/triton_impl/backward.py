@@ -4,10 +4,9 @@ With L the merged log-sum-exp, delta the row sums of dO * O and W_x the smallest
 
     w_i = exp(W_x - L_i)    G_x = sum_i w_i dO_i    g_x = sum_i w_i delta_i
 
-are for the coarse part (`coarse.py`), whose logits in row x are at most W_x. Selected pairs have
-the backward of softmax attention: query gradients over lists of key blocks, key and value gradients
-over lists of query blocks. There are no atomics, so two runs give the same bits. Logits are to base
-2 inside the kernels.
+are for the coarse part (`coarse.py`), whose logits in row x are at most W_x. Query gradients go
+over lists of key blocks, key and value gradients over lists of query blocks. There are no atomics,
+so two runs give the same bits. Logits are to base 2 inside the kernels.
 """
 
 from typing import NamedTuple
@@ -101,18 +100,17 @@ class Upstream(NamedTuple):
 def reduce_rows(
     call: KernelCall, grad_output: Tensor, output: Tensor, lse: Tensor
 ) -> tuple[Upstream, RowSums]:
-    """Add delta, and reduce the rows of every query block; unwritten if there is no coarse part."""
-    grad_output, output, lse = (x.contiguous() for x in (grad_output, output, lse))
+    """The gradient with delta, and sums over query blocks; unwritten if there is no coarse part."""
     rows = (call.all_heads, call.n_blocks)
-    upstream = Upstream(grad_output, lse, call.empty(call.shape[:3]))
+    upstream = Upstream(grad_output.contiguous(), lse.contiguous(), call.empty(call.shape[:3]))
     row_sums = RowSums(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
     launching.launch(
         reduce_rows_kernel,
         call.all_heads * call.n_blocks,
         **call.tokens,
-        GRAD=grad_output,
-        OUTPUT=output,
-        LSE=lse,
+        GRAD=upstream.grad,
+        OUTPUT=output.contiguous(),
+        LSE=upstream.lse,
         DELTA=upstream.delta,
         SMALLEST=row_sums.smallest,
         GRAD_SUMS=row_sums.grad_sums,
