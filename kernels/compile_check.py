@@ -1,15 +1,16 @@
-"""Compile every kernel for cards that are not here, and judge what comes out.
+"""Compile every kernel for GPUs that are not here, and judge the machine code.
 
     python kernels/compile_check.py                         # a table, exit status 1 on a finding
     python kernels/compile_check.py --targets sm_90 --dims 64 --csv report.csv
 
 Launches are recorded from the public code path on tensors without data (device "meta"), which also
-shows that nothing on that path reads a value back. Lengths are not specialised on, so that one
-compiled kernel serves them all. Each is compiled ahead of time by the installed
-Triton for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture;
-those of two query blocks a tile (column "queries"), which no shipped configuration uses, at head
-dim 64 in 16 bits. Findings: stack spills beyond the allowance, shared memory over the card's limit
-(compilation alone does not notice), tensor-core instructions other than the intended ones.
+shows that nothing on that path reads a value back. Kernels are not specialized on lengths, so that
+one compiled kernel serves them all. Each launch is compiled ahead of time by the installed Triton
+for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture. Tiles of
+two query blocks (column "queries"), which no shipped configuration uses, are compiled at head dim
+64 in 16 bits. Findings: stack spills beyond the allowance, shared memory over the GPU's limit
+(which compiling does not notice), tensor-core instructions other than the intended ones, and scores
+that are fused with the product before them.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
-import inspect
 import multiprocessing
 import os
 import re
@@ -31,7 +31,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default up to 3.9, said aloud
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default up to 3.9
     sys.path.insert(0, str(ROOT / "torch-ext"))
 
 import torch  # noqa: E402
@@ -50,15 +50,15 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
-#: Those that subtract the largest logit of a row from logits.
+#: Kernels that subtract the largest logit of a row from its logits.
 RANKING_KERNELS = ("score_kernel", "digit_kernel", "mark_kernel")
-#: (sparse, masked) besides (False, True), which everything is compiled with.
+#: (sparse, masked), besides (False, True), with which everything is compiled.
 FURTHER_MODES = ((False, False), (True, True), (True, False))
-#: Head dims that are padded inside, and the dtype that they are compiled with, by padded head dim.
+#: Head dims that the kernels pad, and the dtype to compile them with, by padded head dim.
 PADDED = {64: (40, "fp32"), 128: (80, "bf16")}
 #: Bytes (NVIDIA) or registers (AMD) that may be spilled, by (target, kernel, dtype, padded head
-#: dim); None stands for any. What is not listed may not spill at all.
-SPILL_ALLOWANCES: dict[tuple[str, str | None, str | None, int | None], int] = {
+#: dim). What is not listed may not spill at all.
+SPILL_ALLOWANCES: dict[tuple[str, str, str, int], int] = {
     ("sm_80", "pool_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 16): 8,
@@ -106,7 +106,7 @@ class Result:
     finding: str
 
 
-#: The kernels that were recorded, by name; processes that compile inherit them.
+#: The recorded kernels by name; the processes that compile inherit them.
 _KERNELS: dict[str, object] = {}
 
 _TYPES = {
@@ -130,8 +130,8 @@ def _recorded(
     length: int,
     **changes,
 ) -> list[Launch]:
-    """The launches of a selection, a forward and a backward pass; `changes` are made to the
-    configurations of kernels that work on query blocks.
+    """The launches of a selection, a forward and a backward pass, with `changes` to the
+    configurations of kernels whose tiles belong to query blocks.
     """
     launches = []
     table = launching.table()
@@ -141,17 +141,21 @@ def _recorded(
     }
     changed = replace(table, configs=configs)
 
-    def record(kernel, programs, *arguments, num_warps=4, num_stages=2, **constants):
-        names = [name for name in inspect.signature(kernel.fn).parameters if name not in constants]
-        signature, aligned = [], []
-        for name, value in zip(names, arguments, strict=True):
+    def record(kernel, programs, *, num_warps=4, num_stages=2, **arguments):
+        assert arguments.keys() == set(kernel.arg_names), kernel.fn.__name__
+        signature, aligned, constants = [], [], []
+        for parameter in kernel.params:
+            name, value = parameter.name, arguments[parameter.name]
+            if parameter.is_constexpr:
+                constants.append((name, value))
+                continue
             if isinstance(value, torch.Tensor):
                 kind, is_aligned = _TYPES[value.dtype], True
             elif isinstance(value, float):
                 kind, is_aligned = "fp32", False
             else:
                 kind = "i64" if value >= 2**31 else "i32"
-                is_aligned = value % 16 == 0 and name not in kernel.do_not_specialize
+                is_aligned = value % 16 == 0 and not parameter.do_not_specialize
             signature.append((name, kind))
             if is_aligned:
                 aligned.append(name)
@@ -163,7 +167,7 @@ def _recorded(
                 dim,
                 tuple(signature),
                 tuple(aligned),
-                tuple(constants.items()),
+                tuple(constants),
                 num_warps,
                 num_stages,
             )
@@ -191,6 +195,7 @@ def _recorded(
             key,
             mask,
             summaries=summaries,
+            block_size=32,
             block_per_row=8,
             block_budget=None,
             initial_prior_first_n_blocks=1,
@@ -198,61 +203,60 @@ def _recorded(
             rule="row_normalized",
             scale=scale,
         )
-        largest_budget = 8 * length // 32  # as of the selection above
-        settings = {"scale": scale, "sparse": sparse, "largest_budget": largest_budget}
-        settings["summaries"] = summaries
+        settings = {"summaries": summaries, "scale": scale, "sparse": sparse, "block_size": 32}
+        settings["largest_budget"] = 8 * length // 32  # as of the selection above
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
     return launches
 
 
 def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
-    """Every launch worth compiling, once: all dtypes and head dims of the kernels that have a
-    shipped configuration; the other kernels at all head dims. Of further modes each head dim meets
-    all, and each dtype too, but not in every combination.
+    """Every launch worth compiling, once: kernels with a shipped configuration in all dtypes and
+    head dims, other kernels at all head dims. Every head dim and every dtype meets all of the
+    further modes, but not in every combination.
     """
-    found: dict[Launch, None] = {}
+    recorded: dict[Launch, None] = {}
     for target in targets:
         for dim in dims:
             for dtype in dtypes:
                 for launch in _recorded(target, dtype, dim, False, True, "ieee", 4096):
                     if launch.kernel in ITEM_KERNELS or dtype != "fp16":
-                        found[launch] = None
-            for place, dtype in enumerate(DTYPES, DIMS.index(dim)):
-                mode = FURTHER_MODES[place % len(FURTHER_MODES)]
+                        recorded[launch] = None
+            for i, dtype in enumerate(DTYPES, DIMS.index(dim)):
+                mode = FURTHER_MODES[i % len(FURTHER_MODES)]
                 for launch in _recorded(target, dtype, dim, *mode, "ieee", 4096):
                     if launch.kernel in ITEM_KERNELS and dtype in dtypes:
-                        found[launch] = None
+                        recorded[launch] = None
             padded, dtype = PADDED.get(dim, (dim, ""))
             if dtype in dtypes:
                 for launch in _recorded(target, dtype, padded, False, True, "ieee", 4096):
-                    if "D" in dict(launch.constants):  # the others see the padded head dim alone
-                        found[launch] = None
-            # longer sequences: more digits, and scores computed anew by every pass
+                    if "D" in dict(launch.constants):  # others see the padded one only
+                        recorded[launch] = None
+            # Longer sequences: more digits, and scores that every pass computes anew.
             for length in (16384, 65536) if dim >= 64 else ():
                 for launch in _recorded(target, "bf16", dim, False, True, "ieee", length):
                     if launch.kernel not in ITEM_KERNELS:
-                        found[launch] = None
+                        recorded[launch] = None
         for dim in {64} & set(dims):
             for launch in _recorded(target, "fp32", dim, False, True, "tf32", 4096):
-                found[replace(launch, dtype="tf32")] = None
-            for dtype in {"bf16", "fp16"} & set(dtypes):
+                recorded[replace(launch, dtype="tf32")] = None
+            for dtype in (x for x in ("bf16", "fp16") if x in dtypes):
                 for swapped in (False, True) if target == "sm_90" else (False,):
                     changes = {"query_blocks": 2, "swapped": swapped}
-                    recorded = _recorded(target, dtype, dim, False, True, "ieee", 4096, **changes)
-                    for launch in recorded:
+                    call = (target, dtype, dim, False, True, "ieee", 4096)
+                    for launch in _recorded(*call, **changes):
                         if _query_blocks(launch) == 2 and (
                             launch.kernel in ITEM_KERNELS or dtype == "bf16"
                         ):
-                            found[launch] = None
+                            recorded[launch] = None
     unique = {}
-    for launch in found:  # many kernels do not depend on the dtype or the precision
+    for launch in recorded:  # many kernels do not depend on the dtype or the precision
         unique.setdefault(replace(launch, dtype="", dim=0), launch)
     return list(unique.values())
 
 
 def _query_blocks(launch: Launch) -> int:
-    """Query blocks that own a tile or a list; 0 where there are none."""
+    """Query blocks that own a tile or a list; 0 for kernels without."""
     constants = dict(launch.constants)
     return constants.get("QUERY_BLOCKS", constants.get("OWN_BLOCKS", 0))
 
@@ -260,7 +264,7 @@ def _query_blocks(launch: Launch) -> int:
 def compile_launch(launch: Launch) -> Result:
     """Compile one launch and judge it."""
     kernel = _KERNELS[launch.kernel]
-    names = list(inspect.signature(kernel.fn).parameters)
+    names = kernel.arg_names
     constants = dict(launch.constants)
     types = dict(launch.signature)
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -297,15 +301,17 @@ def compile_launch(launch: Launch) -> Result:
         "+".join(name for name, count in census.items() if count),
         "",
     )
-    found = _findings(result, shared_limit)
+    findings = _findings(result, shared_limit)
     if fused:
-        found.append("a score is fused with the product before it, so that equal ones do not tie")
-    result.finding = "; ".join(found)
+        findings.append(
+            "a score is fused with the product before it, so that equal ones do not tie"
+        )
+    result.finding = "; ".join(findings)
     return result
 
 
 def _form(kernel: str, constants: dict[str, object]) -> str:
-    """How an item kernel lays out its operands, or how another one multiplies."""
+    """How an item kernel lays out its operands, or how another kernel multiplies."""
     if "SWAPPED" in constants:
         return "swapped" if constants["SWAPPED"] else "plain"
     reads_scores = kernel in ("digit_kernel", "mark_kernel") and constants["STORED"]
@@ -313,27 +319,18 @@ def _form(kernel: str, constants: dict[str, object]) -> str:
 
 
 def _findings(result: Result, shared_limit: int) -> list[str]:
-    found = []
-    about = (result.target, result.kernel, result.dtype, launching.padded_dim(result.dim))
-    allowed = max(
-        (
-            allowance
-            for key, allowance in SPILL_ALLOWANCES.items()
-            if all(
-                wanted is None or wanted == given for wanted, given in zip(key, about, strict=True)
-            )
-        ),
-        default=0,
-    )
+    findings = []
+    key = (result.target, result.kernel, result.dtype, launching.padded_dim(result.dim))
+    allowed = SPILL_ALLOWANCES.get(key, 0)
     if result.spills > allowed:
-        found.append(f"spills {result.spills}, allowed {allowed}")
+        findings.append(f"spills {result.spills}, allowed {allowed}")
     if result.shared_bytes > shared_limit:
-        found.append(f"shared memory {result.shared_bytes}, limit {shared_limit}")
+        findings.append(f"shared memory {result.shared_bytes}, limit {shared_limit}")
     if result.kernel in ITEM_KERNELS or result.form == "tf32x3":
-        wanted = _intended(result)
-        if result.tensor_core != wanted:
-            found.append(f"tensor cores by {result.tensor_core or 'none'}, not {wanted or 'none'}")
-    return found
+        used, intended = result.tensor_core or "none", _intended(result) or "none"
+        if used != intended:
+            findings.append(f"tensor cores by {used}, not {intended}")
+    return findings
 
 
 def _intended(result: Result) -> str:
@@ -344,7 +341,7 @@ def _intended(result: Result) -> str:
         return "MFMA"  # float32 too
     if result.dtype == "fp32":
         return ""  # IEEE products run on the ordinary units
-    # Sums of fewer than 64 channels cannot be the M side that wgmma wants; tf32 runs plain.
+    # Sums of fewer than 64 channels cannot be the M side that wgmma needs; tf32 runs plain.
     wide = launching.padded_dim(result.dim) >= 64 and result.dtype != "tf32"
     return "HGMMA" if result.target == "sm_90" and wide else "HMMA"
 
@@ -362,8 +359,8 @@ def _nvidia_tool(name: str, option: str, cubin: bytes) -> str:
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread, and bytes of stack and local memory."""
     text = _nvidia_tool("cuobjdump", "--dump-resource-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    registers, stack, local = map(int, found.groups())
+    numbers = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    registers, stack, local = map(int, numbers.groups())
     return registers, stack + local
 
 
@@ -418,11 +415,11 @@ def main() -> int:
             writer = csv.DictWriter(file, list(asdict(results[0])), lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(result) for result in results)
-    bad = [result for result in results if result.finding]
-    for r in bad:  # once more, where the end of a log is all that is kept
+    findings = [result for result in results if result.finding]
+    for r in findings:  # once more, where only the end of a log is kept
         print(f"{r.target} {r.kernel} {r.dtype} head dim {r.dim}: {r.finding}")
-    print(f"{len(bad)} findings")
-    return 1 if bad else 0
+    print(f"{len(findings)} findings")
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_qu
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
-    from mra_attention.triton_impl.call import BlockLists, KernelCall, as_bytes
+    from mra_attention.triton_impl.block_lists import build_lists
+    from mra_attention.triton_impl.call import KernelCall
+    from mra_attention.triton_impl.pooling import pool
 
     query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
     mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
@@ -110,17 +112,15 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     generator = torch.Generator().manual_seed(0)
     blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
     call = KernelCall(query, key, key, mask)
-    settings = {"directions": 2, "query_blocks": query_blocks}
-    lists = BlockLists(call, as_bytes(call, blocks), None, **settings)
+    settings = {"directions": 2, "query_blocks": query_blocks, "largest_budget": None}
+    lists = build_lists(call, pool(call).counts, call.as_bytes(blocks), **settings)
     live = mask.view(-1)[::32][:rows].cpu()
     chosen = blocks[0].cpu() & live[:, None] & live[None, :]
-    for direction in (0, 1):
-        pairs = chosen if direction == 0 else chosen.mT
-        bundle = (query_blocks, 1)[direction]
+    for of_direction, pairs in ((lists.by_query, chosen), (lists.by_key, chosen.mT)):
+        bundle, most = of_direction.own_blocks, of_direction.max_items
         sizes, starts, entries, first_items, items, counts = (
-            x.cpu().tolist() for x in lists.of(direction)
+            x.cpu().tolist() for x in of_direction[:6]
         )
-        most = lists.max_items[direction]
         for head in range(2):
             wanted_items = []
             for own in range(rows):
@@ -134,7 +134,7 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
                 assert entries[head][start : start + sizes[head][own]] == wanted
                 if own * bundle < rows:
                     assert first_items[head][own] == len(wanted_items)
-                    wanted_items += [own] * max(1, -(-len(wanted) // lists.item_blocks))
+                    wanted_items += [own] * max(1, -(-len(wanted) // of_direction.item_blocks))
             assert counts[head] == len(wanted_items) <= most
             assert items[head * most : head * most + counts[head]] == wanted_items
 
@@ -164,6 +164,7 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
     inputs = on_device(make_inputs(2, 1, 200, 32, seed=3))[:2]
     mask = mask_on_device(mask_kind, 2, 200)
     settings = {
+        "block_size": 32,
         "block_per_row": 2,
         "block_budget": None,
         "initial_prior_first_n_blocks": 0,
@@ -172,14 +173,15 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
         "scale": 0.2,
         **SELECTIONS[name],
     }
-    wanted = selection.select(*inputs, mask, block_size=32, **settings)
+    wanted = selection.select(*inputs, mask, **settings)
     for entries in (
         {"topk_up_to_rows": 1000},
         {"topk_up_to_rows": 0},
         {"topk_up_to_rows": 0, "recompute_from_length": 0},
     ):
         table(**entries)
-        assert torch.equal(triton_impl.select(*inputs, mask, **settings), wanted), entries
+        given = triton_impl.select(*inputs, mask, summaries=None, **settings)
+        assert torch.equal(given, wanted), entries
 
 
 @pytest.mark.parametrize("length", BEYOND_A_TILE)
@@ -190,6 +192,7 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
     inputs = on_device(make_inputs(2, 1, length, 16, seed=5))[:2]
     mask = mask_on_device("right", 2, length)
     settings = {
+        "block_size": 32,
         "block_per_row": 4,
         "block_budget": None,
         "initial_prior_first_n_blocks": 1,
@@ -198,31 +201,35 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
         "scale": 0.25,
     }
     table(topk_up_to_rows=1000)
-    by_topk = triton_impl.select(*inputs, mask, **settings)
+    by_topk = triton_impl.select(*inputs, mask, summaries=None, **settings)
     for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
         table(**entries)
-        assert torch.equal(triton_impl.select(*inputs, mask, **settings), by_topk), entries
-    wanted = selection.select(*inputs, mask, block_size=32, **settings)
+        given = triton_impl.select(*inputs, mask, summaries=None, **settings)
+        assert torch.equal(given, by_topk), entries
+    wanted = selection.select(*inputs, mask, **settings)
     assert torch.equal(by_topk.sum((1, 2, 3)), wanted.sum((1, 2, 3)))
     assert (by_topk & wanted).sum() >= 0.999 * wanted.sum()
 
 
 def test_radix_ranks_equal_scores_like_choose_blocks(table):
-    from mra_attention import triton_impl
+    from mra_attention.triton_impl import selection as kernels
     from mra_attention.triton_impl.call import KernelCall
+    from mra_attention.triton_impl.pooling import pool
 
     inputs = on_device(make_inputs(2, 2, 150, 16))[:2]
     mask = mask_on_device("right", 2, 150)
     numbers = {"block_per_row": 2, "block_budget": None}
     priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
-    ranking = triton_impl.Ranking(KernelCall(*inputs, inputs[1], mask), **numbers, **priors)
-    ranking.score(normalized=True, scale=0.2)
+    call = KernelCall(*inputs, inputs[1], mask, scale=0.2)
+    summaries = pool(call)
+    candidates = kernels.flag_blocks(call, summaries.counts, **numbers, **priors)
+    ranking = kernels.score_pairs(call, summaries, candidates, row_normalized=True)
     values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=DEVICE)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(0, len(values), ranking.scores.shape, generator=generator)
         ranking.scores.copy_(values[picks.to(DEVICE)])
-        assert torch.equal(ranking.choose_by_radix(), ranking.choose_by_topk())
+        assert torch.equal(kernels.choose_by_radix(ranking), kernels.choose_by_topk(ranking))
 
 
 def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
@@ -233,12 +240,13 @@ def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
 
     launch, histograms = launching.launch, []
 
-    def recorded(kernel, programs, *arguments, **settings):
+    def recorded(kernel, programs, **arguments):
         if kernel is selection_kernels.digit_kernel:
-            histograms.append(arguments[8])
-        return launch(kernel, programs, *arguments, **settings)
+            histograms.append(arguments["HISTOGRAMS"])
+        return launch(kernel, programs, **arguments)
 
     settings = {"block_per_row": 2, "block_budget": None, "rule": "row_normalized", "scale": 0.2}
+    settings |= {"summaries": None, "block_size": 32}
     settings |= {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
     query, key, *_ = on_device(make_inputs(2, 2, 200, 16))
     for inputs, last in (((query, key), 2), ((query[:, :, :1].expand_as(query), key * 0), 4)):

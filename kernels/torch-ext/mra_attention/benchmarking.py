@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """What measurements are made of: generated inputs, interleaved timing, peak memory."""
-=======
-"""Generated inputs and interleaved timing, for every benchmark."""
->>>>>>> op
 
 import ctypes
 import sys
@@ -36,13 +32,8 @@ def topical_inputs(
     shape = (batch, heads, length, head_dim)
     topics = 1.2 * torch.randn(batch, heads, 24, head_dim, generator=generator)
     segments = torch.randint(0, 24, (batch, heads, -(-length // 64)), generator=generator)
-<<<<<<< HEAD
     segment_topics = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
     base = segment_topics.repeat_interleave(64, 2)[:, :, :length]
-=======
-    levels = topics.gather(2, segments[..., None].expand(-1, -1, -1, head_dim))
-    base = levels.repeat_interleave(64, 2)[:, :, :length]
->>>>>>> op
     query = base + 0.8 * torch.randn(shape, generator=generator)
     key = base + 0.8 * torch.randn(shape, generator=generator)
     value = torch.randn(shape, generator=generator)
@@ -60,23 +51,14 @@ def interleaved_milliseconds(
 ) -> dict[str, list[float]]:
     """Time `provider(*inputs)` of each provider in turn, `repeats` times after a warm-up round.
 
-<<<<<<< HEAD
-    Providers take turns, so that a change of the machine's speed affects all of them alike.
-=======
     Providers take turns, so that a change of the machine's speed affects all alike.
->>>>>>> op
 
     Args:
         providers: name -> attention function.
         inputs: query, key, value.
         backward: include the gradients of all inputs.
-<<<<<<< HEAD
-        repeats: rounds that count.
-        warm_up: run one more round first, which does not count.
-=======
         repeats: number of timed rounds.
         warm_up: run one round before them that is not timed.
->>>>>>> op
 
     Returns:
         Wall-clock milliseconds of each provider, one per timed round.

@@ -1,30 +1,31 @@
-"""Kernels of the backward pass.
+"""Row reductions and the exact part of the backward pass.
 
 With L the merged log-sum-exp, delta the row sums of dO * O and W_x the smallest L of query block x,
 
     w_i = exp(W_x - L_i)    G_x = sum_i w_i dO_i    g_x = sum_i w_i delta_i
-    E_xy = exp(S_xy - W_x)  dS_xy = E_xy (G_x . V_y - c_y g_x)    dV_y = sum_x E_xy G_x
 
-for the pairs left to the coarse part (W_x is at least as large as each of their logits), and for
-selected ones the backward of softmax attention: query gradients over lists of key blocks, key and
-value gradients over lists of query blocks. Nothing is added by atomics: two runs give the same
-bits. Logits are to base 2 inside the kernels.
+are for the coarse part (`coarse.py`), whose logits in row x are at most W_x. Query gradients go
+over lists of key blocks, key and value gradients over lists of query blocks. There are no atomics,
+so two runs give the same bits. Logits are to base 2 inside the kernels.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .block_lists import listed_blocks, visible_pairs
-from .forward import unselected_pairs
+from . import launching
+from .block_lists import OwnerLists, listed_blocks, visible_pairs
+from .call import KernelCall
+from .coarse import CoarseGradients, RowSums
 from .primitives import (
     SIZES,
     add_gathered,
     as_rows,
-    coarse_logits,
     empty_sums,
     is_real,
     load_own_summaries,
-    load_summaries,
     load_tokens,
     of_gathered,
     of_own,
@@ -77,104 +78,46 @@ def reduce_rows_kernel(
         tl.store(GRAD_SUMS + line * D_PAD + tl.arange(0, D_PAD), sums)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def coarse_query_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    SMALLEST,
-    GRAD_SUMS,
-    DELTA_SUMS,
-    COARSE_QUERY,
-    scale,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
-    strips = tl.cdiv(n_blocks, ROWS)
-    head = (tl.program_id(0) // strips).to(tl.int64)
-    counts = COUNTS + head // heads * n_blocks
-    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n_blocks
-    row_counts = tl.load(counts + rows, mask=inside, other=0)
-    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
-    grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
-    smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=inside, other=0.0)
-    delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=inside, other=0.0)
-    sums = tl.zeros([ROWS, D_PAD], tl.float32)
-    for start in range(0, n_blocks, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
-        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
-        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        logits = coarse_logits(query, keys, scale_log2, PRECISION)
-        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
-        sums = tl.dot(grad_logits, keys, sums, input_precision=PRECISION)
-    sums *= (scale / tl.maximum(row_counts, 1).to(tl.float32))[:, None]
-    to = (head * n_blocks + rows)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
-    tl.store(COARSE_QUERY + to, sums, mask=inside[:, None])
+class Upstream(NamedTuple):
+    """The gradient of the output `[B, H, N, D]`, log-sum-exp and delta `[B, H, N]`."""
+
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def of_pairs(self, call: KernelCall) -> dict:
+        """Arguments of kernels that go through selected pairs."""
+        return {
+            "GRAD": self.grad,
+            "LSE": self.lse,
+            "DELTA": self.delta,
+            "scale": call.scale,
+            "scale_log2": call.scale_log2,
+            "HAS_COARSE": call.has_coarse,
+        }
 
 
-@triton.jit(do_not_specialize=SIZES)
-def coarse_key_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    SMALLEST,
-    GRAD_SUMS,
-    DELTA_SUMS,
-    COARSE_KEY,
-    COARSE_VALUE,
-    scale,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The gradients that every key and value of a block get from the coarse part."""
-    strips = tl.cdiv(n_blocks, COLUMNS)
-    head = (tl.program_id(0) // strips).to(tl.int64)
-    counts = COUNTS + head // heads * n_blocks
-    columns = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < n_blocks
-    sizes = tl.load(counts + columns, mask=inside, other=0)
-    keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-    values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-    key_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
-    value_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
-    for start in range(0, n_blocks, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
-        smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-        delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-        query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
-        grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
-        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
-        logits = coarse_logits(query, keys, scale_log2, PRECISION)
-        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
-        value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision=PRECISION)
-        key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision=PRECISION)
-    key_sums *= (scale / tl.maximum(sizes, 1).to(tl.float32))[:, None]
-    to = (head * n_blocks + columns)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
-    tl.store(COARSE_KEY + to, key_sums, mask=inside[:, None])
-    tl.store(COARSE_VALUE + to, value_sums, mask=inside[:, None])
+def reduce_rows(
+    call: KernelCall, grad_output: Tensor, output: Tensor, lse: Tensor
+) -> tuple[Upstream, RowSums]:
+    """The gradient with delta, and sums over query blocks; unwritten if there is no coarse part."""
+    rows = (call.all_heads, call.n_blocks)
+    upstream = Upstream(grad_output.contiguous(), lse.contiguous(), call.empty(call.shape[:3]))
+    row_sums = RowSums(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
+    launching.launch(
+        reduce_rows_kernel,
+        call.all_heads * call.n_blocks,
+        **call.tokens,
+        GRAD=upstream.grad,
+        OUTPUT=output.contiguous(),
+        LSE=upstream.lse,
+        DELTA=upstream.delta,
+        SMALLEST=row_sums.smallest,
+        GRAD_SUMS=row_sums.grad_sums,
+        DELTA_SUMS=row_sums.delta_sums,
+        HAS_COARSE=call.has_coarse,
+    )
+    return upstream, row_sums
 
 
 @triton.jit
@@ -311,6 +254,27 @@ def exact_query_kernel(
         tl.store(PART_SUMS + slot[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :], rows)
 
 
+def query_gradient(
+    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
+) -> Tensor:
+    """The gradient of the query, `[B, H, N, D]`."""
+    grad_query = call.empty(call.shape, call.dtype)
+    parts = lists.empty_parts(call, call.padded_dim)
+    launching.launch(
+        exact_query_kernel,
+        call.all_heads * lists.max_items,
+        **lists.of_items(call, "query_gradient"),
+        **upstream.of_pairs(call),
+        COARSE_QUERY=coarse.query,
+        GRAD_QUERY=grad_query,
+        PART_SUMS=parts,
+        QUERY_BLOCKS=lists.own_blocks,
+    )
+    if lists.may_split:
+        _merge(call, lists, grad_query, parts, coarse.query)
+    return grad_query
+
+
 @triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
     QUERY,
@@ -441,6 +405,30 @@ def exact_key_kernel(
         tl.store(PART_VALUES + to, value_rows)
 
 
+def key_gradients(
+    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
+) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value, `[B, H, N, D]`."""
+    grad_key, grad_value = (call.empty(call.shape, call.dtype) for _ in range(2))
+    part_keys, part_values = (lists.empty_parts(call, call.padded_dim) for _ in range(2))
+    launching.launch(
+        exact_key_kernel,
+        call.all_heads * lists.max_items,
+        **lists.of_items(call, "key_gradient"),
+        **upstream.of_pairs(call),
+        COARSE_KEY=coarse.key,
+        COARSE_VALUE=coarse.value,
+        GRAD_KEY=grad_key,
+        GRAD_VALUE=grad_value,
+        PART_KEYS=part_keys,
+        PART_VALUES=part_values,
+    )
+    if lists.may_split:
+        _merge(call, lists, grad_key, part_keys, coarse.key)
+        _merge(call, lists, grad_value, part_values, coarse.value)
+    return grad_key, grad_value
+
+
 @triton.jit(do_not_specialize=SIZES)
 def merge_gradient_kernel(
     MASK,
@@ -492,4 +480,21 @@ def merge_gradient_kernel(
         M,
         D,
         D_PAD,
+    )
+
+
+def _merge(
+    call: KernelCall, lists: OwnerLists, result: Tensor, parts: Tensor, coarse: Tensor
+) -> None:
+    """Write the gradients of owners with several items."""
+    launching.launch(
+        merge_gradient_kernel,
+        call.all_heads * lists.owners,
+        **lists.of_owners(call),
+        COARSE=coarse,
+        RESULT=result,
+        PART_SUMS=parts,
+        HAS_COARSE=call.has_coarse,
+        OWN_BLOCKS=lists.own_blocks,
+        num_warps=8 if call.padded_dim == 128 else 4,  # which spills nothing
     )

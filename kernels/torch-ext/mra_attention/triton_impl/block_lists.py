@@ -1,19 +1,27 @@
 """The selected pairs as lists, cut into work items.
 
-Direction 0 has a list of key blocks for every bundle of `QUERY_BLOCKS` adjacent query blocks, one
-or two, direction 1 a list of query blocks for every key block, all ascending. An entry is a block;
-but the list of a bundle of two is the union of theirs, and an entry also says which of them
-selected the key block: 4 * block + 1 (the first), + 2 (the second) or + 3 (both).
+Direction 0 has a list of key blocks for every bundle of `QUERY_BLOCKS` adjacent query blocks (one
+or two), direction 1 a list of query blocks for every key block; all are ascending. The bundle or
+key block that a list belongs to is its owner. An entry is a block. The list of a bundle of two is
+the union of their lists, and its entries also say which of the two selected the key block:
+4 * block + 1 (the first), + 2 (the second) or + 3 (both).
 
 A list of more than `ITEM_BLOCKS` entries is cut into several items, so that a query block that
-attends to everything does not hold up the grid. Every owner of a list has at least one item, and
-all sizes follow from shapes and budgets: nothing is read back by the host. There is room for R
-owners in both directions; those beyond the last bundle have empty lists and no item.
+attends to everything does not hold up the grid. Every owner has at least one item, and all sizes
+follow from shapes and budgets: nothing is read back by the host. There is room for R owners in
+both directions; those beyond the last bundle have empty lists and no item.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..implementations import BLOCK_SIZE
+from . import launching
+from .call import KernelCall
 from .primitives import SIZES, of_gathered, of_own
 
 
@@ -186,3 +194,137 @@ def fill_kernel(
         # More pairs than `capacity` would be a caller's mistake; it must not write elsewhere.
         tl.store(LISTS + line * capacity + slots, entries, mask=(ones != 0) & (slots < capacity))
         at += tl.sum(ones, 1)
+
+
+class OwnerLists(NamedTuple):
+    """The lists of one direction.
+
+    Attributes:
+        sizes, starts: `[G, R]` int32, entries of every list, and where they begin in `entries`.
+        entries: `[G, capacity]` int32.
+        first_items: `[G, R]` int32, the first item of every owner.
+        items: `[G * max_items]` int32, the owner of every item.
+        item_counts: `[G]` int32.
+        own_blocks: blocks of an owner.
+        owners, max_items: owners of a head, and its items at most.
+        capacity, item_blocks: entries of a head and of an item, at most.
+        may_split: whether an owner may have several items.
+    """
+
+    sizes: Tensor
+    starts: Tensor
+    entries: Tensor
+    first_items: Tensor
+    items: Tensor
+    item_counts: Tensor
+    own_blocks: int
+    owners: int
+    max_items: int
+    capacity: int
+    item_blocks: int
+    may_split: bool
+
+    def of_items(self, call: KernelCall, kernel: str) -> dict:
+        """Arguments and launch configuration of a kernel that runs over work items."""
+        config = call.config_of(kernel)
+        return {
+            **self.of_owners(call),
+            **call.inputs,
+            "STARTS": self.starts,
+            "LISTS": self.entries,
+            "ITEMS": self.items,
+            "ITEM_COUNTS": self.item_counts,
+            "capacity": self.capacity,
+            "GROUP": config.group,
+            "SWAPPED": config.swapped,
+            "WIDEN": launching.is_interpreted() and call.dtype == torch.bfloat16,
+            "PRECISION": launching.float32_precision(),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+
+    def of_owners(self, call: KernelCall) -> dict:
+        """Arguments of a kernel that visits the owners."""
+        return {
+            **call.tokens,
+            "SIZES": self.sizes,
+            "FIRST_ITEMS": self.first_items,
+            "max_items": self.max_items,
+            "ITEM_BLOCKS": self.item_blocks,
+        }
+
+    def empty_parts(self, call: KernelCall, channels: int) -> Tensor:
+        """Room for the partial results of owners with several items, `[G, items, own tokens,
+        channels]`.
+        """
+        items = self.max_items if self.may_split else 0
+        return call.empty((call.all_heads, items, self.own_blocks * BLOCK_SIZE, channels))
+
+
+class BlockLists(NamedTuple):
+    """Direction 0, and direction 1 where it was asked for."""
+
+    by_query: OwnerLists
+    by_key: OwnerLists | None = None
+
+
+def build_lists(
+    call: KernelCall,
+    counts: Tensor,
+    blocks: Tensor,
+    *,
+    directions: int,
+    query_blocks: int,
+    largest_budget: int | None,
+) -> BlockLists:
+    """List the selected pairs in the first one or both directions.
+
+    Args:
+        counts: real tokens of the blocks, `[B, R]` int32.
+        blocks: the selection, `[B, H, R, R]` int8.
+        query_blocks: adjacent query blocks that own a list of direction 0.
+        largest_budget: bound of the pairs selected per head; None for any number.
+    """
+    rows, lines = call.n_blocks, (directions, call.all_heads)
+    # A union of lists is no longer than their sum, so that `capacity` bounds it too.
+    capacity = rows**2 if largest_budget is None else min(largest_budget, rows**2)
+    # Longer items where so much may be selected that partial sums would outgrow the inputs.
+    longest = launching.next_power_of_2(launching.ceil_div(capacity, 4 * rows))
+    item_blocks = max(launching.table().item_blocks, longest if rows > 64 else 1)
+    own_blocks = (query_blocks, 1)[:directions]
+    owners = [launching.ceil_div(rows, n) for n in own_blocks]
+    max_items = [n + capacity // item_blocks for n in owners]
+    sizes, starts, first_items = call.empty((3, *lines, rows), torch.int32)
+    entries = call.empty((*lines, max(1, capacity)), torch.int32)
+    items = call.empty((call.all_heads * sum(max_items),), torch.int32)
+    item_counts = call.empty(lines, torch.int32)
+
+    tile = {"QUERY_BLOCKS": query_blocks, "OWN": 32, "OTHER": 64, "num_warps": 8}
+    pairs = {"BLOCKS": blocks, "COUNTS": counts, "heads": call.heads, **tile}
+    heads = {"all_heads": call.all_heads, "n_blocks": rows}
+    strips = directions * call.strips(tile["OWN"])
+    launching.launch(count_kernel, strips, **pairs, **heads, SIZES=sizes)
+    launching.launch(
+        plan_kernel,
+        directions * call.all_heads,
+        **heads,
+        SIZES=sizes,
+        STARTS=starts,
+        FIRST_ITEMS=first_items,
+        ITEMS=items,
+        ITEM_COUNTS=item_counts,
+        query_items=max_items[0],
+        key_items=max_items[-1],
+        QUERY_BLOCKS=query_blocks,
+        R_PAD=launching.next_power_of_2(rows),
+        ITEM_BLOCKS=item_blocks,
+    )
+    launching.launch(
+        fill_kernel, strips, **pairs, **heads, STARTS=starts, LISTS=entries, capacity=capacity
+    )
+
+    items = items.split([call.all_heads * n for n in max_items])
+    tensors = zip(sizes, starts, entries, first_items, items, item_counts, strict=True)
+    numbers = zip(own_blocks, owners, max_items, strict=True)
+    shared = (capacity, item_blocks, rows > item_blocks)
+    return BlockLists(*(OwnerLists(*x, *n, *shared) for x, n in zip(tensors, numbers, strict=True)))

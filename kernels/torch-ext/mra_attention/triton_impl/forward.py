@@ -1,25 +1,28 @@
-"""Kernels of the forward pass.
+"""The exact part of the forward pass.
 
-The coarse part gives every query block the state of an online softmax over the pairs that are not
-selected: maximum R, denominator z, numerator a. A work item goes on from there over its selected
-key blocks; the first item of a bundle of query blocks starts from their coarse states, further ones
-from nothing, and bundles with several items are merged. Logits are to base 2 inside the kernels.
+A work item goes over its selected key blocks with an online softmax. The first item of a bundle of
+query blocks starts from the states that the coarse part gives them (`coarse.py`), further ones from
+nothing, and bundles with several items are merged. Logits are to base 2 inside the kernels.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .block_lists import listed_blocks, visible_pairs
+from . import launching
+from .block_lists import OwnerLists, listed_blocks, visible_pairs
+from .call import KernelCall
+from .coarse import CoarseState
 from .primitives import (
     LOWEST,
     SIZES,
     add_gathered,
     as_rows,
-    coarse_logits,
     empty_sums,
     is_real,
     load_own_summaries,
-    load_summaries,
     load_tokens,
     of_own,
     store_tokens,
@@ -27,64 +30,6 @@ from .primitives import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def unselected_pairs(BLOCKS, head, rows, columns, row_counts, column_counts, n_blocks):
-    """Tile `[rows, columns]`: live pairs of blocks that are left to the coarse part."""
-    inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
-    at = BLOCKS + head * n_blocks * n_blocks + rows[:, None] * n_blocks + columns[None, :]
-    chosen = tl.load(at, mask=inside, other=1) != 0
-    return inside & (row_counts > 0)[:, None] & (column_counts > 0)[None, :] & (chosen == 0)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def coarse_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    LARGEST,
-    DENOMINATOR,
-    NUMERATOR,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """R and z `[G, R]`, a `[G, R, D_PAD]` of a strip of query blocks."""
-    strips = tl.cdiv(n_blocks, ROWS)
-    head = (tl.program_id(0) // strips).to(tl.int64)
-    counts = COUNTS + head // heads * n_blocks
-    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
-    row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
-    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
-    largest = tl.full([ROWS], LOWEST, tl.float32)
-    denominator = tl.zeros([ROWS], tl.float32)
-    numerator = tl.zeros([ROWS, D_PAD], tl.float32)
-    for start in range(0, n_blocks, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
-        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
-        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
-        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        logits = tl.where(pairs, coarse_logits(query, keys, scale_log2, PRECISION), LOWEST)
-        new_largest = tl.maximum(largest, tl.max(logits, 1))
-        rescale = tl.exp2(largest - new_largest)
-        weights = tl.where(pairs, tl.exp2(logits - new_largest[:, None]), 0.0)
-        sizes = sizes.to(tl.float32)
-        denominator = denominator * rescale + tl.sum(weights * sizes[None, :], 1)
-        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        numerator = tl.dot(weights, values, numerator * rescale[:, None], input_precision=PRECISION)
-        largest = new_largest
-    to = head * n_blocks + rows
-    tl.store(LARGEST + to, largest, mask=rows < n_blocks)
-    tl.store(DENOMINATOR + to, denominator, mask=rows < n_blocks)
-    to = to[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
-    tl.store(NUMERATOR + to, numerator, mask=(rows < n_blocks)[:, None])
 
 
 @triton.jit
@@ -227,6 +172,41 @@ def exact_kernel(
         tl.store(PART_STATES + 2 * slot + 1, denominator)
 
 
+class Parts(NamedTuple):
+    """Results of the items of bundles that have several: weighted sums of values `[G, items, own
+    tokens, D_PAD]`, and maximum and denominator of the softmax `[G, items, own tokens, 2]`.
+    """
+
+    sums: Tensor
+    states: Tensor
+
+
+def attend(call: KernelCall, lists: OwnerLists, state: CoarseState) -> tuple[Tensor, Tensor]:
+    """Go on from `state` over the listed key blocks: output `[B, H, N, D]` and log-sum-exp
+    `[B, H, N]`.
+    """
+    output, lse = call.empty(call.shape, call.dtype), call.empty(call.shape[:3])
+    parts = Parts(lists.empty_parts(call, call.padded_dim), lists.empty_parts(call, 2))
+    launching.launch(
+        exact_kernel,
+        call.all_heads * lists.max_items,
+        **lists.of_items(call, "forward"),
+        LARGEST=state.largest,
+        DENOMINATOR=state.denominator,
+        NUMERATOR=state.numerator,
+        OUTPUT=output,
+        LSE=lse,
+        PART_SUMS=parts.sums,
+        PART_STATES=parts.states,
+        scale_log2=call.scale_log2,
+        HAS_COARSE=call.has_coarse,
+        QUERY_BLOCKS=lists.own_blocks,
+    )
+    if lists.may_split:
+        _merge(call, lists, output, lse, parts)
+    return output, lse
+
+
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     MASK,
@@ -273,3 +253,17 @@ def merge_kernel(
         sums = sums * rescale[:, None] + weight[:, None] * part_sums
         largest = new_largest
     _store_results(OUTPUT, LSE, head, tokens, sums, denominator, largest, real, length, D, D_PAD)
+
+
+def _merge(call: KernelCall, lists: OwnerLists, output: Tensor, lse: Tensor, parts: Parts) -> None:
+    """Write the results of bundles with several items."""
+    launching.launch(
+        merge_kernel,
+        call.all_heads * lists.owners,
+        **lists.of_owners(call),
+        OUTPUT=output,
+        LSE=lse,
+        PART_SUMS=parts.sums,
+        PART_STATES=parts.states,
+        QUERY_BLOCKS=lists.own_blocks,
+    )

@@ -1,7 +1,7 @@
-"""How kernels are launched: the shipped launch configurations, and one door that all launches use.
+"""How kernels are launched: the shipped launch configurations, and the one door of all launches.
 
-`launch_configs.json` has one row per (architecture, kernel, padded head dim, operand width), found
-on a card by `benchmarks/run.py --tune`, or estimated where its `source` says so.
+`launch_configs.json` has one row per (architecture, kernel, padded head dim, operand width),
+measured on a GPU by `benchmarks/run.py --tune`, or estimated where its `source` says so.
 """
 
 import contextlib
@@ -13,18 +13,23 @@ from pathlib import Path
 import torch
 import triton
 
+from .primitives import product
+
 _TABLE = Path(__file__).with_name("launch_configs.json")
 COARSE_PRECISIONS = ("ieee", "tf32x3")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Args:
-    swapped: gathered tokens are the M side of the products, what sm_90's tensor cores need.
-    group: blocks gathered at a time.
-    num_warps, num_stages: Triton's.
-    query_blocks: adjacent query blocks that own a tile, 1 or 2; 1 for "key_gradient", whose tiles
-        are owned by a key block.
+    """How one kernel is compiled.
+
+    Args:
+        swapped: whether gathered tokens are the M side of the products, as sm_90's tensor cores
+            need.
+        group: blocks gathered at a time.
+        num_warps, num_stages: Triton's.
+        query_blocks: adjacent query blocks that own a tile, 1 or 2; 1 for "key_gradient", where a
+            key block owns it.
     """
 
     swapped: bool
@@ -40,10 +45,10 @@ class Table:
 
     Args:
         item_blocks: blocks in a work item, at most.
-        topk_up_to_rows: selections of up to so many block rows use `torch.topk`.
-        recompute_from_length: from so many tokens on coarse scores are computed by every pass
-            instead of being stored.
-        coarse_precision: architecture -> Triton's `input_precision` of products of float32
+        topk_up_to_rows: selections of up to this many block rows use `torch.topk`.
+        recompute_from_length: from this many tokens on, every pass computes the coarse scores
+            instead of reading stored ones.
+        coarse_precision: architecture -> Triton's `input_precision` for products of float32
             summaries: "ieee", or "tf32x3", three products on tensor cores that lose a bit or two.
         configs: (architecture, kernel, padded head dim, bytes of an operand) -> config.
     """
@@ -89,13 +94,11 @@ def parse_table(content: dict) -> Table:
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1 at its first import)."""
-    from .pooling import pool_kernel
-
-    return not isinstance(pool_kernel, triton.JITFunction)
+    return not isinstance(product, triton.JITFunction)
 
 
 def architecture(device: torch.device) -> str:
-    """The row group of the table for a device; the interpreter takes the plain form."""
+    """The architecture whose rows of the table serve a device; sm_80's for the interpreter."""
     if device.type != "cuda":
         return "sm_80"
     if torch.version.hip is not None:
@@ -111,7 +114,7 @@ def config_for(
 
 
 def coarse_precision(device: torch.device, dtype: torch.dtype) -> str:
-    """Triton's name for how summaries of inputs of a dtype are multiplied; float32 exactly."""
+    """Triton's name for how summaries of inputs of a dtype are multiplied; exactly for float32."""
     return table().coarse_precision[architecture(device)] if dtype.itemsize == 2 else "ieee"
 
 
@@ -121,13 +124,16 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def launch(kernel, programs: int, *arguments, num_warps: int = 4, num_stages: int = 2, **constants):
-    """Start `programs` programs on the device that is current."""
-    kernel[(programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+def launch(kernel, programs: int, *, num_warps: int = 4, num_stages: int = 2, **arguments):
+    """Start `programs` programs on the current device; arguments by the kernel's names for them."""
+    assert len(arguments) == len(kernel.arg_names), set(arguments) ^ set(kernel.arg_names)
+    # By position, because Triton takes microseconds longer to bind names.
+    by_position = map(arguments.__getitem__, kernel.arg_names)
+    kernel[(programs,)](*by_position, num_warps=num_warps, num_stages=num_stages)
 
 
 def on_device_of(x: torch.Tensor):
-    """Context in which launches go to the device of `x`, whichever is current."""
+    """Context in which launches go to the device of `x`, whichever was current before."""
     if x.device.type == "cpu" and not is_interpreted():
         raise RuntimeError(
             "TRITON_INTERPRET=1 was set after triton had been imported, which is too late: set it "
@@ -136,7 +142,7 @@ def on_device_of(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-# Those of Triton can be called inside kernels too, and take several microseconds outside them.
+# Triton's own versions also work inside kernels, and take several microseconds outside them.
 
 
 def ceil_div(x: int, y: int) -> int:

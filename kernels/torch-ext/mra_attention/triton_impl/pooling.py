@@ -1,8 +1,12 @@
 """Block sums and means in one pass over query, key and value."""
 
+import torch
 import triton
 import triton.language as tl
 
+from ..implementations import Summaries
+from . import launching
+from .call import KernelCall, summary_shapes
 from .primitives import SIZES, is_real, load_tokens
 
 
@@ -55,3 +59,21 @@ def pool_kernel(
     rows = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD).to(tl.float32)
     tl.store(VALUE_SUMS + to, tl.sum(rows, 0))
     tl.store(COUNTS + sample * n_blocks + block, count, mask=of_sample == 0)
+
+
+def pool(call: KernelCall) -> Summaries:
+    """Means of query and key and sums of value, over the real tokens of every block."""
+    vectors_shape, counts_shape = summary_shapes(call.shape)
+    summaries = Summaries(call.empty(vectors_shape), call.empty(counts_shape, torch.int32))
+    query_means, key_means, value_sums = summaries.vectors
+    launching.launch(
+        pool_kernel,
+        call.all_heads * call.n_blocks,
+        **call.inputs,
+        **call.tokens,
+        QUERY_MEANS=query_means,
+        KEY_MEANS=key_means,
+        VALUE_SUMS=value_sums,
+        COUNTS=summaries.counts,
+    )
+    return summaries

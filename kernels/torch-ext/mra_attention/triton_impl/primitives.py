@@ -1,19 +1,19 @@
 """What the kernels share: tiles, products, and which tokens are real.
 
-A tile holds the logits of M own tokens, those of one block or of two adjacent ones, against T
-gathered ones. In the plain form it is `[M, T]`; in the swapped form it is `[T, M]`, which gives
-every product 64 rows or more, what the tensor cores of sm_90 ask for. Accumulators of own tokens
-are `[M, D]` and `[D, M]` in turn.
+A tile holds the logits of the M tokens of its owner (one block or two adjacent ones) against T
+gathered tokens. In the plain form it is `[M, T]` and the owner's accumulators are `[M, D]`. In the
+swapped form they are `[T, M]` and `[D, M]`, so that every product has the 64 rows or more that the
+tensor cores of sm_90 need.
 
-`WIDEN` turns operands into float32 first: Triton's interpreter multiplies the bit patterns of
-bfloat16. Head dims are padded to `D_PAD`, a power of 2.
+`WIDEN` turns operands into float32 first, because Triton's interpreter multiplies the bit patterns
+of bfloat16. Head dims are padded to `D_PAD`, a power of 2.
 """
 
 import triton
 import triton.language as tl
 
-#: Numbers that follow from the inputs' shapes and the budget. Without this, Triton would compile
-#: other machine code for multiples of 16, which nearly no length in blocks is.
+#: Parameters that follow from the inputs' shapes and the budget. If Triton specialized on them, it
+#: would compile further machine code for multiples of 16, which few numbers of blocks are.
 SIZES = (
     "length",
     "n_blocks",

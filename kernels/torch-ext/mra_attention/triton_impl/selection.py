@@ -1,20 +1,30 @@
-"""Kernels of the selection: coarse scores, and the best pairs of every head by radix select.
+"""Selection: coarse scores, and the best pairs of every head by radix select.
 
 The order is that of `choose_blocks`: prior pairs, then the score, then the tie rank, as one integer
-key per pair. Keys differ, so the budget-th largest of them separates chosen pairs from others; it
-is found digit by digit from histograms (integer atomics alone, so two runs agree). Most often three
-digits tell, and the launches for the others, which exact ties need, leave at once. Scores are
-stored, or computed again by every pass where the matrix would be large.
+key per pair. No two keys are equal, so the budget-th largest key separates the pairs to select from
+the others. It is found digit by digit from histograms (integer atomics only, so two runs agree).
+Three digits mostly suffice; the launches for further ones, which exact ties need, leave at once.
+Scores are stored, or computed again by every pass where the matrix would be large.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..implementations import Summaries
+from ..selection import choose_blocks
+from . import launching
+from .call import KernelCall
 from .primitives import LOWEST, SIZES, load_summaries
 
 DIGIT_BITS = 11
 _BITS = tl.constexpr(DIGIT_BITS)
 _DIGITS = tl.constexpr(2**DIGIT_BITS)
+#: Block rows that a program ranks.
+_STRIP_ROWS = 16
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -41,6 +51,59 @@ def flag_kernel(
     if block_budget >= 0:
         budget = rows * 0 + block_budget
     tl.store(BUDGETS + sample, tl.minimum(budget, rows * rows))
+
+
+class Candidates(NamedTuple):
+    """The blocks whose pairs may be selected, and how many pairs are.
+
+    Attributes:
+        flags: `[B, R]` int32: 0 for a block without a real token, 1 for a live one, 3 for one of
+            the first live ones, which a prior selects.
+        budgets: `[B]` int64, pairs to select per head.
+        largest_budget: bound of the budgets.
+        first_n_blocks, diagonal_n_blocks: the priors.
+    """
+
+    flags: Tensor
+    budgets: Tensor
+    largest_budget: int
+    first_n_blocks: int
+    diagonal_n_blocks: int
+
+
+def flag_blocks(
+    call: KernelCall,
+    counts: Tensor,
+    *,
+    block_per_row: int,
+    block_budget: int | None,
+    initial_prior_first_n_blocks: int,
+    initial_prior_diagonal_n_blocks: int,
+) -> Candidates:
+    """The candidates, from the real tokens of the blocks, `[B, R]` int32."""
+    rows = call.n_blocks
+    budget = rows * block_per_row if block_budget is None else block_budget
+    candidates = Candidates(
+        flags=call.empty((call.batch, rows), torch.int32),
+        budgets=call.empty((call.batch,), torch.int64),
+        largest_budget=min(budget, rows**2),
+        first_n_blocks=initial_prior_first_n_blocks,
+        diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+    )
+    launching.launch(
+        flag_kernel,
+        call.batch,
+        COUNTS=counts,
+        FLAGS=candidates.flags,
+        BUDGETS=candidates.budgets,
+        n_blocks=rows,
+        first_blocks=initial_prior_first_n_blocks,
+        # More than R pairs per row, or R * R per head, select everything.
+        block_per_row=min(block_per_row, rows),
+        block_budget=-1 if block_budget is None else candidates.largest_budget,
+        R_PAD=launching.next_power_of_2(rows),
+    )
+    return candidates
 
 
 @triton.jit
@@ -107,6 +170,52 @@ def score_kernel(
             products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
             scores = (products - largest[:, None]) * scale
             tl.store(SCORES + line[:, None] * n_blocks + columns[None, :], scores, mask=inside)
+
+
+class Ranking(NamedTuple):
+    """The scores of all pairs of candidates.
+
+    Attributes:
+        call, candidates: what was ranked.
+        scores: `[G, R, R]` float32, or `[1]` where they are not stored.
+        is_stored: whether they are.
+        arguments: of all kernels that read scores; the same tiles and precision for all, so that
+            kernels that compute scores anew see the same bits.
+    """
+
+    call: KernelCall
+    candidates: Candidates
+    scores: Tensor
+    is_stored: bool
+    arguments: dict
+
+
+def score_pairs(
+    call: KernelCall, summaries: Summaries, candidates: Candidates, *, row_normalized: bool
+) -> Ranking:
+    """Score all pairs, less the largest score of a row where `row_normalized`."""
+    rows = call.n_blocks
+    is_stored = call.length < launching.table().recompute_from_length
+    query_means, key_means, _ = summaries.vectors
+    row_largest = call.empty((call.all_heads, rows))
+    scores = call.empty((call.all_heads, rows, rows) if is_stored else (1,))
+    arguments = {
+        "QUERY_MEANS": query_means,
+        "KEY_MEANS": key_means,
+        "FLAGS": candidates.flags,
+        "ROW_LARGEST": row_largest,
+        "SCORES": scores,
+        "scale": abs(call.scale),
+        "STORED": is_stored,
+        "NEGATIVE": call.scale < 0,
+        "ROWS": _STRIP_ROWS,
+        "COLUMNS": 16 if call.padded_dim == 128 else 32,
+        **call.coarse_products(),
+        "num_warps": 8,
+    }
+    programs = call.strips(_STRIP_ROWS)
+    launching.launch(score_kernel, programs, **arguments, NORMALIZED=row_normalized)
+    return Ranking(call, candidates, scores, is_stored, arguments)
 
 
 @triton.jit
@@ -273,3 +382,49 @@ def mark_kernel(
         inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
         to = BLOCKS + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
         tl.store(to, ((key >= 0) & (key >= lowest)).to(tl.int8), mask=inside)
+
+
+def choose_by_radix(ranking: Ranking) -> Tensor:
+    """The best pairs, `[B, H, R, R]` bool: a launch per digit, and one that marks them."""
+    call, candidates = ranking.call, ranking.candidates
+    rows, programs = call.n_blocks, call.strips(_STRIP_ROWS)
+    tie_bits = (2 * rows**2 - 1).bit_length()
+    levels = launching.ceil_div(1 + 32 + tie_bits, DIGIT_BITS)
+    # Whole digits, so that the first ones hold as much of the score as they can.
+    tie_bits = min(levels * DIGIT_BITS, 63) - (1 + 32)
+    prefixes, remaining = call.empty((2, levels, call.all_heads), torch.int64)
+    diagonal = candidates.diagonal_n_blocks
+    arguments = {
+        **ranking.arguments,
+        "PREFIXES": prefixes,
+        "WANTED": remaining,
+        "HISTOGRAMS": call.empty((levels, call.all_heads, 2**DIGIT_BITS), torch.int32).zero_(),
+        "all_heads": call.all_heads,
+        "half_diagonal": diagonal // 2 if diagonal else -1,
+        "TIE_BITS": tie_bits,
+    }
+    for level in range(levels):
+        launching.launch(
+            digit_kernel,
+            programs,
+            **arguments,
+            BUDGETS=candidates.budgets,
+            level=level,
+            shift=DIGIT_BITS * (levels - 1 - level),
+        )
+    blocks = call.empty((call.batch, call.heads, rows, rows), torch.int8)
+    launching.launch(mark_kernel, programs, **arguments, BLOCKS=blocks, levels=levels)
+    return blocks.view(torch.bool)
+
+
+def choose_by_topk(ranking: Ranking) -> Tensor:
+    """The same from stored scores by `torch.topk`, which is faster for few blocks."""
+    call, candidates = ranking.call, ranking.candidates
+    return choose_blocks(
+        ranking.scores.view(call.batch, call.heads, call.n_blocks, call.n_blocks),
+        candidates.flags > 0,
+        candidates.budgets,
+        largest_budget=candidates.largest_budget,
+        initial_prior_first_n_blocks=candidates.first_n_blocks,
+        initial_prior_diagonal_n_blocks=candidates.diagonal_n_blocks,
+    )

@@ -1,0 +1,288 @@
+"""The coarse part, forward and backward: kernels that multiply block summaries.
+
+It covers the live pairs that are not selected. With c_y real tokens in key block y, V_y the sum of
+their values and S the coarse logits, every query block x gets the state of an online softmax,
+
+    R_x = max_y S_xy        z_x = sum_y exp(S_xy - R_x) c_y        a_x = sum_y exp(S_xy - R_x) V_y
+
+from which its queries go on over the selected pairs (`forward.py`), and backward, with W, G and g
+as in `backward.py`,
+
+    E_xy = exp(S_xy - W_x)  dS_xy = E_xy (G_x . V_y - c_y g_x)    dV_y = sum_x E_xy G_x
+
+Logits are to base 2 inside the kernels.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..implementations import Summaries
+from . import launching
+from .call import KernelCall
+from .primitives import LOWEST, SIZES, coarse_logits, load_summaries
+
+
+@triton.jit
+def unselected_pairs(BLOCKS, head, rows, columns, row_counts, column_counts, n_blocks):
+    """Tile `[rows, columns]`: live pairs of blocks that are left to the coarse part."""
+    inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
+    at = BLOCKS + head * n_blocks * n_blocks + rows[:, None] * n_blocks + columns[None, :]
+    chosen = tl.load(at, mask=inside, other=1) != 0
+    return inside & (row_counts > 0)[:, None] & (column_counts > 0)[None, :] & (chosen == 0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def coarse_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    VALUE_SUMS,
+    COUNTS,
+    BLOCKS,
+    LARGEST,
+    DENOMINATOR,
+    NUMERATOR,
+    scale_log2,
+    n_blocks,
+    heads,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """R and z `[G, R]`, a `[G, R, D_PAD]` of a strip of query blocks."""
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    counts = COUNTS + head // heads * n_blocks
+    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    largest = tl.full([ROWS], LOWEST, tl.float32)
+    denominator = tl.zeros([ROWS], tl.float32)
+    numerator = tl.zeros([ROWS, D_PAD], tl.float32)
+    for start in range(0, n_blocks, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
+        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+        logits = tl.where(pairs, coarse_logits(query, keys, scale_log2, PRECISION), LOWEST)
+        new_largest = tl.maximum(largest, tl.max(logits, 1))
+        rescale = tl.exp2(largest - new_largest)
+        weights = tl.where(pairs, tl.exp2(logits - new_largest[:, None]), 0.0)
+        sizes = sizes.to(tl.float32)
+        denominator = denominator * rescale + tl.sum(weights * sizes[None, :], 1)
+        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+        numerator = tl.dot(weights, values, numerator * rescale[:, None], input_precision=PRECISION)
+        largest = new_largest
+    to = head * n_blocks + rows
+    tl.store(LARGEST + to, largest, mask=rows < n_blocks)
+    tl.store(DENOMINATOR + to, denominator, mask=rows < n_blocks)
+    to = to[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    tl.store(NUMERATOR + to, numerator, mask=(rows < n_blocks)[:, None])
+
+
+class CoarseState(NamedTuple):
+    """Where the softmax of every query block starts: R and z `[G, R]`, a `[G, R, D_PAD]`."""
+
+    largest: Tensor
+    denominator: Tensor
+    numerator: Tensor
+
+
+def coarse_state(call: KernelCall, summaries: Summaries, blocks: Tensor) -> CoarseState:
+    """The state for a selection `[B, H, R, R]` int8; unwritten if there is no coarse part."""
+    rows = (call.all_heads, call.n_blocks)
+    state = CoarseState(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
+    if call.has_coarse:
+        tile = _tile_of_rows(call)
+        launching.launch(
+            coarse_kernel,
+            call.strips(tile["ROWS"]),
+            **_of_pairs(call, summaries, blocks),
+            LARGEST=state.largest,
+            DENOMINATOR=state.denominator,
+            NUMERATOR=state.numerator,
+            scale_log2=call.scale_log2,
+            **tile,
+        )
+    return state
+
+
+def _of_pairs(call: KernelCall, summaries: Summaries, blocks: Tensor) -> dict:
+    """Arguments that all kernels of the coarse part share."""
+    query_means, key_means, value_sums = summaries.vectors
+    return {
+        "QUERY_MEANS": query_means,
+        "KEY_MEANS": key_means,
+        "VALUE_SUMS": value_sums,
+        "COUNTS": summaries.counts,
+        "BLOCKS": blocks,
+        **call.coarse_products(),
+    }
+
+
+def _tile_of_rows(call: KernelCall) -> dict:
+    """Configuration of kernels whose programs have a strip of rows and visit all columns: the
+    largest tiles whose IEEE products keep everything in registers.
+    """
+    rows, stages = (32, 2) if call.padded_dim == 64 else (16, 1)
+    return {"ROWS": rows, "COLUMNS": 16, "num_warps": 8, "num_stages": stages}
+
+
+@triton.jit(do_not_specialize=SIZES)
+def coarse_query_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    VALUE_SUMS,
+    COUNTS,
+    BLOCKS,
+    SMALLEST,
+    GRAD_SUMS,
+    DELTA_SUMS,
+    COARSE_QUERY,
+    scale,
+    scale_log2,
+    n_blocks,
+    heads,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
+    strips = tl.cdiv(n_blocks, ROWS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    counts = COUNTS + head // heads * n_blocks
+    rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n_blocks
+    row_counts = tl.load(counts + rows, mask=inside, other=0)
+    query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
+    smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=inside, other=0.0)
+    delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=inside, other=0.0)
+    sums = tl.zeros([ROWS, D_PAD], tl.float32)
+    for start in range(0, n_blocks, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
+        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+        logits = coarse_logits(query, keys, scale_log2, PRECISION)
+        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
+        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        sums = tl.dot(grad_logits, keys, sums, input_precision=PRECISION)
+    sums *= (scale / tl.maximum(row_counts, 1).to(tl.float32))[:, None]
+    to = (head * n_blocks + rows)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    tl.store(COARSE_QUERY + to, sums, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def coarse_key_kernel(
+    QUERY_MEANS,
+    KEY_MEANS,
+    VALUE_SUMS,
+    COUNTS,
+    BLOCKS,
+    SMALLEST,
+    GRAD_SUMS,
+    DELTA_SUMS,
+    COARSE_KEY,
+    COARSE_VALUE,
+    scale,
+    scale_log2,
+    n_blocks,
+    heads,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients that every key and value of a block get from the coarse part."""
+    strips = tl.cdiv(n_blocks, COLUMNS)
+    head = (tl.program_id(0) // strips).to(tl.int64)
+    counts = COUNTS + head // heads * n_blocks
+    columns = (tl.program_id(0) % strips) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < n_blocks
+    sizes = tl.load(counts + columns, mask=inside, other=0)
+    keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
+    values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+    key_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
+    value_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
+    for start in range(0, n_blocks, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
+        smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+        delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+        query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+        grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
+        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        logits = coarse_logits(query, keys, scale_log2, PRECISION)
+        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
+        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision=PRECISION)
+        key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision=PRECISION)
+    key_sums *= (scale / tl.maximum(sizes, 1).to(tl.float32))[:, None]
+    to = (head * n_blocks + columns)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
+    tl.store(COARSE_KEY + to, key_sums, mask=inside[:, None])
+    tl.store(COARSE_VALUE + to, value_sums, mask=inside[:, None])
+
+
+class RowSums(NamedTuple):
+    """What reaches the coarse part from the queries of a block: W and g `[G, R]`, G `[G, R, D_PAD]`
+    of `backward.py`.
+    """
+
+    smallest: Tensor
+    delta_sums: Tensor
+    grad_sums: Tensor
+
+
+class CoarseGradients(NamedTuple):
+    """What every query, key and value of a block gets from the coarse part, `[G, R, D_PAD]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def coarse_gradients(
+    call: KernelCall, summaries: Summaries, blocks: Tensor, row_sums: RowSums
+) -> CoarseGradients:
+    """The gradients for a selection `[B, H, R, R]` int8; unwritten if there is no coarse part."""
+    grads = CoarseGradients(*call.empty((3, call.all_heads, call.n_blocks, call.padded_dim)))
+    if call.has_coarse:
+        arguments = {
+            **_of_pairs(call, summaries, blocks),
+            "SMALLEST": row_sums.smallest,
+            "DELTA_SUMS": row_sums.delta_sums,
+            "GRAD_SUMS": row_sums.grad_sums,
+            "scale": call.scale,
+            "scale_log2": call.scale_log2,
+        }
+        tile = _tile_of_rows(call)
+        launching.launch(
+            coarse_query_kernel,
+            call.strips(tile["ROWS"]),
+            **arguments,
+            COARSE_QUERY=grads.query,
+            **tile,
+        )
+        if call.padded_dim == 128:
+            arguments["PRECISION"] = "ieee"  # three products of that width spill at any tile
+        side = 32 if call.padded_dim == 64 and arguments["PRECISION"] == "ieee" else 16
+        launching.launch(
+            coarse_key_kernel,
+            call.strips(side),
+            **arguments,
+            COARSE_KEY=grads.key,
+            COARSE_VALUE=grads.value,
+            ROWS=side,
+            COLUMNS=side,
+            num_warps=4 if call.padded_dim == 16 else 8,
+            num_stages=1,
+        )
+    return grads
