@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers.utils import logging
@@ -19,3 +21,19 @@ logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_pictures():
+    """Asked for by tests that look at a picture, where others have `empty_pictures`."""
+
+
+@pytest.fixture
+def empty_pictures(request, monkeypatch):
+    """Write pictures as empty files: to draw a curve takes longer than a run of a few steps."""
+    if "real_pictures" not in request.fixturenames:
+
+        def write(figure, path, **_):
+            Path(path).write_bytes(b"")
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
