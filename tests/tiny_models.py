@@ -1,5 +1,9 @@
 """Tiny random models and directories for the tests."""
 
+import shutil
+from pathlib import Path
+
+import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, RobertaConfig
 
@@ -25,6 +29,13 @@ def roberta_config(**changes) -> RobertaConfig:
 
 def mra_config(**changes) -> MraConfig:
     return MraConfig(**(SIZES | changes))
+
+
+def enter_copy(template: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Fill `folder` with what a fixture of larger scope has made, and go there."""
+    shutil.copytree(template, folder, dirs_exist_ok=True)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def padded_batch(batch=3, length=100, side="right") -> dict[str, torch.Tensor]:

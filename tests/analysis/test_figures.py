@@ -123,7 +123,7 @@ def test_figure_7_takes_a_quarter_of_the_ranks_and_of_the_entries(heads, drawn):
 
 
 @pytest.mark.parametrize("length", [128, 200])
-def test_lengths_that_not_every_method_takes_are_drawn(length, tmp_path):
+def test_lengths_that_not_every_method_takes_are_drawn(length, tmp_path, empty_pictures):
     heads = synthetic_heads(length, instances=1, head_dim=8)
     for name in FIGURES:
         draw(name, heads, tmp_path)

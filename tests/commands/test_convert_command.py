@@ -124,6 +124,7 @@ def test_wrong_options_are_refused_by_name(source, tmp_path, capsys):
     assert "--max-length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_is_the_same_program(source, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "convert_roberta.py")]
     paths = [str(ROOT / "src"), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH")]
@@ -139,6 +140,7 @@ def test_the_script_is_the_same_program(source, tmp_path):
     assert "MraForMaskedLM" in done.stdout and (tmp_path / "out" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_the_program_is_a_module_too(source, tmp_path):
     """As `python -m mra_hf`, for machines and launchers that have no program of that name."""
     command = [sys.executable, "-m", "mra_hf", "convert", str(source), str(tmp_path / "out")]

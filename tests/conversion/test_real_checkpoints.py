@@ -24,6 +24,10 @@ SOURCES = {
     "minilm": minilm_checkpoint,
 }
 SOURCE_LENGTHS = {"sapiens": 144, "antiberty": 512, "minilm": 512}
+#: Sapiens is small; the others take long.
+masked_lms = pytest.mark.parametrize(
+    "name", ["sapiens", pytest.param("antiberty", marks=pytest.mark.slow)]
+)
 #: About 4600 letters: the chains one after the other, five times.
 CHAINS = [*sapiens.HEAVY_CHAINS] * 5
 
@@ -66,7 +70,7 @@ def relative_error(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("name", ["sapiens", "antiberty"])
+@masked_lms
 @torch.no_grad()
 def test_masked_lm_at_full_budget_equals_the_source(name, folders):
     folder, output, report = folders(name)
@@ -107,7 +111,7 @@ def line(name, what, block_per_row, accuracy, nll, n_masked):
     )
 
 
-@pytest.mark.parametrize("name", ["sapiens", "antiberty"])
+@masked_lms
 def test_masked_lm_with_small_budgets_on_single_chains(name, folders, record):
     """One chain at a time: about 120 tokens, 4 block rows."""
     _, output, _ = folders(name)
@@ -132,6 +136,7 @@ def test_masked_lm_with_small_budgets_on_single_chains(name, folders, record):
     assert results[2][0] > dense[0] - 0.2 and results[2][1] < dense[1] + 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sapiens", "antiberty"])
 def test_masked_lm_with_small_budgets_on_joined_chains(name, folders, record):
     """Chains joined to the source's length and to 4096 tokens.
@@ -172,6 +177,7 @@ def hidden_states(model, ids):
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
+@pytest.mark.slow
 def test_english_encoder_at_full_budget_equals_the_source(folders):
     folder, output, report = folders("minilm")
     assert report.counts()["new"] == 0
@@ -188,6 +194,7 @@ def test_english_encoder_at_full_budget_equals_the_source(folders):
     assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "bands"),
     [(512, {4: 0.85, 8: 0.93, 16: 0.9999}), (LENGTH, {4: 0.8, 8: 0.8, 128: 0.9999})],

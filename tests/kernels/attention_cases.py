@@ -1,4 +1,4 @@
-"""Inputs, masks and comparisons that the tests of the operator share.
+"""Implementations, inputs, masks and comparisons that the tests of the operator share.
 
 Inputs carry a slow component besides the noise, so that block means differ and the coarse part of
 the attention has something to say.
@@ -6,17 +6,63 @@ the attention has something to say.
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
 
-from mra_attention import mra2_attention
+from mra_attention import BlockSelection, mra2_attention, select_blocks
 
 MASK_KINDS = ("none", "right", "left", "holes", "empty sample")
 MODES = ("full", "sparse")
 NAMES = ("output", "grad_query", "grad_key", "grad_value")
 
-few_examples = settings(max_examples=20, deadline=None, derandomize=True)
+#: Whether Triton's kernels run on CPU tensors here, about 10 ms per program.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+few_examples = settings(
+    max_examples=3 if INTERPRETED else 20, deadline=None, derandomize=True, database=None
+)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A value of `impl`, the device that it runs on here, and what it takes."""
+
+    name: str
+    device: str = "cpu"
+    #: Takes float64, and every head dim and block size.
+    is_general: bool = True
+
+    @property
+    def finest_dtype(self):
+        return torch.float64 if self.is_general else torch.float32
+
+    def inputs(self, batch, heads, length, dim, **arguments):
+        """`make_inputs` on the device."""
+        return [x.to(self.device) for x in make_inputs(batch, heads, length, dim, **arguments)]
+
+    def mask(self, kind, batch, length):
+        """`make_mask` on the device."""
+        mask = make_mask(kind, batch, length)
+        return None if mask is None else mask.to(self.device)
+
+    def attention(self, mask=None, **settings):
+        """The function of query, key and value with this mask and these settings."""
+
+        def attention(query, key, value):
+            return mra2_attention(query, key, value, mask, impl=self.name, **settings)
+
+        return attention
+
+    def attend(self, inputs, mask=None, **settings):
+        """Output and gradients for `inputs`: query, key, value and a gradient of the output."""
+        return outputs_and_gradients(self.attention(mask, **settings), *inputs)
+
+
+REFERENCE = Implementation("reference")
 
 
 def make_inputs(batch, heads, length, dim, *, dtype=torch.float32, seed=0, amplitude=1.0):
@@ -117,10 +163,36 @@ def assert_all_equal(given, expected):
 
 def assert_as_good_as_eager(fast, eager, exact):
     """`fast` may be at most as far from float64 as `eager` in the same dtype is, plus rounding:
-    that of the dtype, and that of float32 arithmetic where the exact value cancels to zero.
+    that of the dtype, and that of float32 sums, of terms that may cancel to zero.
     """
-    assert fast.dtype == eager.dtype
-    slack = 4 * torch.finfo(fast.dtype).eps * exact.abs().max()
-    slack += 4 * torch.finfo(torch.float32).eps
+    assert fast.dtype == eager.dtype and fast.isfinite().all()
+    largest = exact.abs().max()
+    slack = 4 * torch.finfo(fast.dtype).eps * largest + 2e-5 * largest.clamp_min(1.0)
     error, allowed = (fast - exact).abs().max(), (eager - exact).abs().max() + slack
     assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"
+
+
+def assert_agrees(impl, inputs, mask=None, tolerance=2e-5, **arguments):
+    """Outputs and gradients agree with the reference on the blocks of `arguments`: in float64, and
+    in float32 up to `tolerance`; in a half type as well as the reference in the same type does.
+    """
+    arguments = dict(arguments)
+    if not isinstance(arguments.get("selection"), BlockSelection):
+        names = ("block_per_row", "block_budget", "block_size", "selection")
+        choice = {
+            name: arguments.pop(name)
+            for name in list(arguments)
+            if name in names or name.startswith("initial_prior")
+        }
+        arguments["selection"] = select_blocks(*inputs[:2], mask, **choice)
+        arguments["block_size"] = arguments["selection"].block_size
+    results = impl.attend(inputs, mask, **arguments)
+    exact = REFERENCE.attend([x.double() for x in inputs], mask, **arguments)
+    dtype = inputs[0].dtype
+    if dtype.itemsize == 2:
+        eager = REFERENCE.attend(inputs, mask, **arguments)
+        for tensors in zip(results, eager, exact, strict=True):
+            assert_as_good_as_eager(*tensors)
+    else:
+        exact = [x.to(dtype) for x in exact]
+        assert_all_close(results, exact, 1e-10 if dtype == torch.float64 else tolerance)

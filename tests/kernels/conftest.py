@@ -1,10 +1,48 @@
-"""Fixtures of the Triton tests."""
+"""The implementations that the tests of the operator run on, and fixtures of the Triton tests."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+from attention_cases import REFERENCE, Implementation
+from triton_cases import TRITON, needs_triton
+
+#: Every property is tested with each of these; one more implementation is one more row.
+IMPLEMENTATIONS = [
+    pytest.param(REFERENCE, id="reference"),
+    pytest.param(Implementation("torch"), id="torch"),
+    pytest.param(TRITON, id="triton", marks=needs_triton),
+]
+FAST = [row for row in IMPLEMENTATIONS if row.values[0] is not REFERENCE]
+
+
+def general(rows):
+    return [row for row in rows if row.values[0].is_general]
+
+
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS)
+def impl(request):
+    """Each implementation."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=general(IMPLEMENTATIONS))
+def general_impl(request):
+    """Each implementation that takes float64, every head dim and every block size."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=FAST)
+def fast(request):
+    """Each implementation besides the reference."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=general(FAST))
+def general_fast(request):
+    """Each implementation besides the reference that takes float64, every head dim and size."""
+    return request.param
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from builtin_mra import BLOCK_SIZE, builtin_mra2_attention, builtin_selection, emulated_kernel
 
 import mra_attention
+from pairwise import pairwise
 
 HEADS = 2
 OUTPUT_TOLERANCE = 5e-6  # absolute
@@ -73,10 +74,9 @@ def builtin_attention_has_its_kernel():
         yield
 
 
-@pytest.mark.parametrize("approx_mode", ["full", "sparse"])
-@pytest.mark.parametrize("head_dim", [32, 64])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_reference_equals_the_builtin_function(case, head_dim, approx_mode):
+@pairwise(name=CASES, head_dim=[32, 64], approx_mode=["full", "sparse"])
+def test_reference_equals_the_builtin_function(name, head_dim, approx_mode):
+    case = CASES[name]
     query, key, value, grad_output = make_inputs(case, head_dim)
     mask = case.attention_mask
     assert_same_blocks(query, key, case)

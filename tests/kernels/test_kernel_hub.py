@@ -114,6 +114,7 @@ def lay_out_build(repository: Path, generated_namespace: str | None) -> None:
         (variant / "metadata.json").write_text(json.dumps(metadata))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generated_namespace", [None, "_mra_attention_xyz"])
 def test_a_build_loads_and_computes_without_transformers(tmp_path, generated_namespace):
     repository = tmp_path / "repository"

@@ -15,11 +15,12 @@ from attention_cases import (
     make_mask,
     outputs_and_gradients,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mra_attention import mra2_attention, multiresolution_attention
 from mra_attention.checks import check_scheme
 from mra_attention.multiresolution import attention as batched_attention
+from pairwise import pairwise
+from tensor_sizes import LargestTensor
 
 #: Scales and budgets: two to four scales, one alone, a last scale above 1.
 CHAINS = (
@@ -49,29 +50,25 @@ def both(resolutions, block_budgets, mask=None, **settings):
     ]
 
 
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("resolutions", "block_budgets"), CHAINS)
-@pytest.mark.parametrize("length", [1, 47, 128])
-def test_the_batched_form_is_the_reference(length, resolutions, block_budgets, mode, mask_kind):
+@pairwise(chain=CHAINS, length=[1, 47, 128], mode=MODES, mask_kind=MASK_KINDS)
+def test_the_batched_form_is_the_reference(chain, length, mode, mask_kind):
     mask = make_mask(mask_kind, 2, length)
     inputs = make_inputs(2, 3, length, 8, dtype=torch.float64, seed=length)
-    fast, reference = both(resolutions, block_budgets, mask, approx_mode=mode)
+    fast, reference = both(*chain, mask, approx_mode=mode)
     assert_all_close(
         outputs_and_gradients(fast, *inputs), outputs_and_gradients(reference, *inputs), 1e-12
     )
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+@pairwise(
+    settings=[
         {"selection": "global"},
         {"initial_prior_first_n_blocks": 1},
         {"initial_prior_diagonal_n_blocks": 3, "selection": "global"},
         {"scale": 0.7},
     ],
+    mask_kind=["none", "holes"],
 )
-@pytest.mark.parametrize("mask_kind", ["none", "holes"])
 def test_settings_mean_the_same_in_both(settings, mask_kind):
     mask = make_mask(mask_kind, 2, 100)
     inputs = make_inputs(2, 3, 100, 8, dtype=torch.float64)
@@ -133,13 +130,12 @@ def listing(query, key, resolutions, block_budgets, rule):
     return members, n_logits
 
 
-@pytest.mark.parametrize("rule", ["row_normalized", "global"])
-@pytest.mark.parametrize(
-    ("resolutions", "block_budgets"),
-    [((8, 2, 1), (5, 20)), ((16, 4, 1), (2, 9)), ((8, 4, 2, 1), (4, 9, 12)), ((16, 2), (3,))],
+@pairwise(
+    chain=[((8, 2, 1), (5, 20)), ((16, 4, 1), (2, 9)), ((8, 4, 2, 1), (4, 9, 12)), ((16, 2), (3,))],
+    rule=["row_normalized", "global"],
 )
-def test_the_reference_is_the_listing_of_the_paper(resolutions, block_budgets, rule):
-    size = 32
+def test_the_reference_is_the_listing_of_the_paper(chain, rule):
+    (resolutions, block_budgets), size = chain, 32
     query, key, value, _ = (x[0, 0] for x in make_inputs(1, 1, size, 4, dtype=torch.float64))
     members, n_logits = listing(query, key, resolutions, block_budgets, rule)
     first = (size // resolutions[0]) ** 2
@@ -159,9 +155,7 @@ def test_the_reference_is_the_listing_of_the_paper(resolutions, block_budgets, r
         torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "holes", "empty sample"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("length", [64, 150])
+@pairwise(length=[64, 150], mode=MODES, mask_kind=["none", "holes", "empty sample"])
 def test_two_scales_are_mra_2(length, mode, mask_kind):
     mask = make_mask(mask_kind, 2, length)
     inputs = make_inputs(2, 2, length, 16)
@@ -209,8 +203,7 @@ def test_priors_are_those_of_the_coarsest_scale(priors):
         torch.testing.assert_close(call(query, key, value), expected)
 
 
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
-@pytest.mark.parametrize("resolutions", [(16, 4, 1), (32, 2, 1), (4, 1)])
+@pairwise(resolutions=[(16, 4, 1), (32, 2, 1), (4, 1)], mask_kind=MASK_KINDS)
 def test_full_budgets_are_softmax_attention(resolutions, mask_kind):
     mask = make_mask(mask_kind, 2, 75)
     inputs = make_inputs(2, 2, 75, 8, dtype=torch.float64)
@@ -249,19 +242,6 @@ def test_padding_reaches_nothing(impl):
         assert (x[hidden.expand_as(x)] == 0).all()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(x, torch.Tensor):
-                self.size = max(self.size, x.untyped_storage().size() // x.element_size())
-        return result
-
-
 def test_nothing_is_as_large_as_the_matrix_and_a_third_scale_keeps_it_linear():
     sizes = {}
     for length in (4096, 16384):
@@ -270,8 +250,8 @@ def test_nothing_is_as_large_as_the_matrix_and_a_third_scale_keeps_it_linear():
         call, _ = both((1024, 32, 1), (2 * rows // 32, 4 * rows))
         with LargestTensor() as largest:
             outputs_and_gradients(call, *inputs)
-        sizes[length] = largest.size
-        assert largest.size < length**2 / 8
+        sizes[length] = largest.elements
+        assert largest.elements < length**2 / 8
     assert sizes[16384] <= 4 * sizes[4096], "four times the tokens, four times the memory"
 
 
@@ -285,12 +265,11 @@ def test_scales_above_the_length_cost_nothing(resolutions, block_budgets):
     fast, reference = both(resolutions, block_budgets, mask)
     with LargestTensor() as largest:
         given = outputs_and_gradients(fast, *inputs)
-    assert largest.size <= 4 * 64**2 * 8
+    assert largest.elements <= 4 * 64**2 * 8
     assert_all_close(given, outputs_and_gradients(reference, *inputs), 1e-12)
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "right"])
-@pytest.mark.parametrize("mode", MODES)
+@pairwise(mode=MODES, mask_kind=["none", "right"])
 def test_three_scales_compile_without_a_graph_break(mode, mask_kind):
     mask = make_mask(mask_kind, 2, 100)
     call, _ = both((16, 4, 1), (9, 40), mask, approx_mode=mode)

@@ -14,6 +14,7 @@ from mra_attention.order import (
     patch_order,
     random_directions,
 )
+from pairwise import pairwise
 
 
 def test_patches_of_a_grid_become_blocks():
@@ -90,8 +91,7 @@ def test_hashing_finds_what_a_shuffle_has_torn_apart():
     assert found < 0.75 * shuffled, "part of it comes back"
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, per_head=[False, True])
 def test_any_order_may_have_padding_anywhere(mask_kind, per_head):
     mask = make_mask(mask_kind, 2, 96)
     query, key, value, _ = make_inputs(2, 3, 96, 8, dtype=torch.float64)

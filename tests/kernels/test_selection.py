@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mra_attention import select_blocks, selection
+from pairwise import pairwise
 
+RULES = ("row_normalized", "global")
 M = 4  # tokens per block wherever whole matrices of pairs are drawn
 
 
@@ -81,7 +83,7 @@ def test_choice_is_that_of_sorting_by_prior_score_distance_row_column(case):
         assert choose(scores, live, clamped, largest_budget, **priors) == expected
 
 
-@given(ranked_matrices(), st.sampled_from(selection_rules := ["row_normalized", "global"]))
+@given(ranked_matrices(), st.sampled_from(RULES))
 @settings(few_examples, max_examples=300)
 def test_public_choice_is_that_of_sorting_the_coarse_logits(case, rule):
     scores, live, budget, priors = case
@@ -123,8 +125,7 @@ def test_coarse_logits_are_products_of_means_over_real_tokens():
                 assert torch.allclose(scores[sample, :, x, y], expected, rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize("block_per_row", [1, 2, 4, 9, 50])
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, block_per_row=[1, 2, 4, 9, 50])
 def test_budget_is_block_per_row_times_the_live_rows_of_each_sample(mask_kind, block_per_row):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
@@ -136,8 +137,7 @@ def test_budget_is_block_per_row_times_the_live_rows_of_each_sample(mask_kind, b
         assert chosen.counts[sample].tolist() == [expected] * 2
 
 
-@pytest.mark.parametrize("block_budget", [1, 5, 20, 81, 1000])
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, block_budget=[1, 5, 20, 81, 1000])
 def test_block_budget_counts_pairs_per_head_and_is_clamped_to_live_pairs(mask_kind, block_budget):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
@@ -148,8 +148,7 @@ def test_block_budget_counts_pairs_per_head_and_is_clamped_to_live_pairs(mask_ki
         assert chosen.counts[sample].tolist() == [min(block_budget, live**2)] * 2
 
 
-@pytest.mark.parametrize("rule", selection_rules)
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, rule=RULES)
 def test_pairs_without_a_real_token_are_never_chosen(mask_kind, rule):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
@@ -237,8 +236,7 @@ def test_what_the_scheme_and_the_kernels_rank_by_is_the_coarse_logit():
             assert rule.score is selection.coarse_logits and rule.sub_blocks == 1, name
 
 
-@pytest.mark.parametrize("block_size", [4, 2, 7, 1])
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, block_size=[4, 2, 7, 1])
 def test_refined_mass_of_parts_of_one_token_is_that_of_softmax(mask_kind, block_size):
     query, key, *_ = make_inputs(2, 2, 61, 8)
     mask = make_mask(mask_kind, 2, 61)
@@ -291,7 +289,7 @@ def test_refined_finds_the_pair_whose_few_large_logits_the_mean_hides():
     assert chosen_pairs(refined) == {(row, 1) for row in range(3)}
 
 
-@pytest.mark.parametrize("rule", ["row_normalized", "global"])
+@pytest.mark.parametrize("rule", RULES)
 def test_coarse_logits_that_are_equal_in_float32_tie_in_every_input_type(rule):
     query, key = from_scores(torch.zeros(2, 2, dtype=torch.float64))
     query[..., :M, 0] = 1.0
@@ -318,7 +316,7 @@ def test_ties_stay_exact_at_many_block_rows():
     assert chosen == {(x, x) for x in range(rows)} | {(0, 1)}
 
 
-@pytest.mark.parametrize("rule", selection_rules)
+@pytest.mark.parametrize("rule", RULES)
 def test_same_inputs_give_the_same_choice(rule):
     query, key, *_ = make_inputs(2, 4, 1000, 16)
     query, key = query.round(), key.round()  # ties
@@ -333,25 +331,26 @@ def test_choice_carries_no_gradient():
     assert not select_blocks(query, key).blocks.requires_grad
 
 
-@pytest.mark.parametrize("rule", selection_rules)
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
-@pytest.mark.parametrize("length", [2, 31, 32, 33, 64, 100, 257])
-def test_traceable_choice_is_the_normal_one_and_nothing_beyond(length, mask_kind, rule):
+@pairwise(
+    length=[2, 31, 32, 33, 64, 100, 257], mask_kind=MASK_KINDS, rule=RULES, block_budget=[None, 7]
+)
+def test_traceable_choice_is_the_normal_one_and_nothing_beyond(
+    length, mask_kind, rule, block_budget
+):
     query, key, *_ = make_inputs(2, 2, length, 8)
     mask = make_mask(mask_kind, 2, length)
-    for block_budget in (None, 7):
-        settings = {
-            "block_per_row": 3,
-            "block_budget": block_budget,
-            "block_size": 32,
-            "initial_prior_first_n_blocks": 1,
-            "initial_prior_diagonal_n_blocks": 2,
-            "rule": rule,
-            "scale": 0.5,
-        }
-        normal = selection.select(query, key, mask, **settings)
-        traceable = selection.select(query, key, mask, **settings, traceable=True)
-        rows, surplus = normal.shape[-1], length // 32 + 2 - normal.shape[-1]
-        assert surplus >= 1
-        padded = torch.nn.functional.pad(normal, (0, surplus, 0, surplus))
-        assert rows == -(-length // 32) and torch.equal(traceable, padded)
+    settings = {
+        "block_per_row": 3,
+        "block_budget": block_budget,
+        "block_size": 32,
+        "initial_prior_first_n_blocks": 1,
+        "initial_prior_diagonal_n_blocks": 2,
+        "rule": rule,
+        "scale": 0.5,
+    }
+    normal = selection.select(query, key, mask, **settings)
+    traceable = selection.select(query, key, mask, **settings, traceable=True)
+    rows, surplus = normal.shape[-1], length // 32 + 2 - normal.shape[-1]
+    assert surplus >= 1
+    padded = torch.nn.functional.pad(normal, (0, surplus, 0, surplus))
+    assert rows == -(-length // 32) and torch.equal(traceable, padded)

@@ -4,113 +4,96 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import (
-    MASK_KINDS,
-    MODES,
-    make_inputs,
-)
-from triton_cases import (
-    BEYOND_A_TILE,
-    DEVICE,
-    TOLERANCES,
-    assert_right,
-    mask_on_device,
-    needs_a_place,
-    on_device,
-)
+from attention_cases import MASK_KINDS, MODES
+from triton_cases import BEYOND_A_TILE, TOLERANCES, TRITON, assert_right, needs_triton
 
 from mra_attention import BlockSelection, selection
+from pairwise import pairwise
 
-pytestmark = needs_a_place
+pytestmark = needs_triton
 
 
 # -- two query blocks a tile
 
 
-@pytest.mark.parametrize("form_name", ["plain", "swapped"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"])
 def test_two_query_blocks_in_every_dtype_mode_and_form(
     dtype, mode, form_name, form, two_query_blocks
 ):
     form(form_name)
     two_query_blocks()
-    inputs = on_device(make_inputs(1, 2, 150, 64, dtype=dtype))
-    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=2, approx_mode=mode)
+    inputs = TRITON.inputs(1, 2, 150, 64, dtype=dtype)
+    assert_right(inputs, TRITON.mask("holes", 1, 150), block_per_row=2, approx_mode=mode)
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 64, 65, 100, 256])
 def test_two_query_blocks_at_ragged_lengths(length, two_query_blocks):
     """Also where the last bundle has one block, and where that is the only one."""
     two_query_blocks()
-    assert_right(on_device(make_inputs(2, 1, length, 40)), None, block_per_row=2)
+    assert_right(TRITON.inputs(2, 1, length, 40), None, block_per_row=2)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
+@pairwise(mask_kind=MASK_KINDS, mode=MODES)
 def test_two_query_blocks_with_masks(mask_kind, mode, two_query_blocks):
     two_query_blocks()
-    inputs = on_device(make_inputs(2, 1, 100, 16))
-    mask = mask_on_device(mask_kind, 2, 100)
+    inputs = TRITON.inputs(2, 1, 100, 16)
+    mask = TRITON.mask(mask_kind, 2, 100)
     results = assert_right(inputs, mask, block_per_row=1, approx_mode=mode)
     if mask is not None:
         for result in results:
             assert not result.transpose(1, 2)[~mask].any()
 
 
-@pytest.mark.parametrize("form_name", ["plain", "swapped"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("item_blocks", [1, 3])
+@pairwise(item_blocks=[1, 3], mode=MODES, form_name=["plain", "swapped"])
 def test_two_query_blocks_with_several_work_items(
     item_blocks, mode, form_name, form, two_query_blocks
 ):
     """The first row is selected whole, so that the list of the first bundle is cut; 7 blocks."""
     form(form_name)
     two_query_blocks(item_blocks=item_blocks)
-    inputs = on_device(make_inputs(1, 1, 200, 16))
-    mask = mask_on_device("right", 1, 200)
+    inputs = TRITON.inputs(1, 1, 200, 16)
+    mask = TRITON.mask("right", 1, 200)
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
     assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient"])
-def test_two_query_blocks_in_one_pass_alone(kernel, two_query_blocks):
+def test_two_query_blocks_in_one_pass_only(kernel, two_query_blocks):
     two_query_blocks(kernel, item_blocks=2)
-    inputs = on_device(make_inputs(1, 2, 150, 16))
-    assert_right(inputs, mask_on_device("holes", 1, 150), block_per_row=3)
+    inputs = TRITON.inputs(1, 2, 150, 16)
+    assert_right(inputs, TRITON.mask("holes", 1, 150), block_per_row=3)
 
 
 def test_two_query_blocks_among_more_blocks_than_a_tile(two_query_blocks):
     two_query_blocks(item_blocks=4)
-    inputs = on_device(make_inputs(1, 1, BEYOND_A_TILE[0], 16))
-    mask = mask_on_device("holes", 1, BEYOND_A_TILE[0])
+    inputs = TRITON.inputs(1, 1, BEYOND_A_TILE[0], 16)
+    mask = TRITON.mask("holes", 1, BEYOND_A_TILE[0])
     assert_right(inputs, mask, block_per_row=3, initial_prior_first_n_blocks=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_alone(mode, two_query_blocks):
+def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_only(mode, two_query_blocks):
     two_query_blocks(item_blocks=2)
-    blocks = torch.zeros(1, 3, 5, 5, dtype=torch.bool, device=DEVICE)
+    blocks = torch.zeros(1, 3, 5, 5, dtype=torch.bool, device=TRITON.device)
     blocks[:, 0, 1] = True  # all of it for the second of a bundle, nothing for the first
     blocks[:, 1, 2] = True
     blocks[:, 2, :, 2] = True
-    inputs = on_device(make_inputs(1, 3, 140, 16))
+    inputs = TRITON.inputs(1, 3, 140, 16)
     assert_right(inputs, None, selection=BlockSelection(blocks, 32), approx_mode=mode)
 
 
-@pytest.mark.parametrize("query_blocks", [1, 2])
-@pytest.mark.parametrize("rows", [1, 7, 70])
+@pairwise(rows=[1, 7, 70], query_blocks=[1, 2])
 def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
     from mra_attention.triton_impl.block_lists import build_lists
     from mra_attention.triton_impl.call import KernelCall
     from mra_attention.triton_impl.pooling import pool
 
-    query, key, *_ = on_device(make_inputs(1, 2, 32 * rows - 5, 16))
-    mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=DEVICE)
+    query, key, *_ = TRITON.inputs(1, 2, 32 * rows - 5, 16)
+    mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=TRITON.device)
     mask[:, 32:64] = False  # a block that no list may name
     generator = torch.Generator().manual_seed(0)
-    blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(DEVICE)
+    blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(TRITON.device)
     call = KernelCall(query, key, key, mask)
     settings = {"directions": 2, "query_blocks": query_blocks, "largest_budget": None}
     lists = build_lists(call, pool(call).counts, call.as_bytes(blocks), **settings)
@@ -153,16 +136,15 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.parametrize("mask_kind", MASK_KINDS)
-@pytest.mark.parametrize("name", SELECTIONS)
+@pairwise(name=SELECTIONS, mask_kind=MASK_KINDS)
 def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
     """Given the same scores all routes choose the same pairs, and those of the torch path, whose
     scores come from float64 means, here too.
     """
     from mra_attention import triton_impl
 
-    inputs = on_device(make_inputs(2, 1, 200, 32, seed=3))[:2]
-    mask = mask_on_device(mask_kind, 2, 200)
+    inputs = TRITON.inputs(2, 1, 200, 32, seed=3)[:2]
+    mask = TRITON.mask(mask_kind, 2, 200)
     settings = {
         "block_size": 32,
         "block_per_row": 2,
@@ -189,8 +171,8 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
     """By radix, with stored and with recomputed scores, as by top-k; and nearly as in torch."""
     from mra_attention import triton_impl
 
-    inputs = on_device(make_inputs(2, 1, length, 16, seed=5))[:2]
-    mask = mask_on_device("right", 2, length)
+    inputs = TRITON.inputs(2, 1, length, 16, seed=5)[:2]
+    mask = TRITON.mask("right", 2, length)
     settings = {
         "block_size": 32,
         "block_per_row": 4,
@@ -216,19 +198,19 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
     from mra_attention.triton_impl.call import KernelCall
     from mra_attention.triton_impl.pooling import pool
 
-    inputs = on_device(make_inputs(2, 2, 150, 16))[:2]
-    mask = mask_on_device("right", 2, 150)
+    inputs = TRITON.inputs(2, 2, 150, 16)[:2]
+    mask = TRITON.mask("right", 2, 150)
     numbers = {"block_per_row": 2, "block_budget": None}
     priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
     call = KernelCall(*inputs, inputs[1], mask, scale=0.2)
     summaries = pool(call)
     candidates = kernels.flag_blocks(call, summaries.counts, **numbers, **priors)
     ranking = kernels.score_pairs(call, summaries, candidates, row_normalized=True)
-    values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=DEVICE)
+    values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=TRITON.device)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(0, len(values), ranking.scores.shape, generator=generator)
-        ranking.scores.copy_(values[picks.to(DEVICE)])
+        ranking.scores.copy_(values[picks.to(TRITON.device)])
         assert torch.equal(kernels.choose_by_radix(ranking), kernels.choose_by_topk(ranking))
 
 
@@ -248,7 +230,7 @@ def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
     settings = {"block_per_row": 2, "block_budget": None, "rule": "row_normalized", "scale": 0.2}
     settings |= {"summaries": None, "block_size": 32}
     settings |= {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
-    query, key, *_ = on_device(make_inputs(2, 2, 200, 16))
+    query, key, *_ = TRITON.inputs(2, 2, 200, 16)
     for inputs, last in (((query, key), 2), ((query[:, :, :1].expand_as(query), key * 0), 4)):
         table(topk_up_to_rows=1000)
         wanted = triton_impl.select(*inputs, None, **settings)

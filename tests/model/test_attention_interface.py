@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -21,6 +20,7 @@ from transformers import (
 
 from mra_attention import torch_impl
 from mra_hf import MraForMaskedLM, set_attention
+from tensor_sizes import LargestTensor
 from tiny_models import SIZES, mra_config, padded_batch, roberta_config
 
 TEXT = {name: SIZES[name] for name in SIZES if name not in ("type_vocab_size", "layer_norm_eps")}
@@ -33,21 +33,6 @@ STOCK = {
         vocab_size=100, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=258
     ),
 }
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, torch.Tensor):
-                self.elements = max(self.elements, part.untyped_storage().nbytes() // part.itemsize)
-        return result
 
 
 def peaked(model):

@@ -20,6 +20,14 @@ from mra_hf import (
 )
 from tiny_models import mra_config, padded_batch, word_tokenizer
 
+needs_a_compiler = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (shutil.which("g++") or shutil.which("clang++")),
+        reason="inductor needs a C++ compiler",
+    ),
+]
+
 
 def directory(path, model):
     model.save_pretrained(path)
@@ -74,8 +82,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
         torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
-def test_the_whole_model_compiles_without_a_graph_break_and_trains():
-    backend = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_a_compiler)])
+def test_the_whole_model_compiles_without_a_graph_break_and_trains(backend):
     model = MraForMaskedLM(mra_config(block_per_row=1, hidden_dropout_prob=0.0)).train()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     batch = padded_batch(length=200)
@@ -130,6 +138,7 @@ def test_trainer_trains_saves_and_resumes(options, tmp_path):
     assert resumed.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_sentence_transformers_wraps_a_saved_directory(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers import models

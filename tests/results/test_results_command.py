@@ -15,6 +15,8 @@ from mra_hf.results.paper import PAPER_ROWS
 from mra_hf.results.runs import T_QUANTILES, find_runs, mean_interval
 from tiny_models import word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("empty_pictures")
+
 CONDITIONS = {
     "task": "wikihop",
     "attention": "mra2",
@@ -68,7 +70,7 @@ def results_of(tmp_path, *arguments):
     return (tmp_path / "out" / "results.md").read_text()
 
 
-def test_a_line_per_run_in_markdown_and_csv(tmp_path, capsys):
+def test_a_line_per_run_in_markdown_and_csv(tmp_path, capsys, real_pictures):
     write_run(tmp_path / "runs" / "hop", {"accuracy": 0.305, "runtime": 1.0})
     write_run(
         tmp_path / "runs" / "nli",
@@ -336,4 +338,4 @@ def test_what_run_mlm_writes_is_read(tmp_path, monkeypatch):
     assert rows["stopped"]["result"].endswith("last checkpoint at step 2")
     (together,) = table_rows(text, "Several seeds")
     assert (together["n"], together["runs"]) == ("2", "seed0, seed1")
-    assert (tmp_path / "out" / "curves_masked-lm.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "curves_masked-lm.png").exists()

@@ -151,6 +151,7 @@ def test_a_plain_trainer_accumulates_right(folder):
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_train_like_one(folder, task):
     one = trained(task, "one")
@@ -158,6 +159,7 @@ def test_two_processes_train_like_one(folder, task):
     assert_same_training(one, two)
 
 
+@pytest.mark.slow
 def test_two_processes_share_streamed_text(folder):
     streamed = {"streaming": True, "per_device_train_batch_size": 2}
     one = trained("mlm", "one", **streamed | {"per_device_train_batch_size": 4})
@@ -165,6 +167,7 @@ def test_two_processes_share_streamed_text(folder):
     assert_same_training(one, two)
 
 
+@pytest.mark.slow
 def test_torchrun_does_too_and_evaluates_the_same(folder):
     evaluated = {"do_eval": True, "validation_file": ["pairs.jsonl"]}
     one = trained("mnli", "one", **evaluated)
@@ -233,6 +236,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_sharded_and_checkpointed_layers_have_the_gradients_of_one_process(folder):
     # accelerate does not shard on a CPU: this is torch's FSDP2 itself.
     ids = torch.randint(5, 99, (4, 200))
@@ -260,6 +264,7 @@ def test_bfloat16_trains_nearly_the_same(folder):
     assert any(not torch.equal(half[name], exact[name]) for name in exact)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_training_is_the_same(folder):
     plain = trained("mlm", "plain")

@@ -17,21 +17,20 @@ from safetensors.torch import load_file
 
 import mra_hf
 from mra_hf.commands import main
-from tiny_models import mra_config, word_tokenizer
+from tiny_models import enter_copy, mra_config, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RESUME = ("--resume_from_checkpoint", "true")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
     """A tiny encoder with dropout, texts, and a YAML file of a run of 24 steps."""
-    monkeypatch.chdir(tmp_path)
-    mra_hf.MraForMaskedLM(mra_config(block_per_row=3, hidden_dropout_prob=0.1)).save_pretrained(
-        "base"
-    )
-    word_tokenizer().save_pretrained("base")
-    write_texts("train.jsonl")
+    folder = tmp_path_factory.mktemp("prepared")
+    model = mra_hf.MraForMaskedLM(mra_config(block_per_row=3, hidden_dropout_prob=0.1))
+    model.save_pretrained(folder / "base")
+    word_tokenizer().save_pretrained(folder / "base")
+    write_texts(folder / "train.jsonl")
     settings = {
         "model_name_or_path": "base",
         "train_file": ["train.jsonl"],
@@ -46,13 +45,35 @@ def folder(tmp_path, monkeypatch):
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    Path("run.yaml").write_text(yaml.safe_dump(settings))
-    return tmp_path
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder
 
 
-def write_texts(name: str, step: int = 1) -> None:
+@pytest.fixture(scope="module")
+def prepared_and_stopped(prepared, tmp_path_factory):
+    """The same after a run that looks as if it had been killed after step 4."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        enter_copy(prepared, folder, patch)
+        assert main(["run-mlm", "run.yaml", "--max_steps", "4"]) == 0
+        results = json.loads(Path("run/results.json").read_text())
+        Path("run/results.json").write_text(json.dumps(results | {"train": {}}))
+    return folder
+
+
+@pytest.fixture
+def folder(prepared, tmp_path, monkeypatch):
+    return enter_copy(prepared, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def stopped(prepared_and_stopped, tmp_path, monkeypatch):
+    return enter_copy(prepared_and_stopped, tmp_path, monkeypatch)
+
+
+def write_texts(path: Path, step: int = 1) -> None:
     documents = [" ".join(f"w{10 + (i * j * step) % 80}" for i in range(500)) for j in range(1, 5)]
-    Path(name).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
 
 
 def curve(name: str) -> list[dict[str, str]]:
@@ -64,6 +85,7 @@ def checkpoint(step: int) -> Path:
     return Path("run", f"checkpoint-{step}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, streaming):
     arguments = ["run.yaml", "--streaming", streaming]
@@ -80,15 +102,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, streaming):
     assert main(["run-mlm", *arguments, *RESUME]) == 0
     assert curve("run") == curve("unbroken") and len(curve("run")) == 24
     assert json.loads(Path("run/results.json").read_text())["train"]["resumed_from"]
-
-
-@pytest.fixture
-def stopped(folder):
-    """As if the run had been killed after step 4."""
-    assert main(["run-mlm", "run.yaml", "--max_steps", "4"]) == 0
-    results = json.loads(Path("run/results.json").read_text())
-    Path("run/results.json").write_text(json.dumps(results | {"train": {}}))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,7 @@ def stopped(folder):
     ],
 )
 def test_another_run_is_not_gone_on_with(stopped, capsys, arguments, message):
-    write_texts("other.jsonl", 3)
+    write_texts(Path("other.jsonl"), 3)
     before = {path: path.read_bytes() for path in sorted(Path("run").rglob("*")) if path.is_file()}
     assert main(["run-mlm", "run.yaml", *RESUME, *arguments]) == 2
     error = capsys.readouterr().err

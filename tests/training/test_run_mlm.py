@@ -64,7 +64,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_writes_model_results_curve_and_settings(folder, capsys):
+def test_a_run_writes_model_results_curve_and_settings(folder, capsys, real_pictures):
     assert main(["run-mlm", "mlm.yaml"]) == 0
     assert "eval_bits_per_token" in capsys.readouterr().out
     model = AutoModelForMaskedLM.from_pretrained("run")

@@ -94,7 +94,7 @@ def curve(folder, name="run") -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_pairs_are_classified_and_scored_by_set(folder, capsys):
+def test_pairs_are_classified_and_scored_by_set(folder, capsys, real_pictures):
     assert main(["run-mnli", pairs(folder)]) == 0
     printed = capsys.readouterr().out
     assert "eval_mismatched_accuracy" in printed and "confusion matrix, matched" in printed

@@ -1,0 +1,159 @@
+"""What cannot be converted is refused with a sentence, and nothing is written."""
+
+import json
+
+import pytest
+import torch
+from conversion_cases import change_config, convert, make_source, rewrite
+
+from mra_hf import MraConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"max_length": 0}, "max_length"),
+        ({"max_length": True}, "max_length"),
+        ({"max_length": 40.0}, "max_length"),
+        ({"max_length": "40"}, "max_length"),
+        ({"block_per_row": 0}, "block_per_row"),
+        ({"approx_mode": "dense"}, "approx_mode"),
+        ({"initial_prior_first_n_blocks": -1}, "initial_prior_first_n_blocks"),
+        ({"initial_prior_first_n_blocks": 4}, "block_per_row must be at least 9"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": torch.float64}, "dtype must be one of"),
+        ({"text": [" "]}, "nothing to score"),
+        ({"text": [1]}, "list of strings"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, said, tmp_path):
+    make_source(tmp_path / "source")
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path / "source", tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("source_type", "head", "changes", "said"),
+    [
+        ("roberta", "ForMaskedLM", {"model_type": "gpt2"}, "allowed are roberta"),
+        ("roberta", "ForMaskedLM", {"model_type": None}, "allowed are roberta"),
+        ("roberta", "ForMaskedLM", {"architectures": ["RobertaForCausalLM"]}, "decoder"),
+        ("roberta", "ForMaskedLM", {"is_decoder": True}, "decoder"),
+        ("bert", "ForMaskedLM", {"architectures": ["BertLMHeadModel"]}, "decoder"),
+        ("bert", "ForMaskedLM", {"add_cross_attention": True}, "decoder"),
+        ("bert", "Model", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("bert", "ForMaskedLM", {"hidden_act": "relu"}, 'hidden_act.*"gelu"'),
+        ("mra", "ForMaskedLM", {"hidden_act": "relu"}, 'hidden_act.*"gelu"'),
+        ("mra", "ForSequenceClassification", {}, "tanh"),
+        ("mra", "ForMultipleChoice", {}, "pre_classifier"),
+        ("bert", "ForMaskedLM", {"vocab_size": 500}, "word_embeddings"),
+        ("bert", "ForMaskedLM", {"max_position_embeddings": 41}, "position_embeddings"),
+        ("bert", "ForMaskedLM", {"vocab_size": 12}, "vocab_size"),
+        ("bert", "ForMaskedLM", {"num_hidden_layers": 3}, "lacks 16 tensors"),
+        ("roberta", "ForMaskedLM", {"hidden_size": "big"}, "config.json is not a valid"),
+        ("roberta", "Model", {"architectures": ["RobertaForMaskedLM"]}, "lacks"),
+        ("roberta", "ForMaskedLM", {"hidden_act": "abs"}, "hidden_act"),
+        ("roberta", "ForMaskedLM", {"max_position_embeddings": 2}, "no positions"),
+    ],
+)
+def test_sources_that_cannot_be_converted_are_refused(source_type, head, changes, said, tmp_path):
+    make_source(tmp_path / "source", source_type, head)
+    change_config(tmp_path / "source", **changes)
+    with pytest.raises(ValueError, match=said):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_text_needs_a_masked_lm_head(tmp_path):
+    make_source(tmp_path / "source", head="Model")
+    with pytest.raises(ValueError, match="masked-LM head"):
+        convert(tmp_path / "source", tmp_path / "out", text=["ABC"])
+    with pytest.raises(OSError, match="no file"):
+        convert(tmp_path / "source", tmp_path / "out", text=tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="UTF-8"):
+        convert(tmp_path / "source", tmp_path / "out", text=tmp_path / "latin.txt")
+
+
+def damage(folder, how):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "pointer":
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    elif how == "missing":
+        file.unlink()
+    else:
+        rewrite(folder, "bin")
+        file = folder / "pytorch_model.bin"
+        content = file.read_bytes()
+        if how == "truncated bin":
+            file.write_bytes(content[: len(content) // 2])
+        elif how == "garbage bin":
+            file.write_bytes(b"not a pickle")
+        elif how == "object bin":
+            torch.save({"model": MraConfig()}, file)
+        elif how == "nested bin":
+            torch.save({"state_dict": {}, "epoch": 3}, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("truncated", "model.safetensors"),
+        ("empty", "model.safetensors"),
+        ("pointer", "git lfs pull"),
+        ("missing", "no weights"),
+        ("truncated bin", "pytorch_model.bin"),
+        ("garbage bin", "pytorch_model.bin"),
+        ("object bin", "pytorch_model.bin"),
+        ("nested bin", "pytorch_model.bin"),
+    ],
+)
+def test_damaged_weights_are_named(how, said, tmp_path):
+    make_source(tmp_path / "source")
+    damage(tmp_path / "source", how)
+    with pytest.raises((OSError, ValueError), match=said):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_shards_and_bad_indexes_are_named(tmp_path):
+    make_source(tmp_path / "source")
+    rewrite(tmp_path / "source", "sharded model.safetensors")
+    index = tmp_path / "source" / "model.safetensors.index.json"
+    (tmp_path / "source" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(OSError, match="model-00002-of-00002"):
+        convert(tmp_path / "source", tmp_path / "out")
+    index.write_text(json.dumps({"weight_map": {"a": "../../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="weight_map"):
+        convert(tmp_path / "source", tmp_path / "out")
+    index.write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+def test_missing_sources_are_named(tmp_path):
+    with pytest.raises(OSError, match="no directory"):
+        convert(tmp_path / "nothing", tmp_path / "out")
+    with pytest.raises(OSError, match="neither a directory here nor a repository"):
+        convert("no-such-user/no-such-model", tmp_path / "out")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="SOURCE must be a directory"):
+        convert(tmp_path / "file", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"config\.json"):
+        convert(tmp_path / "empty", tmp_path / "out")
+
+
+def test_an_empty_tokenizer_is_refused(tmp_path):
+    make_source(tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    (tmp_path / "source" / "tokenizer_config.json").unlink()
+    (tmp_path / "source" / "vocab.txt").write_text("A\nB\n")  # RoBERTa reads another file
+    with pytest.raises(OSError, match="tokenizer"):
+        convert(tmp_path / "source", tmp_path / "out")
