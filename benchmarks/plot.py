@@ -17,7 +17,7 @@ if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's pack
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import benchmarks  # noqa: F401  (makes mra_hf importable)
-from mra_hf.baselines.methods import METHODS
+from mra_hf.encoders.methods import METHODS
 from mra_hf.results.drawing import new_figure, save_figure
 
 TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}

@@ -16,7 +16,7 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
 from mra_attention import mra2_attention
-from mra_hf.baselines.methods import METHODS
+from mra_hf.encoders.methods import METHODS
 from mra_hf.sparse_prediction import predict_labelled_positions
 
 #: (provider, block_per_row or None) -> function of the inputs

@@ -7,8 +7,8 @@ import torch
 from mra_hf.analysis.head_inputs import synthetic_heads
 from mra_hf.baselines.kernelized import linformer
 from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
-from mra_hf.baselines.methods import METHODS
 from mra_hf.baselines.optimal import largest_entries, low_rank
+from mra_hf.encoders.methods import METHODS
 
 #: Methods on given queries, keys and values; the others are trained layers only.
 FUNCTIONS = [name for name, method in METHODS.items() if method.attend]

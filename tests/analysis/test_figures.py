@@ -10,10 +10,10 @@ from mra_hf.analysis.figures import FIGURES, draw
 from mra_hf.analysis.head_inputs import synthetic_heads
 from mra_hf.analysis.paper_errors import TABLE_7
 from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
-from mra_hf.baselines.methods import METHODS
 from mra_hf.baselines.optimal import optimal_sparse, truncated_svd
 from mra_hf.commands import main
 from mra_hf.commands.figures import NAMES
+from mra_hf.encoders.methods import METHODS
 from mra_hf.english import english_checkpoint
 
 

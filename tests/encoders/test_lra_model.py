@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 from mra_hf import LraConfig, LraForSequenceClassification, LraModel
-from mra_hf.baselines.methods import ARENA_ATTENTIONS
 from mra_hf.encoders.layers import NystromformerLayer, iterative_inverse
+from mra_hf.encoders.methods import ARENA_ATTENTIONS
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_labels": 3}
 SIZES |= {"max_position_embeddings": 128, "hidden_dropout_prob": 0.0}

@@ -6,7 +6,7 @@ from typing import ClassVar
 from transformers import PreTrainedConfig
 
 from mra_attention.checks import SELECTION_RULES, check_choice, check_int
-from mra_hf.baselines.methods import ARENA_ATTENTIONS, METHODS
+from mra_hf.encoders.methods import ARENA_ATTENTIONS, METHODS
 from mra_hf.encoders.prenorm import NO_PREDICTIONS
 
 FEATURE_MAPS = ("relu", "elu1", "softmax")

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from mra_attention.checks import check_choice, check_int
 from mra_attention.order import patch_order
-from mra_hf.baselines.methods import METHODS
 from mra_hf.encoders.configuration import SmallEncoderConfig
+from mra_hf.encoders.methods import METHODS
 from mra_hf.encoders.prenorm import (
     Classifier,
     PreNormEncoder,

@@ -1,7 +1,7 @@
 """The attention layers of the Long Range Arena encoder, all called as `prenorm` says.
 
 A layer is built by `layer(config, layer_idx)` from an `LraConfig` (or another configuration with
-the fields it reads); `baselines.methods.METHODS` lists the layers by name.
+the fields it reads); `encoders.methods.METHODS` lists the layers by name.
 """
 
 from collections.abc import Callable

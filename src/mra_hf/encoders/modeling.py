@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mra_attention.order import inverse_order, patch_order
-from mra_hf.baselines.methods import METHODS
 from mra_hf.encoders.configuration import AdaMraConfig, LraConfig
+from mra_hf.encoders.methods import METHODS
 from mra_hf.encoders.prenorm import (
     Classifier,
     ClassifierOutput,

@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 
 from mra_attention.benchmarking import peak_bytes
 from mra_attention.checks import check_choice
-from mra_hf.baselines.methods import ARENA_ATTENTIONS
 from mra_hf.data.lra import TASKS, LraData
 from mra_hf.data.lra.listops import root_operators
 from mra_hf.encoders.configuration import LraConfig
 from mra_hf.encoders.images import MraForImageClassification, MraImageConfig
+from mra_hf.encoders.methods import ARENA_ATTENTIONS
 from mra_hf.encoders.modeling import LraForSequenceClassification
 from mra_hf.loading import override, split_settings
 from mra_hf.training import runs

@@ -13,8 +13,8 @@ from mra_hf.analysis.figures.drawing import Drawn, shape_of
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.analysis.paper_errors import TABLE_7
 from mra_hf.baselines.measures import dense_attention, relative_errors, row_entropies
-from mra_hf.baselines.methods import METHODS, Method
 from mra_hf.baselines.optimal import optimal_sparse, truncated_svd
+from mra_hf.encoders.methods import METHODS, Method
 from mra_hf.results.drawing import new_figure
 
 #: Factors of the logits that make heads less or more diffuse.
