@@ -38,23 +38,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=SIZES)
 def reduce_rows_kernel(
-    GRAD,
-    OUTPUT,
-    LSE,
-    MASK,
-    DELTA,
-    SMALLEST,
-    GRAD_SUMS,
-    DELTA_SUMS,
-    length,
-    n_blocks,
-    heads,
-    HAS_MASK: tl.constexpr,
-    HAS_COARSE: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
+    GRAD, OUTPUT, LSE, MASK, DELTA, SMALLEST, GRAD_SUMS, DELTA_SUMS,
+    length, n_blocks, heads,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr,
-):
+):  # fmt: skip
     """delta `[G, N]`; W and g `[G, R]`, G `[G, R, D_PAD]` of a query block."""
     head = (tl.program_id(0) // n_blocks).to(tl.int64)
     row = tl.program_id(0) % n_blocks
@@ -122,20 +110,11 @@ def reduce_rows(
 
 @triton.jit
 def _store_gradient(
-    RESULT,
-    COARSE,
-    head,
-    own,
-    sums,
-    real,
-    length,
-    n_blocks,
-    HAS_COARSE: tl.constexpr,
-    OWN_BLOCKS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
+    RESULT, COARSE,
+    head, own, sums, real, length, n_blocks,
+    HAS_COARSE: tl.constexpr, OWN_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr,
-):
+):  # fmt: skip
     """Add what the coarse part gives every token of a block, and store; 0 at padding."""
     if HAS_COARSE:
         sums += load_own_summaries(COARSE, head, own, n_blocks, OWN_BLOCKS, M, D_PAD)
@@ -146,50 +125,14 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def exact_query_kernel(
-    QUERY,
-    KEY,
-    VALUE,
-    MASK,
-    GRAD,
-    LSE,
-    DELTA,
-    SIZES,
-    STARTS,
-    LISTS,
-    FIRST_ITEMS,
-    ITEMS,
-    ITEM_COUNTS,
-    COARSE_QUERY,
-    GRAD_QUERY,
-    PART_SUMS,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    scale,
-    scale_log2,
-    length,
-    n_blocks,
-    heads,
-    capacity,
-    max_items,
-    HAS_MASK: tl.constexpr,
-    HAS_COARSE: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
+    ITEM_COUNTS, COARSE_QUERY, GRAD_QUERY, PART_SUMS,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
+    value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program per work item of a bundle of query blocks: its query gradients."""
     OWN: tl.constexpr = QUERY_BLOCKS * M
     head = (tl.program_id(0) // max_items).to(tl.int64)
@@ -277,52 +220,14 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
-    QUERY,
-    KEY,
-    VALUE,
-    MASK,
-    GRAD,
-    LSE,
-    DELTA,
-    SIZES,
-    STARTS,
-    LISTS,
-    FIRST_ITEMS,
-    ITEMS,
-    ITEM_COUNTS,
-    COARSE_KEY,
-    COARSE_VALUE,
-    GRAD_KEY,
-    GRAD_VALUE,
-    PART_KEYS,
-    PART_VALUES,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    scale,
-    scale_log2,
-    length,
-    n_blocks,
-    heads,
-    capacity,
-    max_items,
-    HAS_MASK: tl.constexpr,
-    HAS_COARSE: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
+    ITEM_COUNTS, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PART_KEYS, PART_VALUES,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
+    value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program per work item of a key block: its key and value gradients."""
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
@@ -431,24 +336,11 @@ def key_gradients(
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_gradient_kernel(
-    MASK,
-    SIZES,
-    FIRST_ITEMS,
-    COARSE,
-    RESULT,
-    PART_SUMS,
-    length,
-    n_blocks,
-    heads,
-    max_items,
-    HAS_MASK: tl.constexpr,
-    HAS_COARSE: tl.constexpr,
-    OWN_BLOCKS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-):
+    MASK, SIZES, FIRST_ITEMS, COARSE, RESULT, PART_SUMS,
+    length, n_blocks, heads, max_items,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, OWN_BLOCKS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr,
+):  # fmt: skip
     """One program per owner of a list, a bundle of query blocks or a key block: add its items, in
     their order, where it has several.
     """

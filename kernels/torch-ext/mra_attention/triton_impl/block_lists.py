@@ -27,15 +27,9 @@ from .primitives import SIZES, of_gathered, of_own
 
 @triton.jit
 def _selected(
-    BLOCKS,
-    COUNTS,
-    head,
-    sample,
-    own,
-    other,
-    n_blocks,
-    direction,
-):
+    BLOCKS, COUNTS,
+    head, sample, own, other, n_blocks, direction,
+):  # fmt: skip
     """Tile `[own, other]` bool of the pairs that are selected and live."""
     inside = (own < n_blocks)[:, None] & (other < n_blocks)[None, :]
     start = BLOCKS + head * n_blocks * n_blocks
@@ -50,16 +44,10 @@ def _selected(
 
 @triton.jit
 def _selectors(
-    BLOCKS,
-    COUNTS,
-    head,
-    sample,
-    own,
-    other,
-    n_blocks,
-    direction,
+    BLOCKS, COUNTS,
+    head, sample, own, other, n_blocks, direction,
     QUERY_BLOCKS: tl.constexpr,
-):
+):  # fmt: skip
     """Tile `[own, other]` int32: 0 where no pair is listed; bit i stands for query block i of a
     bundle.
     """
@@ -100,16 +88,10 @@ def visible_pairs(
 
 @triton.jit(do_not_specialize=SIZES)
 def count_kernel(
-    BLOCKS,
-    COUNTS,
-    SIZES,
-    all_heads,
-    n_blocks,
-    heads,
-    QUERY_BLOCKS: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
-):
+    BLOCKS, COUNTS, SIZES,
+    all_heads, n_blocks, heads,
+    QUERY_BLOCKS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
     """Sizes of the lists `[2, G, R]`."""
     strips = tl.cdiv(n_blocks, OWN)
     line = (tl.program_id(0) // strips).to(tl.int64)
@@ -128,19 +110,10 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def plan_kernel(
-    SIZES,
-    STARTS,
-    FIRST_ITEMS,
-    ITEMS,
-    ITEM_COUNTS,
-    all_heads,
-    n_blocks,
-    query_items,
-    key_items,
-    QUERY_BLOCKS: tl.constexpr,
-    R_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-):
+    SIZES, STARTS, FIRST_ITEMS, ITEMS, ITEM_COUNTS,
+    all_heads, n_blocks, query_items, key_items,
+    QUERY_BLOCKS: tl.constexpr, R_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr,
+):  # fmt: skip
     """One program per (direction, head): where lists begin, and the owner of every item."""
     line = tl.program_id(0).to(tl.int64)
     own = tl.arange(0, R_PAD)
@@ -161,18 +134,10 @@ def plan_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def fill_kernel(
-    BLOCKS,
-    COUNTS,
-    STARTS,
-    LISTS,
-    all_heads,
-    n_blocks,
-    heads,
-    capacity,
-    QUERY_BLOCKS: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
-):
+    BLOCKS, COUNTS, STARTS, LISTS,
+    all_heads, n_blocks, heads, capacity,
+    QUERY_BLOCKS: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
+):  # fmt: skip
     """Write the lists `[2, G, capacity]`."""
     strips = tl.cdiv(n_blocks, OWN)
     line = (tl.program_id(0) // strips).to(tl.int64)

@@ -36,22 +36,10 @@ def unselected_pairs(BLOCKS, head, rows, columns, row_counts, column_counts, n_b
 
 @triton.jit(do_not_specialize=SIZES)
 def coarse_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    LARGEST,
-    DENOMINATOR,
-    NUMERATOR,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, LARGEST, DENOMINATOR, NUMERATOR,
+    scale_log2, n_blocks, heads,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """R and z `[G, R]`, a `[G, R, D_PAD]` of a strip of query blocks."""
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
@@ -133,24 +121,11 @@ def _tile_of_rows(call: KernelCall) -> dict:
 
 @triton.jit(do_not_specialize=SIZES)
 def coarse_query_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    SMALLEST,
-    GRAD_SUMS,
-    DELTA_SUMS,
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, SMALLEST, GRAD_SUMS, DELTA_SUMS,
     COARSE_QUERY,
-    scale,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    scale, scale_log2, n_blocks, heads,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
@@ -181,25 +156,11 @@ def coarse_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def coarse_key_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    BLOCKS,
-    SMALLEST,
-    GRAD_SUMS,
-    DELTA_SUMS,
-    COARSE_KEY,
-    COARSE_VALUE,
-    scale,
-    scale_log2,
-    n_blocks,
-    heads,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, SMALLEST, GRAD_SUMS, DELTA_SUMS,
+    COARSE_KEY, COARSE_VALUE,
+    scale, scale_log2, n_blocks, heads,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """The gradients that every key and value of a block get from the coarse part."""
     strips = tl.cdiv(n_blocks, COLUMNS)
     head = (tl.program_id(0) // strips).to(tl.int64)

@@ -34,18 +34,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _store_results(
-    OUTPUT,
-    LSE,
-    head,
-    tokens,
-    sums,
-    denominator,
-    largest,
-    real,
-    length,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
+    OUTPUT, LSE,
+    head, tokens, sums, denominator, largest, real, length,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
     """Output 0 and log-sum-exp +inf at padding and where nothing is attended to; NaN stays."""
     some = real & (denominator != 0.0)
     denominator = tl.where(some, denominator, 1.0)
@@ -58,50 +50,14 @@ def _store_results(
 
 @triton.jit(do_not_specialize=SIZES)
 def exact_kernel(
-    QUERY,
-    KEY,
-    VALUE,
-    MASK,
-    SIZES,
-    STARTS,
-    LISTS,
-    FIRST_ITEMS,
-    ITEMS,
-    ITEM_COUNTS,
-    LARGEST,
-    DENOMINATOR,
-    NUMERATOR,
-    OUTPUT,
-    LSE,
-    PART_SUMS,
-    PART_STATES,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    scale_log2,
-    length,
-    n_blocks,
-    heads,
-    capacity,
-    max_items,
-    HAS_MASK: tl.constexpr,
-    HAS_COARSE: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr,
-    WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    QUERY, KEY, VALUE, MASK, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS, ITEM_COUNTS, LARGEST,
+    DENOMINATOR, NUMERATOR, OUTPUT, LSE, PART_SUMS, PART_STATES,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
+    value_token, scale_log2, length, n_blocks, heads, capacity, max_items,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One program per work item: the queries of a bundle against up to `ITEM_BLOCKS` gathered key
     blocks, `GROUP` of them at a time.
     """
@@ -209,24 +165,11 @@ def attend(call: KernelCall, lists: OwnerLists, state: CoarseState) -> tuple[Ten
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    MASK,
-    SIZES,
-    FIRST_ITEMS,
-    OUTPUT,
-    LSE,
-    PART_SUMS,
-    PART_STATES,
-    length,
-    n_blocks,
-    heads,
-    max_items,
-    HAS_MASK: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr,
-):
+    MASK, SIZES, FIRST_ITEMS, OUTPUT, LSE, PART_SUMS, PART_STATES,
+    length, n_blocks, heads, max_items,
+    HAS_MASK: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr,
+):  # fmt: skip
     """One program per bundle: merge its items, in their order, where it has several."""
     OWN: tl.constexpr = QUERY_BLOCKS * M
     bundles = tl.cdiv(n_blocks, QUERY_BLOCKS)

@@ -12,31 +12,11 @@ from .primitives import SIZES, is_real, load_tokens
 
 @triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
-    QUERY,
-    KEY,
-    VALUE,
-    MASK,
-    QUERY_MEANS,
-    KEY_MEANS,
-    VALUE_SUMS,
-    COUNTS,
-    query_batch,
-    query_head,
-    query_token,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    length,
-    n_blocks,
-    heads,
-    HAS_MASK: tl.constexpr,
-    M: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
+    QUERY, KEY, VALUE, MASK, QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS,
+    query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
+    value_token, length, n_blocks, heads,
+    HAS_MASK: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
     """One program per block: means `[G, R, D_PAD]`, sums, and real tokens `[B, R]`, in float32."""
     program = tl.program_id(0)
     head = (program // n_blocks).to(tl.int64)

@@ -127,13 +127,9 @@ def is_real(MASK, sample, tokens, length, allowed, HAS_MASK: tl.constexpr):
 @triton.jit
 def load_tokens(
     X,
-    start,
-    tokens,
-    token_stride,
-    real,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
+    start, tokens, token_stride, real,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
     """Rows `[T, D_PAD]` of a tensor whose last dimension is dense; 0 where not real.
 
     `start` is the int64 offset of the (sample, head).
@@ -149,13 +145,9 @@ def load_tokens(
 @triton.jit
 def store_tokens(
     X,
-    start,
-    tokens,
-    values,
-    inside,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-):
+    start, tokens, values, inside,
+    D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
     """Store `[M, D_PAD]` to a contiguous `[..., N, D]` tensor."""
     channels = tl.arange(0, D_PAD)
     at = X + start + tokens.to(tl.int64)[:, None] * D + channels[None, :]

@@ -29,15 +29,10 @@ _STRIP_ROWS = 16
 
 @triton.jit(do_not_specialize=SIZES)
 def flag_kernel(
-    COUNTS,
-    FLAGS,
-    BUDGETS,
-    n_blocks,
-    first_blocks,
-    block_per_row,
-    block_budget,
+    COUNTS, FLAGS, BUDGETS,
+    n_blocks, first_blocks, block_per_row, block_budget,
     R_PAD: tl.constexpr,
-):
+):  # fmt: skip
     """One program per sample: 1 for live blocks, 2 more for the first of them; pairs to choose."""
     sample = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, R_PAD)
@@ -129,22 +124,11 @@ def _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD: tl.constexpr, NEGATI
 
 @triton.jit(do_not_specialize=SIZES)
 def score_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    FLAGS,
-    ROW_LARGEST,
-    SCORES,
-    scale,
-    n_blocks,
-    heads,
-    NORMALIZED: tl.constexpr,
-    STORED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-):
+    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES,
+    scale, n_blocks, heads,
+    NORMALIZED: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
     """The largest product of every row over live columns (0 where not NORMALIZED), and the scores
     `[G, R, R]` where they are to be stored.
     """
@@ -220,23 +204,10 @@ def score_pairs(
 
 @triton.jit
 def _sort_keys(
-    query,
-    largest,
-    row_flags,
-    KEY_MEANS,
-    SCORES,
-    flags,
-    scale,
-    head,
-    rows,
-    columns,
-    n_blocks,
-    half_diagonal,
-    TIE_BITS: tl.constexpr,
-    STORED: tl.constexpr,
-    D_PAD: tl.constexpr,
+    query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns, n_blocks,
+    half_diagonal, TIE_BITS: tl.constexpr, STORED: tl.constexpr, D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Keys of a tile `[rows, columns]`, -1 where a pair is not live."""
     column_flags = tl.load(flags + columns, mask=columns < n_blocks, other=0)
     live = (row_flags > 0)[:, None] & (column_flags > 0)[None, :]
@@ -277,30 +248,11 @@ def _narrow(prefix, wanted, HISTOGRAM):
 
 @triton.jit(do_not_specialize=SIZES)
 def digit_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    FLAGS,
-    ROW_LARGEST,
-    SCORES,
-    BUDGETS,
-    PREFIXES,
-    WANTED,
-    HISTOGRAMS,
-    scale,
-    n_blocks,
-    heads,
-    all_heads,
-    half_diagonal,
-    level,
-    shift,
-    TIE_BITS: tl.constexpr,
-    STORED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-):
+    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES, BUDGETS, PREFIXES, WANTED, HISTOGRAMS,
+    scale, n_blocks, heads, all_heads, half_diagonal, level, shift,
+    TIE_BITS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
     """Histogram of one digit over the keys that share the digits above it.
 
     `PREFIXES` and `WANTED` are `[levels, G]`, `HISTOGRAMS` `[levels, G, digits]`, zeros.
@@ -339,29 +291,11 @@ def digit_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def mark_kernel(
-    QUERY_MEANS,
-    KEY_MEANS,
-    FLAGS,
-    ROW_LARGEST,
-    SCORES,
-    PREFIXES,
-    WANTED,
-    HISTOGRAMS,
-    BLOCKS,
-    scale,
-    n_blocks,
-    heads,
-    all_heads,
-    half_diagonal,
-    levels,
-    TIE_BITS: tl.constexpr,
-    STORED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-):
+    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES, PREFIXES, WANTED, HISTOGRAMS, BLOCKS,
+    scale, n_blocks, heads, all_heads, half_diagonal, levels,
+    TIE_BITS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
     """Write `[G, R, R]`: 1 where the key of a pair is at least the one that was found."""
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
