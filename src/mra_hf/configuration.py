@@ -217,9 +217,9 @@ class AttentionSettings:
             )
         _refuse_both_descriptions(self.as_dict())
         scales, _ = check_scales(self.resolutions, self.block_budgets or ())
-        if self.selection == "refined" and (len(scales) != 2 or scales[1] != 1):
+        if self.selection not in SCHEME_RULES and (len(scales) != 2 or scales[1] != 1):
             raise ValueError(
-                'selection="refined" is for two scales that end in 1, '
+                f'selection="{self.selection}" is for two scales that end in 1, '
                 f"got resolutions={list(scales)}; use one of {SCHEME_RULES}."
             )
 
@@ -314,7 +314,8 @@ class MraConfig(RobertaConfig):
         initial_prior_diagonal_n_blocks: width in blocks of the always exact diagonal band (default
             0).
         block_size: tokens per block (default 32).
-        selection: "row_normalized" (default), "global" or "refined", the rule that ranks blocks.
+        selection: the rule that ranks blocks, a name in `mra_attention.selection.RULES` (default
+            "row_normalized").
         resolutions: scales from coarse to fine in place of (block_size, 1), see
             `mra_attention.multiresolution_attention` (default None). Priors then are on blocks of
             the coarsest scale, and block_per_row, block_budget and block_size are None.

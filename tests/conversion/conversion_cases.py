@@ -1,6 +1,8 @@
 """Random sources of every type and head, their conversion, and comparisons with the result."""
 
 import json
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -30,7 +32,6 @@ SIZES = {
     "intermediate_size": 48,
     "num_labels": 3,
 }
-PREFIXES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
 HEADS = (
     "Model",
     "ForMaskedLM",
@@ -41,43 +42,67 @@ HEADS = (
 )
 
 
+class Source(NamedTuple):
+    """How a random checkpoint of one type is made, and which inputs it takes."""
+
+    config_class: type
+    class_prefix: str
+    settings: dict
+    models: ModuleType = transformers
+    vocabulary: tuple[str, ...] = ROBERTA_VOCABULARY
+    specials: dict = SPECIALS
+    pad: int = 1
+    has_token_types: bool = False
+
+
+ROBERTA_ROWS = {"max_position_embeddings": LENGTH + 2, "pad_token_id": 1}
+SOURCES = {
+    "roberta": Source(transformers.RobertaConfig, "Roberta", ROBERTA_ROWS),
+    "xlm-roberta": Source(transformers.XLMRobertaConfig, "XLMRoberta", ROBERTA_ROWS),
+    "camembert": Source(transformers.CamembertConfig, "Camembert", ROBERTA_ROWS),
+    "bert": Source(
+        transformers.BertConfig,
+        "Bert",
+        {"max_position_embeddings": LENGTH},
+        vocabulary=BERT_VOCABULARY,
+        specials=BERT_SPECIALS,
+        pad=0,
+        has_token_types=True,
+    ),
+    "mra": Source(
+        configuration_mra.MraConfig,
+        "Mra",
+        {"max_position_embeddings": LENGTH, "block_per_row": 4},
+        models=modeling_mra,
+    ),
+}
+
+
 def make_source(folder, source_type="roberta", head="ForMaskedLM", save=None, **changes):
     """Write a random source with tokenizer to `folder` and return its model in evaluation mode."""
     if head == "ForQuestionAnswering":
         changes = {"num_labels": 2} | changes
-    if source_type == "bert":
-        config = transformers.BertConfig(**(SIZES | {"max_position_embeddings": LENGTH} | changes))
-        model = getattr(transformers, f"Bert{head}")(config)
-    elif source_type == "mra":
-        sizes = SIZES | {"max_position_embeddings": LENGTH, "block_per_row": 4}
-        model = getattr(modeling_mra, f"Mra{head}")(configuration_mra.MraConfig(**sizes | changes))
-    else:
-        prefix = PREFIXES[source_type]
-        sizes = SIZES | {"max_position_embeddings": LENGTH + 2, "pad_token_id": 1}
-        config = getattr(transformers, f"{prefix}Config")(**(sizes | changes))
-        model = getattr(transformers, f"{prefix}{head}")(config)
+    source = SOURCES[source_type]
+    config = source.config_class(**(SIZES | source.settings | changes))
+    model = getattr(source.models, f"{source.class_prefix}{head}")(config)
     with torch.no_grad():  # biases and LayerNorms too, so that a swapped name shows
         for parameter in model.parameters():
             parameter.normal_(0, 0.2)
     model.save_pretrained(folder, **(save or {}))
-    bert = source_type == "bert"
-    vocabulary, specials = (
-        (BERT_VOCABULARY, BERT_SPECIALS) if bert else (ROBERTA_VOCABULARY, SPECIALS)
-    )
-    letter_tokenizer(vocabulary, specials, LENGTH).save_pretrained(folder)
+    letter_tokenizer(source.vocabulary, source.specials, LENGTH).save_pretrained(folder)
     return model.eval()
 
 
 def random_inputs(source_type, head, side="right"):
     """Two sequences of 40 and 33 tokens; for multiple choice, one sample of two choices."""
-    pad = 0 if source_type == "bert" else 1
+    source = SOURCES[source_type]
     input_ids = torch.randint(5, SIZES["vocab_size"], (2, LENGTH))
     mask = torch.ones_like(input_ids)
     mask[1, 33:] = 0
     if side == "left":
         mask = mask.flip(-1)
-    inputs = {"input_ids": input_ids.masked_fill(mask == 0, pad), "attention_mask": mask}
-    if source_type == "bert":
+    inputs = {"input_ids": input_ids.masked_fill(mask == 0, source.pad), "attention_mask": mask}
+    if source.has_token_types:
         inputs["token_type_ids"] = torch.randint(0, 2, mask.shape)
     if head == "ForMultipleChoice":
         inputs = {name: tensor[None] for name, tensor in inputs.items()}

@@ -8,6 +8,7 @@ from conversion_cases import (
     LENGTH,
     ROBERTA_VOCABULARY,
     SIZES,
+    SOURCES,
     assert_report_is_complete,
     change_config,
     convert,
@@ -25,7 +26,7 @@ from sapiens import SPECIALS, letter_tokenizer
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("source_type", ["roberta", "xlm-roberta", "camembert", "bert"])
+@pytest.mark.parametrize("source_type", [name for name in SOURCES if name != "mra"])
 def test_full_budget_equals_the_source(source_type, head, tmp_path):
     source = make_source(tmp_path / "source", source_type, head)
     report = convert(tmp_path / "source", tmp_path / "out")

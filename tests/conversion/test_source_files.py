@@ -8,8 +8,8 @@ import transformers
 from conversion_cases import (
     BERT_VOCABULARY,
     HEADS,
-    PREFIXES,
     ROBERTA_VOCABULARY,
+    SOURCES,
     change_config,
     convert,
     make_source,
@@ -69,7 +69,7 @@ def test_tokenizer_keeps_its_own_class(source_type, tmp_path):
         vocabulary = {token: i for i, token in enumerate(ROBERTA_VOCABULARY)}
         tokenizer = transformers.RobertaTokenizer(vocab=vocabulary, merges=[])
     else:
-        name = f"{PREFIXES[source_type]}Tokenizer"
+        name = f"{SOURCES[source_type].class_prefix}Tokenizer"
         pieces = [(token, -1.0) for token in ROBERTA_VOCABULARY]
         tokenizer = getattr(transformers, name)(vocab=pieces)
     tokenizer.save_pretrained(tmp_path / "source")

@@ -9,13 +9,15 @@ import torch
 
 from mra_attention import BlockSelection, mra2_attention, select_blocks
 from mra_attention.order import attend_in_order, hash_order, random_directions
+from mra_attention.selection import RULES
 from mra_hf.analysis.figures.drawing import Drawn, shape_of
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.baselines.measures import attention_weights, dense_attention, relative_errors
 from mra_hf.results.drawing import new_figure
 
 _BLOCK = 32
-_RULES = ("row_normalized", "global", "refined", "most mass")
+_RULES = (*RULES, "most mass")
+_COLOURS = ("#b3273a", "#e08a3c", "#1f5f99", "#444444", "#3c8c6b", "#7a4fa3")
 _ORDERS = ("as it is", "shuffled", "shuffled, then by hash")
 
 
@@ -51,12 +53,13 @@ def selection_rules(heads: HeadInputs) -> Drawn:
                 )
     figure = new_figure(11, 4.6)
     for axes, mode in zip(figure.subplots(1, 2), ("full", "sparse"), strict=True):
-        for rule, colour in zip(_RULES, ("#b3273a", "#e08a3c", "#1f5f99", "#444444"), strict=True):
+        for number, rule in enumerate(_RULES):
             points = [
                 (row["block_per_row"], row["error"])
                 for row in rows
                 if row["rule"] == rule and row["approx_mode"] == mode
             ]
+            colour = _COLOURS[number % len(_COLOURS)]
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=rule)
         axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
         axes.set(title="MRA-2" if mode == "full" else "MRA-2-s")
