@@ -1,7 +1,7 @@
 """The attentions that are timed: on ready query, key, value; as modules; in whole models.
 
-Their sizes are those of RoBERTa-base. Providers are named by (provider, block_per_row or None), as
-in the rows of the CSV.
+They have the sizes of RoBERTa-base. Providers are named by (provider, block_per_row or None), as in
+the rows of the CSV.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Training on texts of very different lengths: what padding costs, and what sorting them saves."""
+"""Training on texts of very different lengths: the cost of padding, and what sorting saves."""
 
 import math
 import random
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from benchmarks.providers import Providers
 from mra_hf import MraForMaskedLM, set_attention
 from mra_hf.english import english_checkpoint
 
 BATCH, TEXTS, SHORTEST = 4, 48, 50
 
-#: Lengths are drawn alike on a logarithmic scale: as many texts of 50 to 100 tokens as of 2048 on.
 _SEED = 0
 
 
 def text_lengths(longest: int) -> list[int]:
-    """Tokens of the texts, from `SHORTEST` to `longest`."""
+    """Lengths of the texts in tokens, from `SHORTEST` to `longest`, uniform on a logarithmic scale:
+    about as many texts of 50 to 100 tokens as of 2048 to 4096.
+    """
     generator = random.Random(_SEED)
     low, high = math.log(min(SHORTEST, longest)), math.log(longest)
     drawn = [round(math.exp(generator.uniform(low, high))) for _ in range(TEXTS - 1)]
@@ -26,7 +28,7 @@ def text_lengths(longest: int) -> list[int]:
 
 
 def batches(lengths: list[int], bucketed: bool) -> list[list[int]]:
-    """Texts of each batch: in their order, or grouped as Trainer's group_by_length does."""
+    """Return the texts of each batch: in order, or grouped like Trainer's group_by_length."""
     order = list(range(len(lengths)))
     if bucketed:
         generator = torch.Generator().manual_seed(_SEED)
@@ -34,14 +36,12 @@ def batches(lengths: list[int], bucketed: bool) -> list[list[int]]:
     return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
 
-def training_passes(
-    longest: int, budgets: tuple[int, ...], device: str
-) -> tuple[dict[tuple[str, int | None], Callable[[Tensor], Tensor]], int]:
-    """(provider, block_per_row) -> forward and backward over all texts; and the tokens of one pass.
+def training_passes(longest: int, budgets: tuple[int, ...], device: str) -> tuple[Providers, int]:
+    """Forward and backward over all texts for each provider, and the tokens of one such pass.
 
-    "mra2" and "sdpa" sort by length and pad to the longest of a batch, "mra2_unsorted" pads alike
-    without sorting, "mra2_longest" pads everything to `longest`. The model is the embedded English
-    one of 4096 positions.
+    "mra2" and "sdpa" sort by length and pad to the longest text of a batch; "mra2_unsorted" pads in
+    the same way without sorting; "mra2_longest" pads everything to `longest`. The model is the
+    embedded English model with 4096 positions.
     """
     lengths = text_lengths(longest)
     generator = torch.Generator().manual_seed(_SEED)
@@ -52,26 +52,25 @@ def training_passes(
         for rows in batches(lengths, bucketed):
             width = longest if whole else max(lengths[row] for row in rows)
             ids = torch.full((len(rows), width), model.config.pad_token_id)
-            for place, row in enumerate(rows):
-                ids[place, : lengths[row]] = texts[row]
+            for position, row in enumerate(rows):
+                ids[position, : lengths[row]] = texts[row]
             prepared.append((ids.to(device), (ids != model.config.pad_token_id).long().to(device)))
 
         @torch.enable_grad()
-        def over_all(_: Tensor) -> Tensor:
+        def pass_over_all(unused: Tensor) -> Tensor:
             for ids, mask in prepared:
                 states = model.base_model(ids, attention_mask=mask).last_hidden_state
                 states.square().mean().backward()
             model.zero_grad()
-            return _
+            return unused
 
-        return over_all
+        return pass_over_all
 
-    dense = MraForMaskedLM.from_pretrained(english_checkpoint(4096), attn_implementation="sdpa").to(
-        device
-    )
-    passes = {("sdpa", None): run(dense.train(), bucketed=True, whole=False)}
+    checkpoint = english_checkpoint(4096)
+    dense = MraForMaskedLM.from_pretrained(checkpoint, attn_implementation="sdpa").to(device)
+    passes: Providers = {("sdpa", None): run(dense.train(), bucketed=True, whole=False)}
     for block_per_row in budgets:
-        model = MraForMaskedLM.from_pretrained(english_checkpoint(4096)).to(device).train()
+        model = MraForMaskedLM.from_pretrained(checkpoint).to(device).train()
         settings = {"approx_mode": "full", "initial_prior_diagonal_n_blocks": 0}
         set_attention(model, "mra2", block_per_row=block_per_row, **settings)
         for name, bucketed, whole in (

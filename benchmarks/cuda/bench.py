@@ -17,6 +17,7 @@ products are IEEE.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +78,8 @@ def steps(session: Session) -> list[Step]:
     shapes, budgets = _shapes(session)
 
     def table(shape: Shape, provider: str, budget: int | None = None, mode: str = "full") -> Step:
-        def run(s: Session) -> Outcome | None:
-            return _table(s, records, shape, provider, budget, mode)
-
+        about = {"shape": shape, "provider": provider, "budget": budget, "mode": mode}
+        run = partial(_table, records=records, **about)
         name = f"table: {shape} {provider}" + (f" {budget} {mode}" if budget else "")
         return Step(name, run, 25 if provider == "flex_exact_part" else 4)
 
@@ -137,7 +137,8 @@ def ceiling_steps(session: Session) -> list[Step]:
     records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
 
     def step(name: str, measure: Callable[[Session], dict]) -> Step:
-        return Step(f"ceiling: {name}", lambda s: _ceiling(s, records, name, measure))
+        run = partial(_ceiling, records=records, name=name, measure=measure)
+        return Step(f"ceiling: {name}", run)
 
     return [step(name, measure) for name, measure in _ceilings(session)]
 
@@ -145,12 +146,13 @@ def ceiling_steps(session: Session) -> list[Step]:
 def _ceilings(session: Session) -> Iterator[tuple[str, Callable[[Session], dict]]]:
     small = session.dry_run
     for megabytes in (1,) if small else (8, 24, 40, 1024):
-        yield f"gather of 4 KB blocks from {megabytes} MB", lambda s, n=megabytes: _gather(s, n)
+        name = f"gather of 4 KB blocks from {megabytes} MB"
+        yield name, partial(_gather, megabytes=megabytes)
     yield "copy", _copy
     for size in (64,) if small else (8192, 4096):
-        yield f"matmul bf16 {size}", lambda s, n=size: _matmul(s, n, torch.bfloat16)
+        yield f"matmul bf16 {size}", partial(_matmul, size=size, dtype=torch.bfloat16)
     size = 64 if small else 4096
-    yield f"matmul fp32 {size}", lambda s: _matmul(s, size, torch.float32)
+    yield f"matmul fp32 {size}", partial(_matmul, size=size, dtype=torch.float32)
 
 
 def _gather(session: Session, megabytes: int) -> dict:
@@ -321,9 +323,8 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
     small = session.dry_run
 
     def variant(label: str, priors: dict, **change) -> Step:
-        def run(s: Session) -> Outcome | None:
-            return _variant(s, records, shape, budget, f"mra2[{label}]", priors, change)
-
+        about = {"shape": shape, "budget": budget, "provider": f"mra2[{label}]"}
+        run = partial(_variant, records=records, priors=priors, change=change, **about)
         return Step(f"variant: {label}", run, 6)
 
     for swapped in forms(session):
@@ -338,12 +339,10 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
         yield variant(f"item_blocks={blocks}", {}, item_blocks=blocks)
         yield variant(f"item_blocks={blocks} priors", _PRIORS, item_blocks=blocks)
     for rows in (3,) if small else (128, 512, 2048):
-        one = Shape(32 * rows, 1, shape.heads, shape.dim)
+        one_sample = Shape(32 * rows, 1, shape.heads, shape.dim)
         for way in ("topk", "radix"):
-
-            def run(s: Session, one: Shape = one, way: str = way) -> Outcome | None:
-                return _selection(s, records, one, budget, way)
-
+            about = {"shape": one_sample, "budget": budget, "way": way}
+            run = partial(_selection, records=records, **about)
             yield Step(f"selection: {rows} block rows by {way}", run, 4)
 
 

@@ -5,7 +5,9 @@ Passes of the rows (op "model"): "fwd" is the encoder in bf16; "step" a training
 under `torch.compile`. Tokens per second are `1000 * batch * length / ms_median`.
 """
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
@@ -24,19 +26,16 @@ def steps(session: Session, records: Records) -> list[Step]:
     """A step per length, provider, pass and whether it is compiled."""
     lengths = (64,) if session.dry_run else (4096, 512, 16384, 8192, 2048, 1024)
     budget = 1 if session.dry_run else 8
-    steps_of_models = []
-    for compiled in (False, True):
-        for length in lengths if not compiled else lengths[:3]:
-            for provider, provider_budget in (("mra2", budget), ("sdpa", None)):
-                for kind in ("fwd", "step"):
-                    name = kind + " compiled" * compiled
+    providers = {"mra2": budget, "sdpa": None}
+    eager = list(itertools.product(lengths, providers, ("fwd", "step")))
+    compiled = itertools.product(lengths[:3], providers, ("fwd compiled", "step compiled"))
 
-                    def run(s, length=length, provider=provider, n=provider_budget, name=name):
-                        return _model(s, records, length, provider, n, name)
+    def step(length: int, provider: str, name: str, seconds: float) -> Step:
+        about = {"length": length, "provider": provider, "name": name}
+        run = partial(_model, records=records, budget=providers[provider], **about)
+        return Step(f"model: {length} {provider} {name}", run, seconds)
 
-                    label = f"model: {length} {provider} {name}"
-                    steps_of_models.append(Step(label, run, 45 if compiled else 8))
-    return steps_of_models
+    return [step(*case, 8) for case in eager] + [step(*case, 45) for case in compiled]
 
 
 def _model(

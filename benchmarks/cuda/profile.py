@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -54,13 +55,10 @@ def steps(session: Session) -> list[Step]:
 
     def launches_of(shape: Shape) -> Iterator[Step]:
         for name in PASSES:
-
-            def run(s: Session, name: str = name) -> Outcome | None:
-                return _launches(s, records, shape, name)
-
+            run = partial(_launches, records=records, shape=shape, name=name)
             yield Step(f"launches: {shape} {name}", run, 6)
 
-    counters = Step("counters by ncu", lambda s: _counters(s, first), 60, limit=float("inf"))
+    counters = Step("counters by ncu", partial(_counters, shape=first), 60, limit=float("inf"))
     return [
         *bench.ceiling_steps(session),
         *launches_of(first),

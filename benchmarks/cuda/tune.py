@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,12 +49,8 @@ def steps(session: Session) -> list[Step]:
     tuning_steps = []
     for position, (dim, width) in enumerate(sizes):
         for kernel, query_blocks in _TILES:
-
-            def run(
-                s: Session, kernel=kernel, dim=dim, width=width, query_blocks=query_blocks
-            ) -> Outcome | None:
-                return _tune(s, records, kernel, dim, width, query_blocks)
-
+            about = {"kernel": kernel, "dim": dim, "width": width, "query_blocks": query_blocks}
+            run = partial(_tune, records=records, **about)
             name = f"{kernel} D{dim} {_DTYPES[width]}" + ", two query blocks" * (query_blocks == 2)
             tuning_steps.append(Step(name, run, 15, limit=300))
         if position == 0:
@@ -63,15 +60,13 @@ def steps(session: Session) -> list[Step]:
 
 def _shared_steps(session: Session, records: Records) -> Iterator[Step]:
     for n in (1, 2) if session.dry_run else (8, 16, 32, 64):
-        yield Step(f"item_blocks {n}", lambda s, n=n: _item_blocks(s, records, n), 8)
+        yield Step(f"item_blocks {n}", partial(_item_blocks, records=records, n=n), 8)
     for precision in coarse_precisions(session):
-
-        def run(s: Session, precision: str = precision) -> Outcome | None:
-            return _coarse_precision(s, records, precision)
-
+        run = partial(_coarse_precision, records=records, precision=precision)
         yield Step(f"coarse products by {precision}", run, 8)
     for n in (2, 3) if session.dry_run else (16, 32, 64, 128, 256, 512):
-        yield Step(f"topk or radix at {n} block rows", lambda s, n=n: _topk(s, records, n), 5)
+        run = partial(_topk, records=records, rows=n)
+        yield Step(f"topk or radix at {n} block rows", run, 5)
 
 
 def candidates(session: Session, query_blocks: int) -> list[launching.LaunchConfig]:
