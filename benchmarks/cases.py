@@ -22,6 +22,7 @@ from benchmarks.providers import (
     self_attention_modules,
     whole_models,
 )
+from benchmarks.records import timing_columns
 from benchmarks.variable_lengths import BATCH, training_passes
 from mra_attention import mra2_attention, multiresolution_attention
 from mra_attention.benchmarking import DTYPES, interleaved_milliseconds, topical_inputs
@@ -178,38 +179,22 @@ def _both_passes(op: str, case: Case, providers: Providers, inputs, errors=None,
 
 def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None) -> list[dict]:
     dense = statistics.median(samples["sdpa", None])
-    rows = []
-    for (provider, block_per_row), times in samples.items():
-        ordered = sorted(times)
-        median = statistics.median(ordered)
-        rows.append(
-            {
-                "op": op,
-                "provider": provider,
-                "dtype": case.dtype,
-                "batch": 1,
-                "heads": HEADS,
-                "length": case.length,
-                "head_dim": HEAD_DIM,
-                "block_per_row": block_per_row,
-                "mode": "full" if provider.startswith("mra2") else "",
-                "pass": name,
-                "ms_median": round(median, 3),
-                "ms_p20": round(ordered[int(0.2 * (len(ordered) - 1))], 3),
-                "ms_p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-                "peak_mb": (peaks or {}).get((provider, block_per_row)),
-                "rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None,
-                "ratio": dense / median,
-            }
-        )
-    return rows
+    return [
+        {
+            **{"op": op, "provider": provider, "dtype": case.dtype, "batch": 1, "heads": HEADS},
+            **{"length": case.length, "head_dim": HEAD_DIM, "block_per_row": block_per_row},
+            "mode": "full" if provider.startswith("mra2") else "",
+            "pass": name,
+            **timing_columns(times),
+            "peak_mb": (peaks or {}).get((provider, block_per_row)),
+            "rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None,
+            "ratio": dense / statistics.median(times),
+        }
+        for (provider, block_per_row), times in samples.items()
+    ]
 
 
 SECTIONS = {
-    "attention": attention,
-    "self_attention": self_attention,
-    "model": model,
-    "mixed_lengths": mixed_lengths,
-    "scales": scales,
-    "adamra": adamra,
+    section.__name__: section
+    for section in (attention, self_attention, model, mixed_lengths, scales, adamra)
 }

@@ -4,6 +4,7 @@ import csv
 import datetime
 import importlib.metadata
 import platform
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,17 @@ class Records:
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writerow(row)
+
+
+def timing_columns(milliseconds: list[float]) -> dict[str, float]:
+    """The columns of the median and the percentiles 20 and 80."""
+    ordered = sorted(milliseconds)
+    last = len(ordered) - 1
+    return {
+        "ms_median": round(statistics.median(ordered), 4),
+        "ms_p20": round(ordered[int(0.2 * last)], 4),
+        "ms_p80": round(ordered[round(0.8 * last)], 4),
+    }
 
 
 def conditions(device: str, threads: int) -> dict[str, str]:
