@@ -44,7 +44,7 @@ def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> P
     if length > PADDING and 8 in budgets:
         mask = torch.ones(1, length, dtype=torch.bool, device=device)
         mask[:, -PADDING:] = False
-        providers["mra2_padded", 8] = partial(mra2_attention, mask=mask, block_per_row=8)
+        providers["mra2_padded", 8] = partial(mra2_attention, attention_mask=mask, block_per_row=8)
     return providers
 
 

@@ -30,6 +30,7 @@ from benchmarks.cuda import models, summary
 from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
 from benchmarks.cuda.measure import (
     Shape,
+    add_timing,
     attention_inputs,
     coarse_precisions,
     forms,
@@ -307,7 +308,9 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
     for rows in (3,) if small else (128, 512, 2048):
         one = Shape(32 * rows, 1, shape.heads, shape.dim)
         for way in ("topk", "radix"):
-            run = partial(_selection, session, records, one, budget, way)
+            row = one.row(op="selection", provider=way, block_per_row=budget, mode="")
+            measure = partial(time_selection, session, one, budget, way)
+            run = partial(add_timing, session, records, row | {"pass": "select"}, measure)
             yield Step(f"selection: {rows} block rows by {way}", run)
 
 
@@ -326,17 +329,6 @@ def _variant(session, records, shape, budget, label, priors, change) -> Outcome:
                 records.add(row | timing)
                 shown.append(f"{name} {timing['ms_median']:.3f}")
     return Outcome(detail=", ".join(shown))
-
-
-def _selection(session, records, shape, budget, way) -> Outcome | None:
-    """The selection only: from stored scores for topk, else as the length asks for."""
-    about = {"op": "selection", "provider": way, "block_per_row": budget, "pass": "select"}
-    row = session.where | shape.row(**about, mode="")
-    if records.has(row):
-        return None
-    timing = time_selection(session, shape, budget, way)
-    records.add(row | timing)
-    return Outcome(detail=f"{timing['ms_median']:.3f} ms")
 
 
 def time_selection(session: Session, shape: Shape, budget: int, way: str) -> dict[str, float]:

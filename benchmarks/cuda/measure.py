@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks.cuda.driver import Outcome, Session
-from benchmarks.records import timing_columns
+from benchmarks.records import Records, timing_columns
 from mra_attention import ops
 from mra_attention.benchmarking import DTYPES, added_peak_bytes, topical_inputs
 from mra_attention.triton_impl import launching
@@ -62,6 +62,17 @@ def time_calls(
         run()
     estimate = max(1e-3, _event_times(run, 2)[-1])
     return timing_columns(_event_times(run, max(5, min(100, int(1e3 * seconds / estimate)))))
+
+
+def add_timing(
+    session: Session, records: Records, row: dict, measure: Callable[[], dict]
+) -> Outcome | None:
+    """Add a row and the columns that `measure` returns, unless there is one."""
+    if records.has(row):
+        return None
+    columns = measure()
+    records.add(session.where | row | columns)
+    return Outcome(detail=f"{columns['ms_median']:.3f} ms")
 
 
 def _event_times(run: Callable[[], object], repeats: int) -> list[float]:

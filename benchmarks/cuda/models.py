@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
-from benchmarks.cuda.measure import Shape, peak_megabytes, time_calls
+from benchmarks.cuda.driver import Session, Skipped, Step
+from benchmarks.cuda.measure import Shape, add_timing, peak_megabytes, time_calls
 from benchmarks.providers import labelled_tokens, roberta_base, training_step
 from benchmarks.records import Records
 
@@ -37,9 +37,7 @@ def steps(session: Session, records: Records) -> list[Step]:
     ]
 
 
-def _model(
-    session: Session, records: Records, length: int, provider: str, name: str
-) -> Outcome | None:
+def _model(session: Session, records: Records, length: int, provider: str, name: str):
     training, compiled = name.startswith("step"), name.endswith("compiled")
     if session.dry_run and compiled:
         raise Skipped("dry run")
@@ -47,12 +45,6 @@ def _model(
     mra = {"impl": "triton", "block_per_row": budget} if provider == "mra2" else None
     sizes = _SMALL if session.dry_run else {}
     model = roberta_base(length, session.device, mra, training, **sizes)
-    heads = model.config.num_attention_heads
-    shape = Shape(length, batch, heads, model.config.hidden_size // heads)
-    about = {"block_per_row": budget, "mode": "full"} if mra else {"mode": ""}
-    row = session.where | shape.row(op="model", provider=provider, **about) | {"pass": name}
-    if records.has(row):
-        return None
     if compiled:
         torch._dynamo.reset()
         model.base_model.compile()
@@ -62,9 +54,15 @@ def _model(
     else:
         model.bfloat16()
         run = torch.no_grad()(partial(model.base_model, ids))
-    if not session.dry_run:
-        run()  # compiles, and makes the state of the optimizer
-    peak = peak_megabytes(session, run)
-    timing = time_calls(session, run, seconds=1.0)
-    records.add(row | timing | {"peak_mb": peak})
-    return Outcome(detail=f"{1e3 * batch * length / timing['ms_median']:.0f} tokens/s")
+
+    def measure() -> dict:
+        if not session.dry_run:
+            run()  # compiles, and makes the state of the optimizer
+        peak = peak_megabytes(session, run)
+        return time_calls(session, run, seconds=1.0) | {"peak_mb": peak}
+
+    heads = model.config.num_attention_heads
+    shape = Shape(length, batch, heads, model.config.hidden_size // heads)
+    about = {"block_per_row": budget, "mode": "full"} if mra else {"mode": ""}
+    row = shape.row(op="model", provider=provider, **about) | {"pass": name}
+    return add_timing(session, records, row, measure)

@@ -22,6 +22,7 @@ from benchmarks.cuda.measure import (
     QUERY_KERNELS,
     Passes,
     Shape,
+    add_timing,
     architecture,
     coarse_precisions,
     forms,
@@ -59,10 +60,11 @@ def steps(session: Session) -> list[Step]:
 
 
 def _shared_steps(session: Session, records: Records) -> Iterator[Step]:
-    """Time a value of a table-wide setting each; the label "NAME=VALUE" is in the column."""
+    """Time a value of a table-wide setting each."""
 
     def step(name: str, setting: str, measure: Callable[[], dict[str, float]]) -> Step:
-        return Step(name, partial(_shared, session, records, setting, measure))
+        row = {"architecture": architecture(session), "setting": setting}
+        return Step(name, partial(add_timing, session, records, row, measure))
 
     for n in (1, 2) if session.dry_run else (8, 16, 32, 64):
         yield step(f"item_blocks {n}", f"item_blocks={n}", partial(_item_blocks, session, n))
@@ -123,17 +125,6 @@ def _tune(
         return Outcome("fail", "no candidate could be run")
     best = min(medians, key=medians.get)
     return Outcome(detail=f"{medians[best]:.3f} ms with {best}")
-
-
-def _shared(
-    session: Session, records: Records, setting: str, measure: Callable[[], dict[str, float]]
-) -> Outcome | None:
-    row = session.where | {"architecture": architecture(session), "setting": setting}
-    if records.has(row):
-        return None
-    timing = measure()
-    records.add(row | timing)
-    return Outcome(detail=f"{timing['ms_median']:.3f} ms")
 
 
 def _item_blocks(session: Session, n: int) -> dict[str, float]:
