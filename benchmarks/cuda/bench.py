@@ -207,14 +207,7 @@ def _flex(session: Session, inputs: tuple[Tensor, ...], budget: int) -> Callable
     return partial(compiled, block_mask=mask, kernel_options=options)
 
 
-def _table(
-    session: Session,
-    records: Records,
-    shape: Shape,
-    provider: str,
-    budget: int | None,
-    mode: str,
-) -> Outcome | None:
+def _table(session, records, shape, provider, budget, mode) -> Outcome | None:
     """Forward and forward+backward, eager and as a graph: up to four rows."""
     if provider in _DENSE:
         budget, mode = None, ""

@@ -45,34 +45,29 @@ _SECTIONS = (
 def steps(session: Session) -> list[Step]:
     """Ceilings, then the launches of every pass, and the counters after the first shape."""
     records = Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
-    first, *others = _shapes(session)
+    (first, *others), budget = _shapes(session)
 
-    def launches_of(*shapes: Shape) -> list[Step]:
-        return [
-            Step(f"launches: {shape} {name}", partial(_launches, session, records, shape, name))
-            for shape in shapes
-            for name in PASSES
-        ]
+    def launches_of(*shapes: Shape) -> Iterator[Step]:
+        for shape in shapes:
+            for name in PASSES:
+                run = partial(_launches, session, records, shape, budget, name)
+                yield Step(f"launches: {shape} {name}", run)
 
-    counters = Step("counters by ncu", partial(_counters, session, first))
+    counters = Step("counters by ncu", partial(_counters, session, first, budget))
     return [*bench.ceiling_steps(session), *launches_of(first), counters, *launches_of(*others)]
 
 
-def _shapes(session: Session) -> list[Shape]:
+def _shapes(session: Session) -> tuple[list[Shape], int]:
     if session.dry_run:
-        return [Shape(96, 1, 1, 16), Shape(64, 2, 1, 16)]
-    return [Shape(4096, 8), Shape(16384, 1), Shape(65536, 1), Shape(4096, 1), Shape(1024, 8)]
-
-
-def _budget(session: Session) -> int:
-    return 1 if session.dry_run else 8
+        return [Shape(96, 1, 1, 16), Shape(64, 2, 1, 16)], 1
+    sizes = [(4096, 8), (16384, 1), (65536, 1), (4096, 1), (1024, 8)]
+    return [Shape(*x) for x in sizes], 8
 
 
 # -- launches
 
 
-def _launches(session: Session, records: Records, shape: Shape, name: str) -> Outcome | None:
-    budget = _budget(session)
+def _launches(session, records, shape, budget, name) -> Outcome | None:
     about = session.where | shape.row(block_per_row=budget) | {"pass": name}
     if records.has(about | {"kernel": summary.GRAPH}):
         return None
@@ -173,7 +168,7 @@ torch.cuda.profiler.stop()
 """
 
 
-def _counters(session: Session, shape: Shape) -> Outcome | None:
+def _counters(session: Session, shape: Shape, budget: int) -> Outcome | None:
     """Profile the Triton kernels of one call, in a program that has compiled them before."""
     path = session.out / "counters.csv"
     if path.exists():
@@ -188,7 +183,7 @@ def _counters(session: Session, shape: Shape) -> Outcome | None:
     command += ["--kernel-name", f"regex:^({'|'.join(KERNELS)})$", "--clock-control", "none"]
     command += [word for section in _SECTIONS for word in ("--section", section)]
     command += ["--csv", "--page", "raw", "--log-file", str(raw)]
-    command += [sys.executable, "-c", _PROFILED, *map(str, (*shape, _budget(session)))]
+    command += [sys.executable, "-c", _PROFILED, *map(str, (*shape, budget))]
     outcome = run_program(session, command, {})
     if outcome.status != "pass":
         return outcome
