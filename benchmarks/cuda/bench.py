@@ -221,7 +221,7 @@ def _table(session, records, shape, provider, budget, mode) -> Outcome | None:
     *inputs, grad = attention_inputs(session, shape)
     function, context = _provider(session, provider, inputs, budget, mode)
     with context:
-        passes = {"fwd": _forward(function, inputs), "fwd+bwd": _both(function, inputs, grad)}
+        passes = _passes(function, inputs, grad)
         error = f"{_relative_error(session, shape, passes['fwd'](), inputs):.3e}"
         shown, errors = [], []
         for name in missing:
@@ -252,16 +252,11 @@ def _table(session, records, shape, provider, budget, mode) -> Outcome | None:
     return Outcome("skipped" if errors else "pass", detail)
 
 
-def _forward(function: Callable[..., Tensor], inputs) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
-
-    return run
-
-
-def _both(function: Callable[..., Tensor], inputs, grad: Tensor) -> Callable[[], tuple]:
-    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+def _passes(function: Callable[..., Tensor], inputs, grad: Tensor) -> dict[str, Callable]:
+    return {
+        "fwd": torch.no_grad()(partial(function, *inputs)),
+        "fwd+bwd": lambda: torch.autograd.grad(function(*inputs), inputs, grad),
+    }
 
 
 @torch.no_grad()
@@ -311,10 +306,9 @@ def _variant(session, records, shape, budget, label, priors, change) -> Outcome:
     about = {"provider": f"mra2[{label}]", "block_per_row": budget, "mode": "full"}
     *inputs, grad = attention_inputs(session, shape)
     attend = partial(mra2_attention, block_per_row=budget, impl="triton", **priors)
-    passes = {"fwd": _forward(attend, inputs), "fwd+bwd": _both(attend, inputs, grad)}
     shown = []
     with patched_table(**change):
-        for name, run in passes.items():
+        for name, run in _passes(attend, inputs, grad).items():
             columns = {"op": "variant", "pass": name + " graph" * (not session.dry_run)}
             row = session.where | shape.row(**about, **columns)
             if not records.has(row):

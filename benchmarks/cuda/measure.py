@@ -6,9 +6,10 @@ import importlib.util
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -127,16 +128,10 @@ def attention_inputs(session: Session, shape: Shape, dtype: str = "bf16") -> tup
     return session.kept["inputs"]
 
 
-@contextlib.contextmanager
-def patched_table(**changes) -> Iterator[None]:
+def patched_table(**changes) -> contextlib.AbstractContextManager:
     """Use the shipped launch settings with `changes`, fields of `launching.Table`."""
-    shipped = launching.table
-    changed = dataclasses.replace(shipped(), **changes)
-    launching.table = lambda: changed
-    try:
-        yield
-    finally:
-        launching.table = shipped
+    changed = dataclasses.replace(launching.table(), **changes)
+    return mock.patch.object(launching, "table", lambda: changed)
 
 
 def with_configs(**changes) -> dict:

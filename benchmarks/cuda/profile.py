@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.cuda import bench, summary
 from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
 from benchmarks.cuda.measure import Passes, Shape, graphed, pictures, run_program, time_calls
-from benchmarks.cuda.roofline import KERNELS, Ceilings, Problem, Work
+from benchmarks.cuda.roofline import KERNELS, Ceilings, Problem
 from benchmarks.records import CONDITIONS, Records
 from mra_attention.triton_impl import launching
 
@@ -87,7 +87,12 @@ def _launches(session, records, shape, budget, name) -> Outcome | None:
         work = works.get(kernel)
         if work is not None:
             least, bound = ceilings.least_microseconds(work, precision)
-            row |= _work_columns(work) | {"floor_us": f"{least:.2f}", "bound": bound}
+            row |= {"floor_us": f"{least:.2f}", "bound": bound}
+            row |= {
+                "memory_mb": f"{work.memory / 1e6:.4g}",
+                "gather_mb": f"{work.gather / 1e6:.4g}",
+            }
+            row["gigaflop"] = f"{(work.exact + work.coarse) / 1e9:.4g}"
             least_total += least
         total += us
         rows.append(row)
@@ -100,12 +105,6 @@ def _launches(session, records, shape, budget, name) -> Outcome | None:
         records.add(row)
     detail = f"{total:.0f} us in kernels, roofline {least_total:.0f}, graph {graph:.0f}"
     return Outcome(detail=detail)
-
-
-def _work_columns(work: Work) -> dict[str, str]:
-    numbers = (work.memory / 1e6, work.gather / 1e6, (work.exact + work.coarse) / 1e9)
-    names = ("memory_mb", "gather_mb", "gigaflop")
-    return {name: f"{x:.4g}" for name, x in zip(names, numbers, strict=True)}
 
 
 def _kernel_times(session: Session, run: Callable[[], object]) -> dict[str, tuple[float, float]]:
