@@ -5,7 +5,6 @@ python benchmarks/plot.py results/cpu.csv results/cpu_modules.png --op self_atte
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's package named `cuda`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import benchmarks  # noqa: F401  (makes mra_hf importable)
+from benchmarks.records import read_rows
 from mra_hf.encoders.methods import METHODS
 from mra_hf.results.drawing import new_figure, save_figure
 
@@ -184,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", help="default: all sizes that were measured at several lengths")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, not eager calls")
     args = parser.parse_args(arguments)
-    with args.csv.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(args.csv)
     if rows and "kernel" in rows[0]:
         draw_launches(rows, args.png)
         return 0

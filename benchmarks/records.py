@@ -18,6 +18,14 @@ COLUMNS = (
 KEYS = COLUMNS[len(CONDITIONS) : COLUMNS.index("ms_median")]
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 class Records:
     """A CSV file whose rows are on disk as soon as they are added."""
 
@@ -29,8 +37,7 @@ class Records:
         self._known = {self.key(row) for row in self.rows()}
 
     def rows(self) -> list[dict[str, str]]:
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return read_rows(self.path)
 
     def key(self, row: Mapping) -> tuple[str, ...]:
         return tuple("" if row.get(name) is None else str(row[name]) for name in self.keys)

@@ -2,7 +2,6 @@
 only itself. Dry runs try the whole programs out on a CPU.
 """
 
-import csv
 import dataclasses
 import json
 import multiprocessing
@@ -17,16 +16,11 @@ import torch
 from benchmarks import ROOT, run
 from benchmarks.cuda import check, driver, tune
 from benchmarks.cuda.driver import Finished, Outcome, Planned, Skipped, Started, Step
-from benchmarks.records import CONDITIONS
+from benchmarks.records import CONDITIONS, read_rows
 from mra_attention.triton_impl import launching
 
 PASSES = ("summaries", "select", "forward", "backward")
 SHIPPED = Path(launching.__file__).with_name("launch_configs.json")
-
-
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def statuses(rows):
@@ -110,7 +104,7 @@ def test_the_supervisor_writes_a_row_as_soon_as_a_step_ends(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "failed: second: off" in printed and "left: third" in printed
     assert "check: 1 pass, 1 fail, 0 skipped, 1 left" in printed
-    rows = rows_of(tmp_path / "check.csv")
+    rows = read_rows(tmp_path / "check.csv")
     columns = ("step", "status", "max_error", "allowed", "seconds", "detail")
     assert tuple(rows[0]) == (*CONDITIONS, *columns)
     errors = [(row["step"], row["max_error"]) for row in rows]
@@ -166,7 +160,7 @@ def test_processes_of_broken_steps_are_replaced_and_ended(tmp_path, monkeypatch,
     monkeypatch.setattr(driver, "_STUCK_AFTER", 2)
     assert driver.Supervisor(session(tmp_path), 500, "broken_steps").run() == 1
     expected = {"first": "pass", "dies": "fail", "hangs": "fail", "last": "pass"}
-    assert statuses(rows_of(tmp_path / "check.csv")) == expected
+    assert statuses(read_rows(tmp_path / "check.csv")) == expected
     assert "finished" in capsys.readouterr().out
     if Path("/proc/self/cmdline").exists():
         command = Path(f"/proc/{(tmp_path / 'child').read_text()}/cmdline")
@@ -296,7 +290,7 @@ def dry_run(command, out):
         printed.append((done.stdout, {path.name: path.read_text() for path in out.glob("*.csv")}))
     assert printed[0][1] == printed[1][1]
     name = command.removeprefix("--")
-    rows = rows_of(out / ("check.csv" if name == "check" else f"{name}_steps.csv"))
+    rows = read_rows(out / ("check.csv" if name == "check" else f"{name}_steps.csv"))
     assert set(statuses(rows).values()) <= {"pass", "skipped"}
     return printed[0][0], rows
 
@@ -315,7 +309,7 @@ def test_check_compares_with_the_reference(tmp_path):
 @pytest.mark.slow
 def test_bench_writes_the_columns_of_the_benchmark(tmp_path):
     dry_run("bench", tmp_path)
-    rows = rows_of(tmp_path / "bench.csv")
+    rows = read_rows(tmp_path / "bench.csv")
     assert {row["op"] for row in rows} == {"attention", "variant", "selection", "model"}
     assert all(float(row["ms_median"]) > 0 for row in rows)
     table = [row for row in rows if row["op"] == "attention"]
@@ -324,7 +318,7 @@ def test_bench_writes_the_columns_of_the_benchmark(tmp_path):
     assert {row["mode"] for row in table if row["provider"] == "mra2"} == {"full", "sparse"}
     dense = [float(row["rel_error"]) for row in table if row["provider"] == "sdpa_flash"]
     assert 0 < max(dense) < 0.02
-    ceilings = rows_of(tmp_path / "ceilings.csv")
+    ceilings = read_rows(tmp_path / "ceilings.csv")
     names = [" ".join(row["name"].split()[:2]) for row in ceilings]
     assert names == ["gather of", "copy", "matmul bf16", "matmul fp32"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
@@ -342,7 +336,7 @@ def test_bench_writes_the_columns_of_the_benchmark(tmp_path):
 @pytest.mark.slow
 def test_profile_puts_every_launch_beside_its_roofline(tmp_path):
     printed, _ = dry_run("profile", tmp_path)
-    rows = rows_of(tmp_path / "launches.csv")
+    rows = read_rows(tmp_path / "launches.csv")
     assert list(dict.fromkeys(row["pass"] for row in rows)) == list(PASSES)
     for name in PASSES:
         first_shape = [row for row in rows if row["pass"] == name and row["length"] == "96"]
@@ -372,7 +366,7 @@ def test_tune_writes_a_table_that_parses(tmp_path):
     assert all(table.configs[key] == before.configs[key] for key in same)
     assert table.item_blocks in (1, 2, before.item_blocks) and table.topk_up_to_rows >= 0
     assert table.coarse_precision.keys() == before.coarse_precision.keys()
-    rows = rows_of(tmp_path / "tune.csv")
+    rows = read_rows(tmp_path / "tune.csv")
     settings = [row["setting"].partition("=")[::2] for row in rows if row["setting"]]
     precisions = {value for name, value in settings if name == "coarse_precision"}
     assert precisions == set(launching.COARSE_PRECISIONS)
