@@ -96,12 +96,9 @@ def _tune(
     session: Session, records: Records, kernel: str, dim: int, width: int, query_blocks: int
 ) -> Outcome | None:
     key = (architecture(session), kernel, dim, width)
-    about = dict(zip(("architecture", "kernel", "head_dim", "operand_bytes"), key, strict=True))
-    missing = [
-        config
-        for config in candidates(session, query_blocks)
-        if not records.has(about | dataclasses.asdict(config))
-    ]
+    about = dict(zip(_KEYS[:4], key, strict=True))
+    choices = candidates(session, query_blocks)
+    missing = [x for x in choices if not records.has(about | dataclasses.asdict(x))]
     if not missing:
         return None
     passes = _passes(session, dim, _DTYPES[width])

@@ -30,10 +30,7 @@ def statuses(rows):
 def session(out, **attributes):
     out.mkdir(exist_ok=True)
     where = dict.fromkeys(CONDITIONS, "here")
-    attributes = {"dry_run": False} | attributes
-    return driver.Session(
-        "check", "cpu", threads=1, out=out, write_table=False, where=where, **attributes
-    )
+    return driver.Session("check", "cpu", False, 1, out, False, where, **attributes)
 
 
 # -- steps and their supervisor
