@@ -6,6 +6,7 @@ is always among them, and `ratio` is its median time divided by the row's.
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from benchmarks.providers import (
     self_attention_modules,
     whole_models,
 )
+from benchmarks.records import timing_columns
 from benchmarks.variable_lengths import BATCH, training_passes
-from mra_attention import mra2_attention, multiresolution_attention
+from mra_attention import multiresolution_attention
 from mra_attention.benchmarking import DTYPES, interleaved_milliseconds, topical_inputs
 
 #: Heads of the longest inputs: dense attention takes minutes there.
@@ -81,9 +83,7 @@ def model(case: Case) -> list[dict]:
     for name, training in (("fwd", False), ("step", True)):
         providers, inputs = whole_models(case.length, case.budgets, case.device, training)
         # One pass of a long model takes a minute: it warms itself up.
-        samples = interleaved_milliseconds(
-            providers, inputs, backward=False, repeats=case.repeats, warm_up=case.length < 4096
-        )
+        samples = _timed(case, providers, inputs, warm_up=case.length < 4096)
         rows += _rows("model", case, name, samples)
     return rows
 
@@ -92,16 +92,10 @@ def mixed_lengths(case: Case) -> list[dict]:
     """Forward and backward over texts of 50 to `length` tokens; `mode` says how many tokens."""
     assert case.dtype == "fp32"
     passes, tokens = training_passes(case.length, case.budgets, case.device)
-    samples = interleaved_milliseconds(
-        passes,
-        (torch.zeros(()),),
-        backward=False,
-        repeats=case.repeats,
-        warm_up=case.length < 4096,
-    )
-    rows = _rows("mixed_lengths", case, "fwd+bwd", samples)
+    samples = _timed(case, passes, (torch.zeros(()),), warm_up=case.length < 4096)
+    rows = _rows("mixed_lengths", case, "fwd+bwd", samples, batch=BATCH, heads=3)
     for row in rows:
-        row |= {"batch": BATCH, "heads": 3, "mode": f"{row['mode']}, {tokens} tokens".lstrip(", ")}
+        row["mode"] = f"{row['mode']}, {tokens} tokens".lstrip(", ")
         row["tokens_per_second"] = 1000 * tokens / row["ms_median"]
     return rows
 
@@ -115,24 +109,15 @@ def scales(case: Case) -> list[dict]:
     length = case.length
     with torch.no_grad():
         inputs = topical_inputs(length, heads=SCALES_HEADS, device=case.device)
-        providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
+        providers = attention_providers(length, case.budgets, case.device)
         for block_per_row in case.budgets:
-            providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
-                q, k, v, block_per_row=n
-            )
             budgets = (max(1, length // 1024) * block_per_row, length // 32 * block_per_row)
-            providers["mra_1024_32_1", block_per_row] = lambda q, k, v, budgets=budgets: (
-                multiresolution_attention(q, k, v, resolutions=(1024, 32, 1), block_budgets=budgets)
+            providers["mra_1024_32_1", block_per_row] = partial(
+                multiresolution_attention, resolutions=(1024, 32, 1), block_budgets=budgets
             )
-        samples = interleaved_milliseconds(
-            providers, inputs, backward=False, repeats=case.repeats, warm_up=length < 65536
-        )
+        samples = _timed(case, providers, inputs, warm_up=length < 65536)
         errors = _relative_errors(providers, inputs) if length <= _LONGEST_ERROR else None
-    rows = _rows("scales", case, "fwd", samples, errors)
-    for row in rows:
-        row["heads"] = SCALES_HEADS
-        row["mode"] = "" if row["provider"] == "sdpa" else "full"
-    return rows
+    return _rows("scales", case, "fwd", samples, errors, heads=SCALES_HEADS)
 
 
 def adamra(case: Case) -> list[dict]:
@@ -143,11 +128,8 @@ def adamra(case: Case) -> list[dict]:
     hidden = torch.randn(1, case.length, 64, generator=torch.Generator().manual_seed(0))
     hidden = hidden.to(case.device).requires_grad_()
     providers = arena_layers(case.budgets, case.device)
-    samples = interleaved_milliseconds(providers, (hidden,), backward=True, repeats=case.repeats)
-    rows = _rows("adamra", case, "fwd+bwd", samples)
-    for row in rows:
-        row |= {"heads": 2, "head_dim": 32}
-    return rows
+    samples = _timed(case, providers, (hidden,), backward=True)
+    return _rows("adamra", case, "fwd+bwd", samples, heads=2, head_dim=32)
 
 
 @torch.no_grad()
@@ -166,50 +148,36 @@ def _relative_errors(providers: Providers, inputs: tuple[Tensor, ...]) -> dict:
     return {name: error(name[0], function(*inputs)) for name, function in providers.items()}
 
 
+def _timed(case: Case, providers: Providers, inputs, *, backward: bool = False, warm_up=True):
+    return interleaved_milliseconds(
+        providers, inputs, backward=backward, repeats=case.repeats, warm_up=warm_up
+    )
+
+
 def _both_passes(op: str, case: Case, providers: Providers, inputs, errors=None, peaks=None):
-    rows = []
-    for name, backward in (("fwd", False), ("fwd+bwd", True)):
-        samples = interleaved_milliseconds(
-            providers, inputs, backward=backward, repeats=case.repeats
-        )
-        rows += _rows(op, case, name, samples, errors, peaks if backward else None)
-    return rows
+    forward, both = (_timed(case, providers, inputs, backward=x) for x in (False, True))
+    rows = _rows(op, case, "fwd", forward, errors)
+    return rows + _rows(op, case, "fwd+bwd", both, errors, peaks)
 
 
-def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None) -> list[dict]:
+def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None, **columns):
+    """A row per provider; `columns` replace those of batch 1 and of RoBERTa-base's heads."""
     dense = statistics.median(samples["sdpa", None])
-    rows = []
-    for (provider, block_per_row), times in samples.items():
-        ordered = sorted(times)
-        median = statistics.median(ordered)
-        rows.append(
-            {
-                "op": op,
-                "provider": provider,
-                "dtype": case.dtype,
-                "batch": 1,
-                "heads": HEADS,
-                "length": case.length,
-                "head_dim": HEAD_DIM,
-                "block_per_row": block_per_row,
-                "mode": "full" if provider.startswith("mra2") else "",
-                "pass": name,
-                "ms_median": round(median, 3),
-                "ms_p20": round(ordered[int(0.2 * (len(ordered) - 1))], 3),
-                "ms_p80": round(ordered[round(0.8 * (len(ordered) - 1))], 3),
-                "peak_mb": (peaks or {}).get((provider, block_per_row)),
-                "rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None,
-                "ratio": dense / median,
-            }
-        )
-    return rows
+    shape = {"batch": 1, "heads": HEADS, "length": case.length, "head_dim": HEAD_DIM}
+    return [
+        {"op": op, "provider": provider, "dtype": case.dtype}
+        | {**shape, "block_per_row": block_per_row, "pass": name}
+        | {"mode": "full" if provider.startswith(("mra2", "mra_")) else ""}
+        | timing_columns(times)
+        | {"peak_mb": (peaks or {}).get((provider, block_per_row))}
+        | {"rel_error": f"{errors[provider, block_per_row]:.2e}" if errors else None}
+        | {"ratio": dense / statistics.median(times)}
+        | columns
+        for (provider, block_per_row), times in samples.items()
+    ]
 
 
 SECTIONS = {
-    "attention": attention,
-    "self_attention": self_attention,
-    "model": model,
-    "mixed_lengths": mixed_lengths,
-    "scales": scales,
-    "adamra": adamra,
+    section.__name__: section
+    for section in (attention, self_attention, model, mixed_lengths, scales, adamra)
 }

@@ -5,7 +5,6 @@ python benchmarks/plot.py results/cpu.csv results/cpu_modules.png --op self_atte
 """
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,41 +15,28 @@ from matplotlib.figure import Figure
 if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's package named `cuda`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import benchmarks  # noqa: F401  (makes mra_hf importable)
+from benchmarks.records import read_rows
 from mra_hf.encoders.methods import METHODS
 from mra_hf.results.drawing import new_figure, save_figure
 
 TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}
-#: Provider -> its name in legends; {} is the budget.
-NAMES = {
-    "sdpa": f"{METHODS['dense'].label} (SDPA)",
-    "sdpa_flash": f"{METHODS['dense'].label} (SDPA, flash)",
-    "sdpa_cudnn": f"{METHODS['dense'].label} (SDPA, cuDNN)",
-    "flex_exact_part": "FlexAttention on the same blocks; {} per row",
-    "mra2": f"{METHODS['mra2'].label}, {{}} blocks per row",
-    "longformer_64": f"{METHODS['longformer'].label}, window 64",
-    "longformer_256": f"{METHODS['longformer'].label}, window 256",
-    "bigbird": METHODS["bigbird"].label,
-    "mra_1024_32_1": "scales 1024, 32, 1; {} blocks per row",
-    "adamra": f"{METHODS['adamra'].label}, segments of 2, 8, 32",
-    "linear": METHODS["linear"].label,
+_DENSE, _LONGFORMER = METHODS["dense"], METHODS["longformer"]
+#: Provider -> its name in legends, where {} is the budget, and its colour.
+LOOKS = {
+    "sdpa": (f"{_DENSE.label} (SDPA)", _DENSE.colour),
+    "sdpa_flash": (f"{_DENSE.label} (SDPA, flash)", _DENSE.colour),
+    "sdpa_cudnn": (f"{_DENSE.label} (SDPA, cuDNN)", "#999999"),
+    "flex_exact_part": ("FlexAttention on the same blocks; {} per row", "#66a3d2"),
+    "mra2": (f"{METHODS['mra2'].label}, {{}} blocks per row", None),
+    "longformer_64": (f"{_LONGFORMER.label}, window 64", "#66a3d2"),
+    "longformer_256": (f"{_LONGFORMER.label}, window 256", _LONGFORMER.colour),
+    "bigbird": (METHODS["bigbird"].label, "#b5a642"),
+    "mra_1024_32_1": ("scales 1024, 32, 1; {} blocks per row", "#d95f02"),
+    "adamra": (f"{METHODS['adamra'].label}, segments of 2, 8, 32", METHODS["adamra"].colour),
+    "linear": (METHODS["linear"].label, METHODS["linear"].colour),
 }
-#: Provider, or "PROVIDER BUDGET" -> its colour.
-COLOURS = {
-    "sdpa": METHODS["dense"].colour,
-    "sdpa_flash": METHODS["dense"].colour,
-    "sdpa_cudnn": "#999999",
-    "flex_exact_part": "#66a3d2",
-    "mra2 4": "#1b9e77",
-    "mra2 8": "#d95f02",
-    "mra2 16": "#7570b3",
-    "longformer_64": "#66a3d2",
-    "longformer_256": METHODS["longformer"].colour,
-    "bigbird": "#b5a642",
-    "mra_1024_32_1 4": "#d95f02",
-    "adamra": METHODS["adamra"].colour,
-    "linear": METHODS["linear"].colour,
-}
+#: Budget -> the colour of MRA-2 with it.
+BUDGET_COLOURS = {"4": "#1b9e77", "8": "#d95f02", "16": "#7570b3"}
 PASS_COLOURS = {
     "summaries": "#7570b3",
     "select": "#1b9e77",
@@ -115,11 +101,12 @@ def _draw_panel(axes: Axes, rows: list[dict[str, str]]) -> None:
     for provider, budget in dict.fromkeys((r["provider"], r["block_per_row"]) for r in rows):
         line = [r for r in rows if (r["provider"], r["block_per_row"]) == (provider, budget)]
         line.sort(key=lambda row: int(row["length"]))
+        name, colour = LOOKS[provider]
         axes.plot(
             [int(r["length"]) for r in line],
             [float(r["ms_median"]) for r in line],
-            label=NAMES[provider].format(budget),
-            color=COLOURS.get(f"{provider} {budget}".strip(), COLOURS.get(provider)),
+            label=name.format(budget),
+            color=colour or BUDGET_COLOURS.get(budget),
             linestyle="--" if provider.startswith("sdpa") else "-",
             marker="o",
             markersize=4,
@@ -184,8 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", help="default: all sizes that were measured at several lengths")
     parser.add_argument("--graph", action="store_true", help="CUDA graphs, not eager calls")
     args = parser.parse_args(arguments)
-    with args.csv.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(args.csv)
     if rows and "kernel" in rows[0]:
         draw_launches(rows, args.png)
         return 0
@@ -203,8 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def drawable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of providers in NAMES, without MRA-2-s, which costs about as much as MRA-2."""
-    return [row for row in rows if row["provider"] in NAMES and row["mode"] != "sparse"]
+    """The rows of providers in LOOKS, without MRA-2-s, which costs about as much as MRA-2."""
+    return [row for row in rows if row["provider"] in LOOKS and row["mode"] != "sparse"]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the rows of the CSV.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,11 @@ def attention_providers(length: int, budgets: tuple[int, ...], device: str) -> P
     """SDPA, MRA-2 with each budget, and MRA-2 with 8 blocks per row and padding at the end."""
     providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
     for block_per_row in budgets:
-        providers["mra2", block_per_row] = lambda q, k, v, n=block_per_row: mra2_attention(
-            q, k, v, block_per_row=n
-        )
+        providers["mra2", block_per_row] = partial(mra2_attention, block_per_row=block_per_row)
     if length > PADDING and 8 in budgets:
         mask = torch.ones(1, length, dtype=torch.bool, device=device)
         mask[:, -PADDING:] = False
-        providers["mra2_padded", 8] = lambda q, k, v: mra2_attention(q, k, v, mask, block_per_row=8)
+        providers["mra2_padded", 8] = partial(mra2_attention, attention_mask=mask, block_per_row=8)
     return providers
 
 
@@ -117,6 +116,54 @@ def _bigbird(length: int, build, dtype, device) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def roberta_base(
+    length: int, device: str, mra: dict | None, training: bool, **sizes: int
+) -> RobertaForMaskedLM:
+    """RoBERTa-base with a masked-LM head, untrained: dense, or MRA-2 with the settings `mra`;
+    `sizes` replace entries of its configuration.
+    """
+    torch.manual_seed(0)
+    shape = _SHAPE | {"vocab_size": 50265, "type_vocab_size": 1} | sizes
+    config = RobertaConfig(max_position_embeddings=length + 2, **shape)
+    with torch.device(device):
+        model = RobertaForMaskedLM(config).train(training)
+    if mra is None:
+        model.set_attn_implementation("sdpa")
+    else:
+        mra_hf.set_attention(model, "mra2", **mra)
+    return model
+
+
+def labelled_tokens(
+    batch: int, length: int, device: str, vocab_size: int = 50265
+) -> tuple[Tensor, Tensor]:
+    """Random token ids `[B, N]`, and the labels by which 15 % of them are predicted."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocab_size, (batch, length), generator=generator)
+    labelled = torch.rand(batch, length, generator=generator) < 0.15
+    return ids.to(device), torch.where(labelled, ids, -100).to(device)
+
+
+def training_step(
+    model: RobertaForMaskedLM, labels: Tensor, *, autocast: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """A function of token ids that takes a step of AdamW, maybe under bf16 autocast."""
+    predict_labelled_positions(model)
+    device = labels.device.type
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
+
+    def step(ids: Tensor) -> Tensor:
+        with torch.enable_grad():
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                loss = model(ids, labels=labels).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
 def whole_models(
     length: int, budgets: tuple[int, ...], device: str, training: bool
 ) -> tuple[Providers, tuple[Tensor]]:
@@ -126,40 +173,18 @@ def whole_models(
         Functions of the token ids `[1, N]`: a forward pass to the hidden states, or a training
         step (15 % of the tokens predicted, AdamW); and the ids.
     """
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(5, 50265, (1, length), generator=generator).to(device)
-    labelled = (torch.rand(1, length, generator=generator) < 0.15).to(device)
-    labels = torch.where(labelled, input_ids, -100)
+    ids, labels = labelled_tokens(1, length, device)
 
-    def build(attention: str, **settings) -> Callable[[Tensor], Tensor]:
-        torch.manual_seed(0)
-        config = RobertaConfig(
-            **_SHAPE, vocab_size=50265, max_position_embeddings=length + 2, type_vocab_size=1
-        )
-        model = RobertaForMaskedLM(config).to(device).train(training)
-        if attention == "sdpa":
-            model.set_attn_implementation(attention)
-        else:
-            mra_hf.set_attention(model, attention, **settings)
-        if not training:
-            return lambda ids: model.roberta(ids).last_hidden_state
-        predict_labelled_positions(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    def build(mra: dict | None) -> Callable[[Tensor], Tensor]:
+        model = roberta_base(length, device, mra, training)
+        if training:
+            return training_step(model, labels)
+        return lambda ids: model.roberta(ids).last_hidden_state
 
-        def step(ids: Tensor) -> Tensor:
-            with torch.enable_grad():
-                loss = model(ids, labels=labels).loss
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
-
-    providers: Providers = {("sdpa", None): build("sdpa")}
+    providers: Providers = {("sdpa", None): build(None)}
     for block_per_row in budgets:
-        providers["mra2", block_per_row] = build("mra2", block_per_row=block_per_row)
-    return providers, (input_ids,)
+        providers["mra2", block_per_row] = build({"block_per_row": block_per_row})
+    return providers, (ids,)
 
 
 def arena_layers(budgets: tuple[int, ...], device: str) -> Providers:

@@ -4,6 +4,7 @@ import csv
 import datetime
 import importlib.metadata
 import platform
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,14 @@ COLUMNS = (
 KEYS = COLUMNS[len(CONDITIONS) : COLUMNS.index("ms_median")]
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 class Records:
     """A CSV file whose rows are on disk as soon as they are added."""
 
@@ -28,8 +37,7 @@ class Records:
         self._known = {self.key(row) for row in self.rows()}
 
     def rows(self) -> list[dict[str, str]]:
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return read_rows(self.path)
 
     def key(self, row: Mapping) -> tuple[str, ...]:
         return tuple("" if row.get(name) is None else str(row[name]) for name in self.keys)
@@ -45,6 +53,17 @@ class Records:
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, lineterminator="\n", extrasaction="ignore")
             writer.writerow(row)
+
+
+def timing_columns(milliseconds: list[float]) -> dict[str, float]:
+    """The columns of the median and the percentiles 20 and 80."""
+    ordered = sorted(milliseconds)
+    last = len(ordered) - 1
+    return {
+        "ms_median": round(statistics.median(ordered), 4),
+        "ms_p20": round(ordered[int(0.2 * last)], 4),
+        "ms_p80": round(ordered[round(0.8 * last)], 4),
+    }
 
 
 def conditions(device: str, threads: int) -> dict[str, str]:

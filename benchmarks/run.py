@@ -19,7 +19,7 @@ from there when called again:
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,6 @@ if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's pack
 
 from benchmarks.cuda import driver
 from benchmarks.records import COLUMNS, KEYS, Records, conditions
-
-NO_GPU = "--device cuda, but torch sees no CUDA or ROCm device here"
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,10 @@ class Sweep:
     memory: bool = False
 
 
+_OPS = ("attention", "self_attention", "model", "mixed_lengths", "scales", "adamra")
 _SHORT = (512, 1024, 2048)
 PRESETS = {
-    "smoke": (
-        Sweep("attention", (64,), ("fp32",), (1,), 1),
-        Sweep("self_attention", (64,), ("fp32",), (1,), 1),
-        Sweep("model", (64,), ("fp32",), (1,), 1),
-        Sweep("mixed_lengths", (64,), ("fp32",), (1,), 1),
-        Sweep("scales", (64,), ("fp32",), (1,), 1),
-        Sweep("adamra", (64,), ("fp32",), (1,), 1),
-    ),
+    "smoke": tuple(Sweep(op, (64,), ("fp32",), (1,), 1) for op in _OPS),
     "quick": (Sweep("attention", (512, 1024, 2048, 4096), budgets=(8,)),),
     "pairs": (
         Sweep("attention", (512,), budgets=(4,), repeats=21),
@@ -121,19 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         driver.check_arguments(parser, args)
     elif args.dry_run:
         parser.error(f"--dry-run is for the commands of a GPU: {', '.join(driver.COMMANDS)}")
-    if args.device == "cuda" and not _has_gpu():
-        parser.error(NO_GPU)
+    if args.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda, but torch sees no CUDA or ROCm device here")
     if args.command is not None:
         return driver.run(args)
     if args.out is None:
         args.out = Path(f"benchmark_{args.device}_{args.preset}.csv")
     return _measure(parser, args)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -151,10 +140,14 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         section = (row["op"], row["dtype"], row["length"])
         budgets_done.setdefault(section, set()).add(row["block_per_row"])
     print(f"{where['device']}, torch {torch.__version__}, batch 1, heads of 64, median ms")
-    print(
-        f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}{'ms':>10}{'vs SDPA':>9}"
-    )
-    sections = list(_sections(args.preset))
+    names = f"{'op':<16}{'length':>7}{'dtype':>6}{'pass':>9}  {'provider':<18}"
+    print(f"{names}{'ms':>10}{'vs SDPA':>9}")
+    sections = [
+        (sweep, dtype, length)
+        for sweep in PRESETS[args.preset]
+        for dtype in sweep.dtypes
+        for length in sweep.lengths
+    ]
     for number, (sweep, dtype, length) in enumerate(sections, 1):
         section = (sweep.op, dtype, str(length))
         if {str(budget) for budget in sweep.budgets} <= budgets_done.get(section, set()):
@@ -165,23 +158,14 @@ def _measure(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             )
         begin = time.perf_counter()
         case = Case(length, dtype, sweep.budgets, args.device, sweep.repeats, sweep.memory)
-        rows = SECTIONS[sweep.op](case)
-        for row in rows:
+        for row in SECTIONS[sweep.op](case):
             _show(row)
             records.add(where | row)
         seconds = time.perf_counter() - begin
-        print(
-            f"  section {number} of {len(sections)}, {seconds:.0f} s", file=sys.stderr, flush=True
-        )
+        progress = f"  section {number} of {len(sections)}, {seconds:.0f} s"
+        print(progress, file=sys.stderr, flush=True)
     print(f"written to {args.out}")
     return 0
-
-
-def _sections(preset: str) -> Iterator[tuple[Sweep, str, int]]:
-    for sweep in PRESETS[preset]:
-        for dtype in sweep.dtypes:
-            for length in sweep.lengths:
-                yield sweep, dtype, length
 
 
 def _show(row: dict) -> None:

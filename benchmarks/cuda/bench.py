@@ -16,7 +16,6 @@ products are IEEE.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,10 +26,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from benchmarks.cuda import models
+from benchmarks.cuda import models, summary
 from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
 from benchmarks.cuda.measure import (
-    Timing,
+    Shape,
+    add_timing,
     attention_inputs,
     coarse_precisions,
     forms,
@@ -45,6 +45,7 @@ from benchmarks.cuda.measure import (
 )
 from benchmarks.records import COLUMNS, CONDITIONS, KEYS, Records
 from mra_attention import mra2_attention, ops
+from mra_attention.benchmarking import DTYPES
 
 CEILING_COLUMNS = (
     *CONDITIONS,
@@ -53,23 +54,7 @@ CEILING_COLUMNS = (
 )
 #: Priors of the released 4096-token checkpoints, which make rows uneven.
 _PRIORS = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 5}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tokens, samples and heads of a table row; bf16."""
-
-    length: int
-    batch: int
-    heads: int = 12
-    dim: int = 64
-
-    def row(self, **columns) -> dict:
-        shape = {"batch": self.batch, "heads": self.heads, "length": self.length}
-        return {"dtype": "bf16", **shape, "head_dim": self.dim, **columns}
-
-    def __str__(self) -> str:
-        return f"{self.length} x {self.batch}"
+_DENSE = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def steps(session: Session) -> list[Step]:
@@ -78,20 +63,15 @@ def steps(session: Session) -> list[Step]:
     shapes, budgets = _shapes(session)
 
     def table(shape: Shape, provider: str, budget: int | None = None, mode: str = "full") -> Step:
-        about = {"shape": shape, "provider": provider, "budget": budget, "mode": mode}
-        run = partial(_table, records=records, **about)
         name = f"table: {shape} {provider}" + (f" {budget} {mode}" if budget else "")
-        return Step(name, run, 25 if provider == "flex_exact_part" else 4)
+        return Step(name, partial(_table, session, records, shape, provider, budget, mode))
 
     first, *others = budgets
     flexible = [x for x in shapes[2:] if x.length >= 2048 and x.batch == 1]
+    providers = (("mra2", first), ("sdpa_flash", None), ("sdpa_cudnn", None))
     return [
         *ceiling_steps(session),
-        *(
-            table(shape, provider, budget)
-            for shape in shapes
-            for provider, budget in (("mra2", first), ("sdpa_flash", None), ("sdpa_cudnn", None))
-        ),
+        *(table(shape, *provider) for shape in shapes for provider in providers),
         *(table(shape, "flex_exact_part", first) for shape in shapes[:2]),
         *(table(shape, "mra2", n) for shape in shapes for n in others),
         *(table(shape, "mra2", first, "sparse") for shape in shapes[:2]),
@@ -135,27 +115,34 @@ def gather_kernel(X, INDEX, OUT, blocks_each, WORDS: tl.constexpr):
 def ceiling_steps(session: Session) -> list[Step]:
     """The steps that write `ceilings.csv`."""
     records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
-
-    def step(name: str, measure: Callable[[Session], dict]) -> Step:
-        run = partial(_ceiling, records=records, name=name, measure=measure)
-        return Step(f"ceiling: {name}", run)
-
-    return [step(name, measure) for name, measure in _ceilings(session)]
-
-
-def _ceilings(session: Session) -> Iterator[tuple[str, Callable[[Session], dict]]]:
     small = session.dry_run
-    for megabytes in (1,) if small else (8, 24, 40, 1024):
-        name = f"gather of 4 KB blocks from {megabytes} MB"
-        yield name, partial(_gather, megabytes=megabytes)
-    yield "copy", _copy
-    for size in (64,) if small else (8192, 4096):
-        yield f"matmul bf16 {size}", partial(_matmul, size=size, dtype=torch.bfloat16)
-    size = 64 if small else 4096
-    yield f"matmul fp32 {size}", partial(_matmul, size=size, dtype=torch.float32)
+    measures = {
+        f"gather of 4 KB blocks from {n} MB": partial(_gather, session, n)
+        for n in ((1,) if small else (8, 24, 40, 1024))
+    }
+    measures["copy"] = partial(_copy, session)
+    for dtype, sizes in (("bf16", (8192, 4096)), ("fp32", (4096,))):
+        for size in (64,) if small else sizes:
+            measures[f"matmul {dtype} {size}"] = partial(_matmul, session, size, DTYPES[dtype])
+    return [
+        Step(f"ceiling: {name}", partial(_ceiling, session, records, name, measure))
+        for name, measure in measures.items()
+    ]
 
 
-def _gather(session: Session, megabytes: int) -> dict:
+def _ceiling(session: Session, records: Records, name: str, measure) -> Outcome | None:
+    if records.has({"name": name}):
+        return None
+    row, run = measure()
+    row |= time_calls(session, run)
+    amount, unit = ("megabytes", "GB/s") if "megabytes" in row else ("gigaflop", "TFLOP/s")
+    row |= {"name": name, "rate": row[amount] / row["ms_median"], "unit": unit}
+    row = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+    records.add(session.where | row)
+    return Outcome(detail=f"{row['rate']} {unit}")
+
+
+def _gather(session: Session, megabytes: int) -> tuple[dict, Callable[[], None]]:
     words = 1024  # float32: 4 KB
     programs, each = (2, 3) if session.dry_run else (132 * 16, 64)
     blocks = megabytes * 2**20 // (4 * words)
@@ -167,39 +154,23 @@ def _gather(session: Session, megabytes: int) -> dict:
     def run() -> None:
         gather_kernel[(programs,)](x, index, out, each, WORDS=words, num_warps=4)
 
-    timing = time_calls(session, run)
+    run()
     assert bool((out == each).all()), "the gathered sums are wrong"
-    moved = programs * each * 4 * words / 1e6
-    numbers = {"megabytes": moved, "footprint_mb": blocks * 4 * words / 1e6}
-    return numbers | timing.columns() | {"rate": moved / timing.median, "unit": "GB/s"}
+    return {"megabytes": programs * each * 4 * words / 1e6, "footprint_mb": x.nbytes / 1e6}, run
 
 
-def _copy(session: Session) -> dict:
-    size = 2**10 if session.dry_run else 2**30
-    x = torch.ones(size, dtype=torch.uint8, device=session.device)
+def _copy(session: Session) -> tuple[dict, Callable[[], Tensor]]:
+    x = torch.ones(2**10 if session.dry_run else 2**30, dtype=torch.uint8, device=session.device)
     out = torch.empty_like(x)
-    timing = time_calls(session, lambda: out.copy_(x))
-    moved = 2 * size / 1e6
-    numbers = {"megabytes": moved, "footprint_mb": moved}
-    return numbers | timing.columns() | {"rate": moved / timing.median, "unit": "GB/s"}
+    moved = 2 * x.nbytes / 1e6
+    return {"megabytes": moved, "footprint_mb": moved}, lambda: out.copy_(x)
 
 
-def _matmul(session: Session, size: int, dtype: torch.dtype) -> dict:
+def _matmul(session: Session, size: int, dtype: torch.dtype) -> tuple[dict, Callable[[], Tensor]]:
     x = torch.randn(size, size, device=session.device, dtype=dtype)
     out = torch.empty_like(x)
-    timing = time_calls(session, lambda: torch.mm(x, x, out=out))
-    work = 2 * size**3 / 1e9
-    numbers = {"gigaflop": work, "footprint_mb": 3 * x.nbytes / 1e6}
-    return numbers | timing.columns() | {"rate": work / timing.median, "unit": "TFLOP/s"}
-
-
-def _ceiling(session: Session, records: Records, name: str, measure) -> Outcome | None:
-    if records.has({"name": name}):
-        return None
-    row = session.where | {"name": name} | measure(session)
-    row = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
-    records.add(row)
-    return Outcome(detail=f"{row['rate']} {row['unit']}")
+    row = {"gigaflop": 2 * size**3 / 1e9, "footprint_mb": 3 * x.nbytes / 1e6}
+    return row, lambda: torch.mm(x, x, out=out)
 
 
 # -- the table
@@ -209,14 +180,13 @@ def _provider(
     session: Session, name: str, inputs: tuple[Tensor, ...], budget: int | None, mode: str
 ) -> tuple[Callable[..., Tensor], contextlib.AbstractContextManager]:
     """Attention of query, key and value, and the context it is to be timed in."""
-    backends = {"sdpa_flash": SDPBackend.FLASH_ATTENTION, "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION}
-    if name in backends:
-        backend = SDPBackend.MATH if session.dry_run else backends[name]
+    if name in _DENSE:
+        backend = SDPBackend.MATH if session.dry_run else _DENSE[name]
         return F.scaled_dot_product_attention, sdpa_kernel(backend)
     if name == "flex_exact_part":
         return _flex(session, inputs, budget), contextlib.nullcontext()
     settings = {"block_per_row": budget, "approx_mode": mode, "impl": "triton"}
-    return lambda q, k, v: mra2_attention(q, k, v, **settings), contextlib.nullcontext()
+    return partial(mra2_attention, **settings), contextlib.nullcontext()
 
 
 def _flex(session: Session, inputs: tuple[Tensor, ...], budget: int) -> Callable[..., Tensor]:
@@ -234,33 +204,24 @@ def _flex(session: Session, inputs: tuple[Tensor, ...], budget: int) -> Callable
     options = dict.fromkeys(names, 32)
     torch._dynamo.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
+    return partial(compiled, block_mask=mask, kernel_options=options)
 
 
-def _table(
-    session: Session,
-    records: Records,
-    shape: Shape,
-    provider: str,
-    budget: int | None,
-    mode: str,
-) -> Outcome | None:
+def _table(session, records, shape, provider, budget, mode) -> Outcome | None:
     """Forward and forward+backward, eager and as a graph: up to four rows."""
-    if provider == "mra2" or provider == "flex_exact_part":
-        about = {"block_per_row": budget, "mode": "sparse" if provider != "mra2" else mode}
-    else:
-        about = {"block_per_row": None, "mode": ""}
-    about = shape.row(op="attention", provider=provider, **about)
+    if provider in _DENSE:
+        budget, mode = None, ""
+    elif provider == "flex_exact_part":
+        mode = "sparse"
+    about = shape.row(op="attention", provider=provider, block_per_row=budget, mode=mode)
     names = ("fwd", "fwd+bwd", "fwd graph", "fwd+bwd graph")
     missing = [name for name in names if not records.has(about | {"pass": name})]
     if not missing:
         return None
-    *inputs, grad = attention_inputs(
-        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
-    )
+    *inputs, grad = attention_inputs(session, shape)
     function, context = _provider(session, provider, inputs, budget, mode)
     with context:
-        passes = {"fwd": _forward(function, inputs), "fwd+bwd": _both(function, inputs, grad)}
+        passes = _passes(function, inputs, grad)
         error = f"{_relative_error(session, shape, passes['fwd'](), inputs):.3e}"
         shown, errors = [], []
         for name in missing:
@@ -279,28 +240,23 @@ def _table(
                 session.log(f"{provider} {shape} {name}: {problem!r}")
                 shown.append(f"{name}: {type(problem).__name__}")
                 errors.append(problem)
-                if session.device.type == "cuda":
+                if session.device == "cuda":
                     torch.cuda.synchronize()  # raises where the device is broken
                     torch.cuda.empty_cache()
                 continue
-            records.add(row | timing.columns())
-            shown.append(f"{name} {timing.median:.3f}")
+            records.add(row | timing)
+            shown.append(f"{name} {timing['ms_median']:.3f}")
     detail = ", ".join(shown)
     if any(not isinstance(x, torch.OutOfMemoryError) for x in errors):
         return Outcome("fail", detail)
     return Outcome("skipped" if errors else "pass", detail)
 
 
-def _forward(function: Callable[..., Tensor], inputs) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with torch.no_grad():
-            return function(*inputs)
-
-    return run
-
-
-def _both(function: Callable[..., Tensor], inputs, grad: Tensor) -> Callable[[], tuple]:
-    return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
+def _passes(function: Callable[..., Tensor], inputs, grad: Tensor) -> dict[str, Callable]:
+    return {
+        "fwd": torch.no_grad()(partial(function, *inputs)),
+        "fwd+bwd": lambda: torch.autograd.grad(function(*inputs), inputs, grad),
+    }
 
 
 @torch.no_grad()
@@ -322,70 +278,49 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
     """Forms, groups and stages; coarse products; lengths of work items; topk or radix."""
     small = session.dry_run
 
-    def variant(label: str, priors: dict, **change) -> Step:
-        about = {"shape": shape, "budget": budget, "provider": f"mra2[{label}]"}
-        run = partial(_variant, records=records, priors=priors, change=change, **about)
-        return Step(f"variant: {label}", run, 6)
+    def variant(label: str, priors: dict | None = None, **change) -> Step:
+        run = partial(_variant, session, records, shape, budget, label, priors or {}, change)
+        return Step(f"variant: {label}", run)
 
     for swapped in forms(session):
         for group in (2,) if small else (2, 4):
             for stages in (2,) if small else (2, 3):
-                settings = {"swapped": swapped, "group": group, "num_stages": stages}
+                configs = with_configs(swapped=swapped, group=group, num_stages=stages)
                 label = f"{'swapped' if swapped else 'plain'} group={group} stages={stages}"
-                yield variant(label, {}, configs=with_configs(**settings))
+                yield variant(label, configs=configs)
     for precision in coarse_precisions(session):
-        yield variant(f"coarse products by {precision}", {}, **with_coarse_precision(precision))
+        yield variant(f"coarse products by {precision}", **with_coarse_precision(precision))
     for blocks in (1, 2) if small else (8, 16, 32):
-        yield variant(f"item_blocks={blocks}", {}, item_blocks=blocks)
+        yield variant(f"item_blocks={blocks}", item_blocks=blocks)
         yield variant(f"item_blocks={blocks} priors", _PRIORS, item_blocks=blocks)
     for rows in (3,) if small else (128, 512, 2048):
-        one_sample = Shape(32 * rows, 1, shape.heads, shape.dim)
+        one = Shape(32 * rows, 1, shape.heads, shape.dim)
         for way in ("topk", "radix"):
-            about = {"shape": one_sample, "budget": budget, "way": way}
-            run = partial(_selection, records=records, **about)
-            yield Step(f"selection: {rows} block rows by {way}", run, 4)
+            row = one.row(op="selection", provider=way, block_per_row=budget, mode="")
+            measure = partial(time_selection, session, one, budget, way)
+            run = partial(add_timing, session, records, row | {"pass": "select"}, measure)
+            yield Step(f"selection: {rows} block rows by {way}", run)
 
 
-def _variant(session, records, shape, budget, provider, priors, change) -> Outcome | None:
-    about = shape.row(op="variant", provider=provider, block_per_row=budget, mode="full")
-    *inputs, grad = attention_inputs(
-        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
-    )
-    settings = {"block_per_row": budget, "impl": "triton", **priors}
+def _variant(session, records, shape, budget, label, priors, change) -> Outcome:
+    about = {"provider": f"mra2[{label}]", "block_per_row": budget, "mode": "full"}
+    *inputs, grad = attention_inputs(session, shape)
+    attend = partial(mra2_attention, block_per_row=budget, impl="triton", **priors)
     shown = []
     with patched_table(**change):
-        for name in ("fwd", "fwd+bwd"):
-            row = session.where | about | {"pass": name + " graph" * (not session.dry_run)}
-            if records.has(row):
-                continue
-
-            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return mra2_attention(q, k, v, **settings)
-
-            run = _forward(attend, inputs) if name == "fwd" else _both(attend, inputs, grad)
-            timing = time_calls(session, graphed(session, run))
-            records.add(row | timing.columns())
-            shown.append(f"{name} {timing.median:.3f}")
+        for name, run in _passes(attend, inputs, grad).items():
+            columns = {"op": "variant", "pass": name + " graph" * (not session.dry_run)}
+            row = session.where | shape.row(**about, **columns)
+            if not records.has(row):
+                timing = time_calls(session, graphed(session, run))
+                records.add(row | timing)
+                shown.append(f"{name} {timing['ms_median']:.3f}")
     return Outcome(detail=", ".join(shown))
 
 
-def _selection(session, records, shape, budget, way) -> Outcome | None:
-    """The selection only: from stored scores for topk, else as the length asks for."""
-    about = shape.row(op="selection", provider=way, block_per_row=budget, mode="")
-    row = session.where | about | {"pass": "select"}
-    if records.has(row):
-        return None
-    timing = time_selection(session, shape, budget, way)
-    records.add(row | timing.columns())
-    return Outcome(detail=f"{timing.median:.3f} ms")
-
-
-def time_selection(session: Session, shape: Shape, budget: int, way: str) -> Timing:
+def time_selection(session: Session, shape: Shape, budget: int, way: str) -> dict[str, float]:
     """Time scores and selection of block pairs by "topk" or "radix", given the summaries."""
-    query, key, *_ = attention_inputs(
-        session, shape.length, shape.batch, shape.heads, shape.dim, "bf16"
-    )
-    query, key = query.detach(), key.detach()
+    query, key = (x.detach() for x in attention_inputs(session, shape)[:2])
     summaries = ops.mra2_summarize(query, key, key, None)
     always = {"topk_up_to_rows": 2**30, "recompute_from_length": 2**30}
     with patched_table(**(always if way == "topk" else {"topk_up_to_rows": 0})):
@@ -393,11 +328,12 @@ def time_selection(session: Session, shape: Shape, budget: int, way: str) -> Tim
         return time_calls(session, run)
 
 
-# -- pictures
+# -- tables and pictures
 
 
-def finish(session: Session, write_table: bool) -> None:
-    """Draw attention, as eager calls and as CUDA graphs."""
+def finish(session: Session) -> None:
+    """Print the tables; draw attention, as eager calls and as CUDA graphs."""
+    summary.print_bench(session.out)
     plot = pictures(session)
     if plot is None:
         return

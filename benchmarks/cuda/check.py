@@ -8,6 +8,7 @@ show. A test that records the properties "max_error" and "allowed" fills these c
 import importlib.util
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,12 @@ from benchmarks.cuda.measure import run_program
 if TYPE_CHECKING:
     import pytest
 
-#: Seconds after which a test counts as stuck, and the collection of all tests.
-_TEST_LIMIT = 150.0
-
 
 def steps(session: Session) -> list[Step]:
     """The tests, then the memory checker."""
     return [
-        Step("pytest -m gpu", _run_tests, limit=2 * _TEST_LIMIT),
-        Step("compute-sanitizer finds nothing", _sanitize, seconds=20, limit=float("inf")),
+        Step("pytest -m gpu", partial(_run_tests, session)),
+        Step("compute-sanitizer finds nothing", partial(_sanitize, session)),
     ]
 
 
@@ -77,7 +75,7 @@ class TestRows:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.outcome, self.seconds = Outcome(), 0.0
-        self.session.send(Started(nodeid, _TEST_LIMIT))
+        self.session.send(Started(nodeid))
 
     def pytest_runtest_logreport(self, report: "pytest.TestReport") -> None:
         """Setup, call and teardown of a test have a report each; errors come with the last."""

@@ -3,7 +3,7 @@ first.
 
 A supervisor, which runs nothing on the GPU, starts a worker process for the steps. A step that
 crashes or hangs, or that breaks the device, costs only itself: the supervisor records it as failed
-and starts a new worker for the rest. Files in the output folder:
+and starts a new worker for the rest, until the time is over. Files in the output folder:
 
     COMMAND.log               what happened, with tracebacks
     check.csv                 one row per check: pass, fail or skipped, with the largest error
@@ -17,6 +17,7 @@ The next call into the same folder skips the steps that have passed.
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import importlib
 import multiprocessing
@@ -29,20 +30,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.cuda import summary
 from benchmarks.records import CONDITIONS, Records, conditions
-
-if TYPE_CHECKING:
-    import torch
 
 COMMANDS = ("check", "bench", "profile", "tune")
 STEP_COLUMNS = (*CONDITIONS, "step", "status", "max_error", "allowed", "seconds", "detail")
-#: Exit status of a worker whose device no longer answers.
-_BROKEN = 3
-#: Seconds before the time limit at which the worker stops starting steps.
+#: Seconds of the time limit that are kept for tables and pictures.
 _MARGIN = 8
+#: Seconds without a message after which the worker counts as stuck.
+_STUCK_AFTER = 200.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,45 +68,19 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def run(args: argparse.Namespace) -> int:
     """Run a command; 0, or 1 when a step has failed."""
-    options = Options(
+    session = Session(
+        command=args.command,
         device=args.device,
         dry_run=args.dry_run,
         threads=args.threads,
         out=args.out,
-        deadline=time.monotonic() + args.time_limit,
         write_table=args.write_table,
         where=conditions(args.device, args.threads),
     )
-    return Supervisor(args.command, options).run()
+    return Supervisor(session, args.time_limit).run()
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the supervisor tells its worker.
-
-    Attributes:
-        device: "cuda", or "cpu" for a dry run.
-        threads: of torch on the CPU.
-        out: the output folder.
-        deadline: of `time.monotonic()`.
-        write_table: `tune` replaces the package's table.
-        where: the first columns of every row.
-    """
-
-    device: str
-    dry_run: bool
-    threads: int
-    out: Path
-    deadline: float
-    write_table: bool
-    where: dict[str, str]
-
-    def log(self, command: str, text: str) -> None:
-        with (self.out / f"{command}.log").open("a") as file:
-            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-
-
-# -- steps
+# -- steps, in the worker
 
 
 @dataclass
@@ -126,19 +97,11 @@ class Skipped(Exception):
     """Raised by a step that cannot run here; the text says why."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """Args:
-    name: of its row.
-    run: the work; None means a plain pass.
-    seconds: how long it takes on a GPU, at least; not started when less time is left.
-    limit: seconds after which it counts as stuck.
-    """
+class Step(NamedTuple):
+    """The name of a row, and the work; None means a plain pass."""
 
     name: str
-    run: Callable[["Session"], Outcome | None]
-    seconds: float = 2.0
-    limit: float = 150.0
+    run: Callable[[], Outcome | None]
 
 
 class Planned(NamedTuple):
@@ -151,7 +114,6 @@ class Started(NamedTuple):
     """The worker has started a step, maybe inside of another one."""
 
     name: str
-    limit: float
 
 
 class Finished(NamedTuple):
@@ -163,39 +125,33 @@ class Finished(NamedTuple):
 
 @dataclass
 class Session:
-    """What steps get to know and use, in the worker.
+    """What steps get to know and use.
 
     Attributes:
+        device: "cuda", or "cpu" for a dry run.
+        threads: of torch on the CPU.
+        out: the output folder.
+        write_table: `tune` replaces the package's table.
+        where: the first columns of every row.
         done: names of steps that are not to be run.
         send: passes a message to the supervisor.
         kept: what one step leaves for the next.
     """
 
     command: str
-    options: Options
-    device: "torch.device"
-    done: frozenset[str]
-    send: Callable[[Planned | Started | Finished], None]
+    device: str
+    dry_run: bool
+    threads: int
+    out: Path
+    write_table: bool
+    where: dict[str, str]
+    done: frozenset[str] = frozenset()
+    send: Callable[[Planned | Started | Finished], None] | None = None
     kept: dict = field(default_factory=dict)
 
-    @property
-    def dry_run(self) -> bool:
-        return self.options.dry_run
-
-    @property
-    def out(self) -> Path:
-        return self.options.out
-
-    @property
-    def where(self) -> dict[str, str]:
-        return self.options.where
-
-    def has_time_for(self, step: Step) -> bool:
-        left = self.options.deadline - time.monotonic()
-        return left > (0 if self.dry_run else step.seconds + _MARGIN)
-
     def log(self, text: str) -> None:
-        self.options.log(self.command, text)
+        with (self.out / f"{self.command}.log").open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
     def say(self, text: str) -> None:
         self.log(text)
@@ -203,36 +159,30 @@ class Session:
 
     def run(self, step: Step) -> None:
         """Run a step and report it."""
-        self.send(Started(step.name, step.limit))
+        self.send(Started(step.name))
         begin = time.monotonic()
         try:
-            outcome = step.run(self) or Outcome()
+            outcome = step.run() or Outcome()
         except Exception as error:
             self.log(f"{step.name}\n{traceback.format_exc()}")
             outcome = outcome_of(error)
         self.finish_step(outcome, time.monotonic() - begin)
 
     def finish_step(self, outcome: Outcome, seconds: float) -> None:
-        """Report the end of a step; end the process if the device no longer answers."""
+        """Report the end of a step; where the device no longer answers, end the process instead,
+        and so let the step fail: an illegal access breaks the device for the whole process.
+        """
+        if self.device == "cuda":
+            import torch
+
+            gc.collect()
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                self.say(f"the device no longer answers: {outcome.detail or error}")
+                os._exit(1)  # not through pytest, which would catch an exception
         self.send(Finished(outcome, seconds))
-        if not self._device_answers():
-            sys.stdout.flush()
-            os._exit(_BROKEN)  # not through pytest, which would catch an exception
-
-    def _device_answers(self) -> bool:
-        """An illegal access breaks the device for the whole process."""
-        if self.device.type != "cuda":
-            return True
-        import torch
-
-        gc.collect()
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError as error:
-            self.log(f"the device no longer answers: {error}")
-            return False
-        return True
 
 
 def outcome_of(error: Exception) -> Outcome:
@@ -250,34 +200,27 @@ def outcome_of(error: Exception) -> Outcome:
     return Outcome("fail", detail)
 
 
-def work(command: str, module_name: str, options: Options, done: frozenset[str], send) -> None:
-    """Run the steps of a module, without those in `done`, and report each by `send`."""
-    import torch
-
-    module = importlib.import_module(module_name)
-    session = Session(command, options, torch.device(options.device), done, send)
-    steps = module.steps(session)
+def work(session: Session, module_name: str) -> None:
+    """Run the steps of a module that are not done, and report each."""
+    steps = importlib.import_module(module_name).steps(session)
     assert len({step.name for step in steps}) == len(steps), "two steps of one name"
     session.send(Planned([step.name for step in steps]))
     for step in steps:
-        if step.name not in done and session.has_time_for(step):
+        if step.name not in session.done:
             session.run(step)
-    if hasattr(module, "finish"):
-        module.finish(session, options.write_table)
 
 
-def _work_in_a_process(
-    command: str, module_name: str, options: Options, done: frozenset[str], connection: Connection
-) -> None:
+def _work_in_a_process(session: Session, module_name: str, connection: Connection) -> None:
     os.setsid()  # the supervisor ends the group, and so what steps have started
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler is chatty
-    if options.dry_run:
+    if session.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
     import torch
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(session.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
-    work(command, module_name, options, done, connection.send)
+    session.send = connection.send
+    work(session, module_name)
 
 
 # -- the supervisor
@@ -287,17 +230,18 @@ class Supervisor:
     """Starts a worker, and another one where it dies, until all steps are done or time is over.
 
     Args:
-        command: names the files.
-        options: what the worker is told.
-        module: has the function `steps(session)`, and maybe `finish(session, write_table)`;
-            default: the module of the command.
+        session: names the files, and is passed to the worker.
+        seconds: the time limit.
+        module: has the function `steps(session)`, and maybe `finish(session)`, which shows what was
+            measured; default: the module of the command.
     """
 
-    def __init__(self, command: str, options: Options, module: str | None = None):
-        self.command, self.options, self.began = command, options, time.monotonic()
-        self.module = module or f"benchmarks.cuda.{command}"
-        name = "check.csv" if command == "check" else f"{command}_steps.csv"
-        self.records = Records(options.out / name, STEP_COLUMNS, ("step",))
+    def __init__(self, session: Session, seconds: float, module: str | None = None):
+        self.session, self.began = session, time.monotonic()
+        self.deadline = self.began + seconds - _MARGIN
+        self.module = module or f"benchmarks.cuda.{session.command}"
+        name = "check.csv" if session.command == "check" else f"{session.command}_steps.csv"
+        self.records = Records(session.out / name, STEP_COLUMNS, ("step",))
         self.outcomes = {row["step"]: row for row in self.records.rows()}
         self.done = {name for name, row in self.outcomes.items() if row["status"] != "fail"}
         self.planned: dict[str, None] = {}  # a set in order
@@ -308,7 +252,8 @@ class Supervisor:
         status = None
         while status is None:
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (self.command, self.module, self.options, frozenset(self.done), sender)
+            session = dataclasses.replace(self.session, done=frozenset(self.done))
+            arguments = (session, self.module, sender)
             worker = context.Process(target=_work_in_a_process, args=arguments)
             worker.start()
             sender.close()
@@ -319,43 +264,43 @@ class Supervisor:
                     os.killpg(worker.pid, signal.SIGKILL)
                 worker.kill()
                 worker.join()
+        module = importlib.import_module(self.module)
+        if hasattr(module, "finish"):
+            module.finish(self.session)
         return max(status, self.summarize())
 
     def follow(self, worker: multiprocessing.Process, receiver: Connection) -> int | None:
         """Record what a worker reports until it ends or has to be stopped; the exit status, or None
         where another worker has to go on.
         """
-        running: list[Started] = []  # a step, and maybe a step inside of it
+        running: list[str] = []  # a step, and maybe a step inside of it
         while True:
-            left = self.options.deadline - time.monotonic()
-            limit = float("inf") if self.options.dry_run or not running else running[-1].limit
+            left = self.deadline - time.monotonic()
+            limit = float("inf") if self.session.dry_run or not running else _STUCK_AFTER
             if not receiver.poll(max(0.0, min(left, limit))):
-                name = running[-1].name if running else "no step"
                 if left <= limit:
-                    passed = time.monotonic() - self.began
-                    print(f"stopped after {passed:.0f} s in: {name}", flush=True)
+                    passed, name = time.monotonic() - self.began, running[-1:] or ["no step"]
+                    print(f"stopped after {passed:.0f} s in: {name[0]}", flush=True)
                     return 0
-                self.record(name, Outcome("fail", f"no end in {limit:.0f} s"), limit)
+                self.record(running[-1], Outcome("fail", f"no end in {limit:.0f} s"), limit)
                 return None
             try:
                 message = receiver.recv()
             except EOFError:
                 break
             match message:
-                case Planned():
-                    self.planned |= dict.fromkeys(message.names)
-                case Started():
-                    running.append(message)
-                case Finished():
-                    self.record(running.pop().name, message.outcome, message.seconds)
+                case Planned(names):
+                    self.planned |= dict.fromkeys(names)
+                case Started(name):
+                    running.append(name)
+                case Finished(outcome, seconds):
+                    self.record(running.pop(), outcome, seconds)
         worker.join()
         if worker.exitcode == 0:
             return 0
-        if worker.exitcode == _BROKEN:  # after a step that is recorded
-            return None
         if running:
             detail = f"the process ended with {worker.exitcode}"
-            self.record(running[-1].name, Outcome("fail", detail), 0.0)
+            self.record(running[-1], Outcome("fail", detail), 0.0)
             return None
         print(f"the worker ended with {worker.exitcode}; see above", file=sys.stderr)
         return 1
@@ -364,21 +309,16 @@ class Supervisor:
         errors = {"max_error": outcome.max_error, "allowed": outcome.allowed}
         row = {key: None if x is None else f"{x:.2e}" for key, x in errors.items()}
         row |= {"step": name, "status": outcome.status, "detail": outcome.detail}
-        row = self.options.where | row | {"seconds": f"{seconds:.2f}"}
+        row = self.session.where | row | {"seconds": f"{seconds:.2f}"}
         self.records.add(row)
         self.outcomes[name] = row
         self.done.add(name)
         error = "" if outcome.max_error is None else f" error {outcome.max_error:.1e}"
-        text = f"{outcome.status:<8}{name}{error} ({seconds:.1f} s) {outcome.detail}".rstrip()
-        self.options.log(self.command, text)
-        print(text, flush=True)
+        text = f"{outcome.status:<8}{name}{error} ({seconds:.1f} s) {outcome.detail}"
+        self.session.say(text.rstrip())
 
     def summarize(self) -> int:
-        """Print what was measured and what is left; 1 when a step has failed, else 0."""
-        if self.command == "bench":
-            summary.print_bench(self.options.out)
-        if self.command == "profile":
-            summary.print_profile(self.options.out)
+        """Print how the steps went and which are left; 1 when one has failed, else 0."""
         counts = {"pass": 0, "fail": 0, "skipped": 0}
         for name, row in self.outcomes.items():
             counts[row["status"]] += 1
@@ -389,5 +329,6 @@ class Supervisor:
             print(f"  left: {name}")
         numbers = ", ".join(f"{count} {status}" for status, count in counts.items())
         seconds = time.monotonic() - self.began
-        print(f"{self.command}: {numbers}, {len(left)} left; {seconds:.0f} s; {self.options.out}")
+        session = self.session
+        print(f"{session.command}: {numbers}, {len(left)} left; {seconds:.0f} s; {session.out}")
         return int(counts["fail"] > 0)

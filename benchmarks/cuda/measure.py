@@ -4,17 +4,19 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks import ROOT
 from benchmarks.cuda.driver import Outcome, Session
+from benchmarks.records import Records, timing_columns
 from mra_attention import ops
 from mra_attention.benchmarking import DTYPES, added_peak_bytes, topical_inputs
 from mra_attention.triton_impl import launching
@@ -28,21 +30,27 @@ QUERY_KERNELS = ("forward", "query_gradient")
 _ROLLED = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Milliseconds."""
+class Shape(NamedTuple):
+    """Tokens, samples, heads and head dim of a call."""
 
-    median: float
-    p20: float
-    p80: float
+    length: int
+    batch: int
+    heads: int = 12
+    dim: int = 64
 
-    def columns(self) -> dict[str, float]:
-        names = ("ms_median", "ms_p20", "ms_p80")
-        return {name: round(x, 4) for name, x in zip(names, dataclasses.astuple(self), strict=True)}
+    def row(self, **columns) -> dict:
+        """Columns of a row in bf16."""
+        shape = {"batch": self.batch, "heads": self.heads, "length": self.length}
+        return {"dtype": "bf16", **shape, "head_dim": self.dim, **columns}
+
+    def __str__(self) -> str:
+        return f"{self.length} x {self.batch}"
 
 
-def time_calls(session: Session, run: Callable[[], object], seconds: float = 0.4) -> Timing:
-    """Time `run` for about `seconds`, 5 to 100 times, after a warm-up.
+def time_calls(
+    session: Session, run: Callable[[], object], seconds: float = 0.4
+) -> dict[str, float]:
+    """Time `run` for about `seconds`, 5 to 100 times, after a warm-up; the columns of the times.
 
     On a GPU by CUDA events around each call, all queued before the first is read; in a dry run
     once, by the wall clock. Caches are left as the previous call left them.
@@ -50,20 +58,26 @@ def time_calls(session: Session, run: Callable[[], object], seconds: float = 0.4
     if session.dry_run:
         begin = time.perf_counter()
         run()
-        passed = 1e3 * (time.perf_counter() - begin)
-        return Timing(passed, passed, passed)
+        return timing_columns([1e3 * (time.perf_counter() - begin)])
     for _ in range(2):
         run()
     estimate = max(1e-3, _event_times(run, 2)[-1])
-    samples = sorted(_event_times(run, max(5, min(100, int(1e3 * seconds / estimate)))))
-    last = len(samples) - 1
-    return Timing(statistics.median(samples), samples[int(0.2 * last)], samples[round(0.8 * last)])
+    return timing_columns(_event_times(run, max(5, min(100, int(1e3 * seconds / estimate)))))
+
+
+def add_timing(
+    session: Session, records: Records, row: dict, measure: Callable[[], dict]
+) -> Outcome | None:
+    """Add a row and the columns that `measure` returns, unless there is one."""
+    if records.has(row):
+        return None
+    columns = measure()
+    records.add(session.where | row | columns)
+    return Outcome(detail=f"{columns['ms_median']:.3f} ms")
 
 
 def _event_times(run: Callable[[], object], repeats: int) -> list[float]:
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(max(1, repeats))
-    ]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
     for begin, end in events:
         begin.record()
@@ -93,40 +107,31 @@ def graphed(session: Session, run: Callable[[], object]) -> Callable[[], None]:
 
 def peak_megabytes(session: Session, run: Callable[[], object]) -> float | None:
     """Megabytes (10^6 bytes) by which the peak of `run` exceeds what was in use; None on a CPU."""
-    return None if session.dry_run else round(added_peak_bytes(run, session.device) / 1e6, 1)
+    return None if session.dry_run else round(added_peak_bytes(run, "cuda") / 1e6, 1)
 
 
-def attention_inputs(
-    session: Session, length: int, batch: int, heads: int, dim: int, dtype: str
-) -> tuple[Tensor, ...]:
+def attention_inputs(session: Session, shape: Shape, dtype: str = "bf16") -> tuple[Tensor, ...]:
     """Query, key, value `[B, H, N, D]` that require gradients, and a gradient of the output.
 
     Two samples, drawn on the host, fill the batch in turn. The inputs of the last call are kept.
     """
-    key = (length, batch, heads, dim, dtype)
-    if session.kept.get("inputs_key") != key:
+    if session.kept.get("inputs_of") != (shape, dtype):
         session.kept.pop("inputs", None)  # frees the memory before more is taken
-        drawn = topical_inputs(length, batch=min(2, batch), heads=heads, head_dim=dim)
+        length, batch, heads, dim = shape
         inputs = []
-        for x in drawn:
+        for x in topical_inputs(length, batch=min(2, batch), heads=heads, head_dim=dim):
             x = x.detach().to(session.device, DTYPES[dtype])
             x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch].contiguous()
             inputs.append(x.requires_grad_())
         grad = torch.randn_like(inputs[0]).detach()
-        session.kept |= {"inputs_key": key, "inputs": (*inputs, grad)}
+        session.kept |= {"inputs_of": (shape, dtype), "inputs": (*inputs, grad)}
     return session.kept["inputs"]
 
 
-@contextlib.contextmanager
-def patched_table(**changes) -> Iterator[None]:
+def patched_table(**changes) -> contextlib.AbstractContextManager:
     """Use the shipped launch settings with `changes`, fields of `launching.Table`."""
-    shipped = launching.table
-    changed = dataclasses.replace(shipped(), **changes)
-    launching.table = lambda: changed
-    try:
-        yield
-    finally:
-        launching.table = shipped
+    changed = dataclasses.replace(launching.table(), **changes)
+    return mock.patch.object(launching, "table", lambda: changed)
 
 
 def with_configs(**changes) -> dict:
@@ -142,13 +147,18 @@ def with_coarse_precision(precision: str) -> dict:
 
 def coarse_precisions(session: Session) -> tuple[str, ...]:
     """The precisions of coarse products that this GPU can run."""
-    on_amd = session.device.type == "cuda" and torch.version.hip is not None
+    on_amd = session.device == "cuda" and torch.version.hip is not None
     return launching.COARSE_PRECISIONS[: 1 if on_amd else None]
+
+
+def architecture(session: Session) -> str:
+    """The GPU's, as in the table of launch settings."""
+    return launching.architecture(torch.device(session.device))
 
 
 def forms(session: Session) -> tuple[bool, ...]:
     """The values of `swapped` meant for this architecture; both in the interpreter."""
-    if session.dry_run or launching.architecture(session.device) == "sm_90":
+    if session.dry_run or architecture(session) == "sm_90":
         return (False, True)
     return (False,)
 
@@ -157,29 +167,21 @@ class Passes:
     """The passes of one call, each of which can be run by itself on the results of the others.
 
     Args:
-        length, batch, heads, dim: of generated inputs `[batch, heads, length, dim]`.
+        shape: of generated inputs.
         dtype: a key of `DTYPES`.
         priors: force the first block row and column and five diagonals into the selection.
     """
 
     def __init__(
-        self,
-        session: Session,
-        length: int,
-        batch: int,
-        heads: int,
-        dim: int,
-        dtype: str,
-        block_per_row: int,
-        priors: bool = False,
+        self, session: Session, shape: Shape, dtype: str, block_per_row: int, priors: bool = False
     ):
-        inputs = attention_inputs(session, length, batch, heads, dim, dtype)
+        inputs = attention_inputs(session, shape, dtype)
         *self.tensors, self.grad = (x.detach().roll(_ROLLED, 2) for x in inputs)
         self.block_per_row, self.priors = block_per_row, priors
         self.pooled = self.summaries()
         self.blocks = self.select()
         largest_budget = self.blocks.shape[-1] * block_per_row
-        scale, is_sparse = dim**-0.5, False
+        scale, is_sparse = shape.dim**-0.5, False
         self.settings = (None, self.blocks, scale, is_sparse, 32, "triton", largest_budget)
         self.results = self.forward()
 

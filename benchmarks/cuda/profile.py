@@ -24,12 +24,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.cuda import bench
-from benchmarks.cuda.bench import Shape
+from benchmarks.cuda import bench, summary
 from benchmarks.cuda.driver import Outcome, Session, Skipped, Step
-from benchmarks.cuda.measure import Passes, graphed, pictures, run_program, time_calls
-from benchmarks.cuda.roofline import KERNELS, Ceilings, Problem, Work
-from benchmarks.cuda.summary import ALL, GRAPH
+from benchmarks.cuda.measure import Passes, Shape, graphed, pictures, run_program, time_calls
+from benchmarks.cuda.roofline import KERNELS, Ceilings, Problem
 from benchmarks.records import CONDITIONS, Records
 from mra_attention.triton_impl import launching
 
@@ -39,66 +37,47 @@ LAUNCH_COLUMNS = (*CONDITIONS, *_KEYS, *_NUMBERS)
 PASSES = ("summaries", "select", "forward", "backward")
 #: Sections of ncu, not names of counters, which differ between GPUs.
 _SECTIONS = (
-    "SpeedOfLight",
-    "MemoryWorkloadAnalysis",
-    "ComputeWorkloadAnalysis",
-    "Occupancy",
-    "WarpStateStats",
-    "LaunchStats",
+    *("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis"),
+    *("Occupancy", "WarpStateStats", "LaunchStats"),
 )
 
 
 def steps(session: Session) -> list[Step]:
     """Ceilings, then the launches of every pass, and the counters after the first shape."""
     records = Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
-    first, *others = _shapes(session)
+    (first, *others), budget = _shapes(session)
 
-    def launches_of(shape: Shape) -> Iterator[Step]:
-        for name in PASSES:
-            run = partial(_launches, records=records, shape=shape, name=name)
-            yield Step(f"launches: {shape} {name}", run, 6)
+    def launches_of(*shapes: Shape) -> Iterator[Step]:
+        for shape in shapes:
+            for name in PASSES:
+                run = partial(_launches, session, records, shape, budget, name)
+                yield Step(f"launches: {shape} {name}", run)
 
-    counters = Step("counters by ncu", partial(_counters, shape=first), 60, limit=float("inf"))
-    return [
-        *bench.ceiling_steps(session),
-        *launches_of(first),
-        counters,
-        *(step for shape in others for step in launches_of(shape)),
-    ]
+    counters = Step("counters by ncu", partial(_counters, session, first, budget))
+    return [*bench.ceiling_steps(session), *launches_of(first), counters, *launches_of(*others)]
 
 
-def _shapes(session: Session) -> list[Shape]:
+def _shapes(session: Session) -> tuple[list[Shape], int]:
     if session.dry_run:
-        return [Shape(96, 1, 1, 16), Shape(64, 2, 1, 16)]
-    return [Shape(4096, 8), Shape(16384, 1), Shape(65536, 1), Shape(4096, 1), Shape(1024, 8)]
-
-
-def _budget(session: Session) -> int:
-    return 1 if session.dry_run else 8
+        return [Shape(96, 1, 1, 16), Shape(64, 2, 1, 16)], 1
+    sizes = [(4096, 8), (16384, 1), (65536, 1), (4096, 1), (1024, 8)]
+    return [Shape(*x) for x in sizes], 8
 
 
 # -- launches
 
 
-def _launches(session: Session, records: Records, shape: Shape, name: str) -> Outcome | None:
-    budget = _budget(session)
+def _launches(session, records, shape, budget, name) -> Outcome | None:
     about = session.where | shape.row(block_per_row=budget) | {"pass": name}
-    if records.has(about | {"kernel": GRAPH}):
+    if records.has(about | {"kernel": summary.GRAPH}):
         return None
-    passes = Passes(session, shape.length, shape.batch, shape.heads, shape.dim, "bf16", budget)
-    run = getattr(passes, name)
+    run = getattr(Passes(session, shape, "bf16", budget), name)
     times = _kernel_times(session, run)
-    problem = Problem(
-        shape.length,
-        shape.batch,
-        shape.heads,
-        shape.dim,
-        budget,
-        is_stored=shape.length < launching.table().recompute_from_length,
-    )
+    is_stored = shape.length < launching.table().recompute_from_length
+    problem = Problem(*shape, budget, is_stored=is_stored)
     works = problem.works()[name]
     ceilings = Ceilings.measured(session.out / "ceilings.csv")
-    precision = launching.coarse_precision(session.device, torch.bfloat16)
+    precision = launching.coarse_precision(torch.device(session.device), torch.bfloat16)
     missing = {kernel for kernel, work in works.items() if work.memory} - times.keys()
     if missing:
         raise RuntimeError(f"the profiler saw no launch of {', '.join(sorted(missing))}")
@@ -108,32 +87,31 @@ def _launches(session: Session, records: Records, shape: Shape, name: str) -> Ou
         work = works.get(kernel)
         if work is not None:
             least, bound = ceilings.least_microseconds(work, precision)
-            row |= _work_columns(work) | {"floor_us": f"{least:.2f}", "bound": bound}
+            row |= {"floor_us": f"{least:.2f}", "bound": bound}
+            row |= {
+                "memory_mb": f"{work.memory / 1e6:.4g}",
+                "gather_mb": f"{work.gather / 1e6:.4g}",
+            }
+            row["gigaflop"] = f"{(work.exact + work.coarse) / 1e9:.4g}"
             least_total += least
         total += us
         rows.append(row)
     sums = {"us": f"{total:.2f}", "floor_us": f"{least_total:.2f}"}
     launches = f"{sum(launches for launches, _ in times.values()):g}"
-    rows.append(about | {"kernel": ALL, "launches": launches} | sums)
-    graph = 1e3 * time_calls(session, graphed(session, run)).median
-    rows.append(about | {"kernel": GRAPH, "us": f"{graph:.2f}"})
+    rows.append(about | {"kernel": summary.ALL, "launches": launches} | sums)
+    graph = 1e3 * time_calls(session, graphed(session, run))["ms_median"]
+    rows.append(about | {"kernel": summary.GRAPH, "us": f"{graph:.2f}"})
     for row in rows:  # all of them or none: a pass measured again must not count twice
         records.add(row)
     detail = f"{total:.0f} us in kernels, roofline {least_total:.0f}, graph {graph:.0f}"
     return Outcome(detail=detail)
 
 
-def _work_columns(work: Work) -> dict[str, str]:
-    numbers = (work.memory / 1e6, work.gather / 1e6, (work.exact + work.coarse) / 1e9)
-    names = ("memory_mb", "gather_mb", "gigaflop")
-    return {name: f"{x:.4g}" for name, x in zip(names, numbers, strict=True)}
-
-
 def _kernel_times(session: Session, run: Callable[[], object]) -> dict[str, tuple[float, float]]:
     """Kernel -> launches and microseconds per call. In a dry run only launches of Triton, by the
     host's clock.
     """
-    on_gpu = session.device.type == "cuda"
+    on_gpu = session.device == "cuda"
     calls = 20 if on_gpu else 1
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     device_type = DeviceType.CUDA if on_gpu else DeviceType.CPU
@@ -189,7 +167,7 @@ torch.cuda.profiler.stop()
 """
 
 
-def _counters(session: Session, shape: Shape) -> Outcome | None:
+def _counters(session: Session, shape: Shape, budget: int) -> Outcome | None:
     """Profile the Triton kernels of one call, in a program that has compiled them before."""
     path = session.out / "counters.csv"
     if path.exists():
@@ -204,8 +182,7 @@ def _counters(session: Session, shape: Shape) -> Outcome | None:
     command += ["--kernel-name", f"regex:^({'|'.join(KERNELS)})$", "--clock-control", "none"]
     command += [word for section in _SECTIONS for word in ("--section", section)]
     command += ["--csv", "--page", "raw", "--log-file", str(raw)]
-    numbers = (shape.length, shape.batch, shape.heads, shape.dim, _budget(session))
-    command += [sys.executable, "-c", _PROFILED, *map(str, numbers)]
+    command += [sys.executable, "-c", _PROFILED, *map(str, (*shape, budget))]
     outcome = run_program(session, command, {})
     if outcome.status != "pass":
         return outcome
@@ -230,8 +207,9 @@ def counters_of(text: str) -> str:
     return "".join(lines) if len(lines) > 2 else ""
 
 
-def finish(session: Session, write_table: bool) -> None:
-    """Draw the launches of the first shape."""
+def finish(session: Session) -> None:
+    """Print the tables; draw the launches of the first shape."""
+    summary.print_profile(session.out)
     plot, records = pictures(session), Records(session.out / "launches.csv", LAUNCH_COLUMNS, _KEYS)
     if plot is not None and records.rows():
         plot.draw_launches(records.rows(), session.out / "launches.png")

@@ -106,120 +106,67 @@ class Problem:
 
     def works(self) -> dict[str, dict[str, Work]]:
         """Pass -> kernel -> its work, both in order of launch."""
-        pool = Work(memory=3 * self._tokens + 3 * self._summaries)
-        return {
-            "summaries": {"pool_kernel": pool},
-            "select": self._select(),
-            "forward": self._forward(),
-            "backward": self._backward(),
-        }
+        all_heads, rows = self.batch * self.heads, -(-self.length // _M)
+        pairs, selected = all_heads * rows**2, all_heads * rows * min(self.block_per_row, rows)
+        # Bytes: a tensor like the query; a float32 per token; a float32 vector per block; the
+        # blocks of two tensors, one of each per selected pair.
+        tokens = all_heads * self.length * self.head_dim * self.operand_bytes
+        numbers = all_heads * self.length * _WORD
+        summaries = all_heads * rows * self.head_dim * _WORD
+        gathered = selected * 2 * _M * self.head_dim * self.operand_bytes
+        # FLOP: a product of all summaries; a product of the tokens of all selected pairs.
+        coarse = 2 * pairs * self.head_dim
+        exact = 2 * selected * _M * _M * self.head_dim
+        # Selection: 11 bits each of prior, score and tie rank; but the launches after the third
+        # return at once, unless scores tie exactly.
+        digits = -(-(1 + 32 + (2 * rows**2 - 1).bit_length()) // 11)
+        scores, again = (pairs * _WORD, 0) if self.is_stored else (2 * summaries, coarse)
 
-    @property
-    def _digits(self) -> int:
-        """Launches of `digit_kernel`: 11 bits each of prior, score and tie rank."""
-        return -(-(1 + 32 + (2 * self._rows**2 - 1).bit_length()) // 11)
+        def lists(directions: int) -> dict[str, Work]:
+            entries = directions * selected * _WORD
+            return {
+                "count_kernel": Work(memory=pairs),
+                "plan_kernel": Work(),
+                "fill_kernel": Work(memory=pairs + entries),
+            }
 
-    @property
-    def _all_heads(self) -> int:
-        return self.batch * self.heads
-
-    @property
-    def _rows(self) -> int:
-        return -(-self.length // _M)
-
-    @property
-    def _tokens(self) -> float:
-        """Bytes of a tensor with the shape of the query."""
-        return self._all_heads * self.length * self.head_dim * self.operand_bytes
-
-    @property
-    def _numbers(self) -> float:
-        """Bytes of a float32 per token, such as the log-sum-exp."""
-        return self._all_heads * self.length * _WORD
-
-    @property
-    def _summaries(self) -> float:
-        """Bytes of one float32 vector per block."""
-        return self._all_heads * self._rows * self.head_dim * _WORD
-
-    @property
-    def _pairs(self) -> int:
-        return self._all_heads * self._rows**2
-
-    @property
-    def _selected(self) -> int:
-        return self._all_heads * self._rows * min(self.block_per_row, self._rows)
-
-    def _coarse_product(self, products: int) -> float:
-        return products * 2 * self._pairs * self.head_dim
-
-    def _exact_product(self, products: int) -> float:
-        return products * 2 * self._selected * _M * _M * self.head_dim
-
-    @property
-    def _gathered(self) -> float:
-        """Bytes of the blocks of two tensors, one of each per selected pair."""
-        return self._selected * 2 * _M * self.head_dim * self.operand_bytes
-
-    def _lists(self, directions: int) -> dict[str, Work]:
-        entries = directions * self._selected * _WORD
-        return {
-            "count_kernel": Work(memory=self._pairs),
-            "plan_kernel": Work(),
-            "fill_kernel": Work(memory=self._pairs + entries),
-        }
-
-    def _select(self) -> dict[str, Work]:
-        scores = self._pairs * _WORD if self.is_stored else 2 * self._summaries
-        again = 0 if self.is_stored else self._coarse_product(1)
-        counted = 3  # the other launches return at once, unless scores tie exactly
-        return {
+        select = {
             "flag_kernel": Work(),
             "score_kernel": Work(
-                memory=2 * self._summaries + self._pairs * _WORD * self.is_stored,
-                coarse=self._coarse_product(1 + self.is_stored),
+                memory=2 * summaries + pairs * _WORD * self.is_stored,
+                coarse=coarse * (1 + self.is_stored),
             ),
-            "digit_kernel": Work(self._digits, counted * scores, coarse=counted * again),
-            "mark_kernel": Work(memory=scores + self._pairs, coarse=again),
+            "digit_kernel": Work(digits, 3 * scores, coarse=3 * again),
+            "mark_kernel": Work(memory=scores + pairs, coarse=again),
         }
-
-    def _forward(self) -> dict[str, Work]:
-        return {
-            **self._lists(1),
-            "coarse_kernel": Work(
-                memory=4 * self._summaries + self._pairs, coarse=self._coarse_product(2)
-            ),
+        forward = {
+            **lists(1),
+            "coarse_kernel": Work(memory=4 * summaries + pairs, coarse=2 * coarse),
             "exact_kernel": Work(
-                memory=2 * self._tokens + self._numbers + self._summaries,
-                gather=self._gathered,
-                exact=self._exact_product(2),
+                memory=2 * tokens + numbers + summaries, gather=gathered, exact=2 * exact
             ),
             "merge_kernel": Work(),
         }
-
-    def _backward(self) -> dict[str, Work]:
-        return {
-            **self._lists(2),
-            "reduce_rows_kernel": Work(
-                memory=2 * self._tokens + 2 * self._numbers + self._summaries
-            ),
-            "coarse_query_kernel": Work(
-                memory=5 * self._summaries + self._pairs, coarse=self._coarse_product(3)
-            ),
-            "coarse_key_kernel": Work(
-                memory=6 * self._summaries + self._pairs, coarse=self._coarse_product(4)
-            ),
+        backward = {
+            **lists(2),
+            "reduce_rows_kernel": Work(memory=2 * tokens + 2 * numbers + summaries),
+            "coarse_query_kernel": Work(memory=5 * summaries + pairs, coarse=3 * coarse),
+            "coarse_key_kernel": Work(memory=6 * summaries + pairs, coarse=4 * coarse),
             "exact_query_kernel": Work(
-                memory=3 * self._tokens + 2 * self._numbers + self._summaries,
-                gather=self._gathered,
-                exact=self._exact_product(3),
+                memory=3 * tokens + 2 * numbers + summaries, gather=gathered, exact=3 * exact
             ),
             "exact_key_kernel": Work(
-                memory=4 * self._tokens + 2 * self._summaries,
-                gather=self._gathered + self._selected * 2 * _M * _WORD,
-                exact=self._exact_product(4),
+                memory=4 * tokens + 2 * summaries,
+                gather=gathered + selected * 2 * _M * _WORD,
+                exact=4 * exact,
             ),
             "merge_gradient_kernel": Work(3),
+        }
+        return {
+            "summaries": {"pool_kernel": Work(memory=3 * tokens + 3 * summaries)},
+            "select": select,
+            "forward": forward,
+            "backward": backward,
         }
 
 

@@ -3,6 +3,8 @@
 import csv
 from pathlib import Path
 
+from benchmarks.records import read_rows
+
 #: In the column of kernels: the sum of a pass, and the pass as a CUDA graph.
 ALL, GRAPH = "(all)", "(graph)"
 #: Counters that are shown: the words that their column's name must have, and their title.
@@ -20,17 +22,10 @@ _DENSE = ("sdpa_flash", "sdpa_cudnn")
 _PASSES = ("fwd", "fwd graph", "fwd+bwd", "fwd+bwd graph")
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def print_bench(out: Path) -> None:
     """Ceilings, MRA-2 against the faster dense attention, and the other rows."""
-    _print_rows(rows_of(out / "ceilings.csv"), ("name", "megabytes", "ms_median", "rate", "unit"))
-    rows = rows_of(out / "bench.csv")
+    _print_rows(read_rows(out / "ceilings.csv"), ("name", "megabytes", "ms_median", "rate", "unit"))
+    rows = read_rows(out / "bench.csv")
     _print_speedups([row for row in rows if row["op"] == "attention"])
     others = [row for row in rows if row["op"] != "attention"]
     shown = ("op", "provider", "batch", "length", "block_per_row", "pass", "ms_median", "peak_mb")
@@ -40,7 +35,7 @@ def print_bench(out: Path) -> None:
 def print_profile(out: Path) -> None:
     """Launches beside their rooflines, a table per shape, and the counters."""
     by_shape: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for row in rows_of(out / "launches.csv"):
+    for row in read_rows(out / "launches.csv"):
         by_shape.setdefault((row["length"], row["batch"]), []).append(row)
     shown = ("pass", "kernel", "launches", "us", "floor_us", "bound")
     for (length, batch), rows in by_shape.items():

@@ -10,17 +10,20 @@ and the shipped settings elsewhere.
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.cuda.bench import Shape, time_selection
+from benchmarks.cuda.bench import time_selection
 from benchmarks.cuda.driver import Outcome, Session, Step
 from benchmarks.cuda.measure import (
     QUERY_KERNELS,
     Passes,
+    Shape,
+    add_timing,
+    architecture,
     coarse_precisions,
     forms,
     graphed,
@@ -36,6 +39,7 @@ _TILES = (*itertools.product(QUERY_KERNELS, (1, 2)), ("key_gradient", 1))
 _CONFIG = ("swapped", "group", "num_warps", "num_stages", "query_blocks")
 _KEYS = ("architecture", "kernel", "head_dim", "operand_bytes", *_CONFIG, "setting")
 TUNE_COLUMNS = (*CONDITIONS, *_KEYS, "ms_median", "ms_p20", "ms_p80")
+_DIMS = (64, 128, 32, 16)
 _DTYPES = {2: "bf16", 4: "fp32"}
 #: A table-wide setting gives way to another that is faster by more than this factor.
 _WORTH = 0.98
@@ -44,29 +48,34 @@ _WORTH = 0.98
 def steps(session: Session) -> list[Step]:
     """Head dim 64 in bf16 and the shared settings first."""
     records = Records(session.out / "tune.csv", TUNE_COLUMNS, _KEYS)
-    sizes = [(16, 4)] if session.dry_run else list(itertools.product((64, 128, 32, 16), (2, 4)))
-    sizes.sort(key=lambda size: (size[1], (64, 128, 32, 16).index(size[0])))
     tuning_steps = []
-    for position, (dim, width) in enumerate(sizes):
+    for width, dim in [(4, 16)] if session.dry_run else itertools.product((2, 4), _DIMS):
         for kernel, query_blocks in _TILES:
-            about = {"kernel": kernel, "dim": dim, "width": width, "query_blocks": query_blocks}
-            run = partial(_tune, records=records, **about)
             name = f"{kernel} D{dim} {_DTYPES[width]}" + ", two query blocks" * (query_blocks == 2)
-            tuning_steps.append(Step(name, run, 15, limit=300))
-        if position == 0:
+            run = partial(_tune, session, records, kernel, dim, width, query_blocks)
+            tuning_steps.append(Step(name, run))
+        if len(tuning_steps) == len(_TILES):
             tuning_steps += _shared_steps(session, records)
     return tuning_steps
 
 
 def _shared_steps(session: Session, records: Records) -> Iterator[Step]:
+    """Time a value of a table-wide setting each."""
+
+    def step(name: str, setting: str, measure: Callable[[], dict[str, float]]) -> Step:
+        row = {"architecture": architecture(session), "setting": setting}
+        return Step(name, partial(add_timing, session, records, row, measure))
+
     for n in (1, 2) if session.dry_run else (8, 16, 32, 64):
-        yield Step(f"item_blocks {n}", partial(_item_blocks, records=records, n=n), 8)
+        yield step(f"item_blocks {n}", f"item_blocks={n}", partial(_item_blocks, session, n))
     for precision in coarse_precisions(session):
-        run = partial(_coarse_precision, records=records, precision=precision)
-        yield Step(f"coarse products by {precision}", run, 8)
+        measure = partial(_coarse_precision, session, precision)
+        yield step(f"coarse products by {precision}", f"coarse_precision={precision}", measure)
     for n in (2, 3) if session.dry_run else (16, 32, 64, 128, 256, 512):
-        run = partial(_topk, records=records, rows=n)
-        yield Step(f"topk or radix at {n} block rows", run, 5)
+        shape, budget = (Shape(32 * n, 1, 1, 16), 1) if session.dry_run else (Shape(32 * n, 1), 8)
+        for way in ("topk", "radix"):
+            measure = partial(time_selection, session, shape, budget, way)
+            yield step(f"{way} at {n} block rows", f"{way}_at_rows={n}", measure)
 
 
 def candidates(session: Session, query_blocks: int) -> list[launching.LaunchConfig]:
@@ -78,23 +87,18 @@ def candidates(session: Session, query_blocks: int) -> list[launching.LaunchConf
 
 def _passes(session: Session, dim: int, dtype: str, priors: bool = False) -> Passes:
     """4096 tokens, 12 heads, 8 blocks per row; batch 8, or 4 in float32."""
-    length, batch, heads, budget = (96, 1, 1, 1) if session.dry_run else (4096, 8, 12, 8)
-    if dtype == "fp32":
-        batch = max(1, batch // 2)
-    return Passes(session, length, batch, heads, dim, dtype, budget, priors)
+    if session.dry_run:
+        return Passes(session, Shape(96, 1, 1, dim), dtype, 1, priors)
+    return Passes(session, Shape(4096, 4 if dtype == "fp32" else 8, 12, dim), dtype, 8, priors)
 
 
 def _tune(
     session: Session, records: Records, kernel: str, dim: int, width: int, query_blocks: int
 ) -> Outcome | None:
-    architecture = launching.architecture(session.device)
-    key = (architecture, kernel, dim, width)
-    about = dict(zip(("architecture", "kernel", "head_dim", "operand_bytes"), key, strict=True))
-    missing = [
-        config
-        for config in candidates(session, query_blocks)
-        if not records.has(about | dataclasses.asdict(config))
-    ]
+    key = (architecture(session), kernel, dim, width)
+    about = dict(zip(_KEYS[:4], key, strict=True))
+    choices = candidates(session, query_blocks)
+    missing = [x for x in choices if not records.has(about | dataclasses.asdict(x))]
     if not missing:
         return None
     passes = _passes(session, dim, _DTYPES[width])
@@ -109,78 +113,50 @@ def _tune(
         except Exception as error:
             session.log(f"{key} {config}: {type(error).__name__}: {error}")
             records.add(row)
-            if session.device.type == "cuda":
+            if session.device == "cuda":
                 torch.cuda.synchronize()  # raises where the device is broken: the step fails
             continue
-        medians[config] = timing.median
-        records.add(row | timing.columns())
+        medians[config] = timing["ms_median"]
+        records.add(row | timing)
     if not medians:
         return Outcome("fail", "no candidate could be run")
     best = min(medians, key=medians.get)
     return Outcome(detail=f"{medians[best]:.3f} ms with {best}")
 
 
-def _item_blocks(session: Session, records: Records, n: int) -> Outcome | None:
+def _item_blocks(session: Session, n: int) -> dict[str, float]:
     """Time both passes, with even and with uneven rows."""
-    row = session.where | {"setting": f"item_blocks={n}"}
-    row |= {"architecture": launching.architecture(session.device)}
-    if records.has(row):
-        return None
-    total = []
+    timings = []
     for priors in (False, True):
-        dim, dtype = (16, "fp32") if session.dry_run else (64, "bf16")
-        passes = _passes(session, dim, dtype, priors)
+        passes = _passes(session, *((16, "fp32") if session.dry_run else (64, "bf16")), priors)
         with patched_table(item_blocks=n):
             for run in (passes.forward, passes.backward):
-                total.append(time_calls(session, graphed(session, run), seconds=0.2))
-    columns = [timing.columns() for timing in total]
-    sums = {name: round(sum(x[name] for x in columns), 4) for name in columns[0]}
-    records.add(row | sums)
-    return Outcome(detail=f"{sums['ms_median']:.3f} ms")
+                timings.append(time_calls(session, graphed(session, run), seconds=0.2))
+    return {name: round(sum(x[name] for x in timings), 4) for name in timings[0]}
 
 
-def _coarse_precision(session: Session, records: Records, precision: str) -> Outcome | None:
+def _coarse_precision(session: Session, precision: str) -> dict[str, float]:
     """Time all passes where the coarse part counts most: 16384 tokens, one sample."""
-    row = session.where | {"setting": f"coarse_precision={precision}"}
-    row |= {"architecture": launching.architecture(session.device)}
-    if records.has(row):
-        return None
-    length, heads, dim, budget = (96, 1, 16, 1) if session.dry_run else (16384, 12, 64, 8)
+    shape, budget = (Shape(96, 1, 1, 16), 1) if session.dry_run else (Shape(16384, 1), 8)
     with patched_table(**with_coarse_precision(precision)):
-        passes = Passes(session, length, 1, heads, dim, "bf16", budget)
+        passes = Passes(session, shape, "bf16", budget)
 
         def run() -> object:
             return passes.select(), passes.forward(), passes.backward()
 
-        columns = time_calls(session, graphed(session, run)).columns()
-    records.add(row | columns)
-    return Outcome(detail=f"{columns['ms_median']:.3f} ms")
-
-
-def _topk(session: Session, records: Records, rows: int) -> Outcome | None:
-    details = []
-    for way in ("topk", "radix"):
-        row = session.where | {"setting": f"{way}_at_rows={rows}"}
-        row |= {"architecture": launching.architecture(session.device)}
-        if records.has(row):
-            continue
-        shape = Shape(32 * rows, 1, 1, 16) if session.dry_run else Shape(32 * rows, 1)
-        timing = time_selection(session, shape, 1 if session.dry_run else 8, way)
-        records.add(row | timing.columns())
-        details.append(f"{way} {timing.median:.3f} ms")
-    return Outcome(detail=", ".join(details))
+        return time_calls(session, graphed(session, run))
 
 
 # -- the table
 
 
-def finish(session: Session, write_table: bool) -> None:
+def finish(session: Session) -> None:
     """Write the table, with `write_table` into the package too."""
     records = Records(session.out / "tune.csv", TUNE_COLUMNS, _KEYS)
     shipped = Path(launching.__file__).with_name("launch_configs.json")
     content = tuned(json.loads(shipped.read_text()), records.rows())
     launching.parse_table(content)
-    for path in [session.out / shipped.name, *([shipped] if write_table else [])]:
+    for path in [session.out / shipped.name, *([shipped] if session.write_table else [])]:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(as_text(content))
         temporary.replace(path)
@@ -192,17 +168,13 @@ def tuned(content: dict, rows: list[dict[str, str]]) -> dict:
     measured = [row for row in rows if row["ms_median"]]
     if not measured:
         return content
-    by_key: dict[tuple, list[dict[str, str]]] = {}
-    for row in measured:
-        if not row["setting"]:
-            key = (row["architecture"], row["kernel"], row["head_dim"], row["operand_bytes"])
-            by_key.setdefault(key, []).append(row)
+    fastest: dict[tuple, dict[str, str]] = {}
+    for row in sorted(measured, key=lambda row: -float(row["ms_median"])):
+        fastest[tuple(row[name] for name in _KEYS[:4])] = row  # the last one is the fastest
     configs = []
     for row in content["configs"]:
-        key = (row["architecture"], row["kernel"], row["head_dim"], row["operand_bytes"])
-        candidates_measured = by_key.get(tuple(str(x) for x in key))
-        if candidates_measured:
-            best = min(candidates_measured, key=lambda x: float(x["ms_median"]))
+        best = fastest.get(tuple(str(row[name]) for name in _KEYS[:4]))
+        if best is not None:
             numbers = {name: int(best[name]) for name in _CONFIG[1:]}
             row = row | {"swapped": best["swapped"] == "True", **numbers, "source": _source(best)}
         configs.append(row)
@@ -210,14 +182,15 @@ def tuned(content: dict, rows: list[dict[str, str]]) -> dict:
     source = (
         "measured by benchmarks/run.py: rows that name a source, there; "
         f"shared settings on {_source(measured[-1])}; "
-        f"others: {_without_nesting(content['source'])}"
+        f"others: {content['source'].rpartition('; others: ')[2]}"
     )
+    here, precisions = measured[-1]["architecture"], content["coarse_precision"]
+    precision = best_value(settings, "coarse_precision", precisions[here])
     return content | {
         "source": source,
-        "item_blocks": _best_item_blocks(settings, content["item_blocks"]),
-        "topk_up_to_rows": _topk_up_to(settings, content["topk_up_to_rows"]),
-        "coarse_precision": content["coarse_precision"]
-        | _best_precision(settings, content["coarse_precision"], measured[-1]["architecture"]),
+        "item_blocks": int(best_value(settings, "item_blocks", str(content["item_blocks"]))),
+        "topk_up_to_rows": topk_up_to(settings, content["topk_up_to_rows"]),
+        "coarse_precision": precisions | {here: precision},
         "configs": configs,
     }
 
@@ -226,41 +199,23 @@ def _source(row: dict[str, str]) -> str:
     return f"{row['device']}, torch {row['torch']}, triton {row['triton']}, {row['date']}"
 
 
-def _without_nesting(source: str) -> str:
-    return source.rpartition("; others: ")[2]
-
-
-def _best_item_blocks(settings: dict[str, float], shipped: int) -> int:
-    """The fastest; the shipped one where that is as good."""
-    return int(_best(_values(settings, "item_blocks"), str(shipped)))
-
-
-def _best_precision(
-    settings: dict[str, float], shipped: dict[str, str], architecture: str
-) -> dict[str, str]:
-    """The faster one for this architecture; nothing where none was measured."""
-    times = _values(settings, "coarse_precision")
-    return {architecture: _best(times, shipped[architecture])} if times else {}
-
-
 def _values(settings: dict[str, float], name: str) -> dict[str, float]:
     """Value -> milliseconds of the settings "NAME=VALUE"."""
     named = {tuple(setting.split("=")): ms for setting, ms in settings.items()}
     return {value: ms for (key, value), ms in named.items() if key == name}
 
 
-def _best(times: dict[str, float], shipped: str) -> str:
+def best_value(settings: dict[str, float], name: str, shipped: str) -> str:
     """The fastest value; the shipped one where that is about as good, or nothing was measured."""
+    times = _values(settings, name)
     best = min(times, key=times.get, default=shipped)
     return best if times and times[best] < _WORTH * times.get(shipped, float("inf")) else shipped
 
 
-def _topk_up_to(settings: dict[str, float], shipped: int) -> int:
+def topk_up_to(settings: dict[str, float], shipped: int) -> int:
     """The most block rows up to which topk was never slower than radix."""
     topk, radix = _values(settings, "topk_at_rows"), _values(settings, "radix_at_rows")
-    if not topk:
-        return shipped
-    largest = 0
+    largest = 0 if topk else shipped
     for rows in sorted(topk, key=int):
         if topk[rows] > radix.get(rows, 0.0):
             break

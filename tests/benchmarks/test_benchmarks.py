@@ -12,7 +12,7 @@ from benchmarks import ROOT, cases, memory, plot, run
 from benchmarks.records import COLUMNS
 from mra_attention.benchmarking import added_peak_bytes, peak_bytes
 
-OPS = ("attention", "self_attention", "model", "mixed_lengths", "scales", "adamra")
+OPS = tuple(cases.SECTIONS)
 
 
 def script(name, *arguments):

@@ -163,13 +163,15 @@ def assert_all_equal(given, expected):
 
 def assert_as_good_as_eager(fast, eager, exact):
     """`fast` may be at most as far from float64 as `eager` in the same dtype is, plus rounding:
-    that of the dtype, and that of float32 sums, of terms that may cancel to zero.
+    that of the dtype, and that of float32 sums, of terms that may cancel to zero. Returns the
+    error and what is allowed.
     """
     assert fast.dtype == eager.dtype and fast.isfinite().all()
     largest = exact.abs().max()
     slack = 4 * torch.finfo(fast.dtype).eps * largest + 2e-5 * largest.clamp_min(1.0)
     error, allowed = (fast - exact).abs().max(), (eager - exact).abs().max() + slack
     assert error <= allowed, f"off by {error:.1e}, allowed {allowed:.1e}"
+    return float(error), float(allowed)
 
 
 def assert_agrees(impl, inputs, mask=None, tolerance=2e-5, **arguments):

@@ -1,5 +1,4 @@
-"""Triton's kernels on a GPU: every dtype by the float64 yardstick, every row and form of the launch
-table, and what only a GPU can show.
+"""Triton's kernels on a GPU: every row and form of the launch table, and what only a GPU can show.
 
 `benchmarks/run.py check` runs these tests together with the others that carry the marker `gpu`, and
 shows the properties "max_error" and "allowed". Under `TRITON_INTERPRET=1` the small cases run on
@@ -9,157 +8,59 @@ CPU tensors in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from attention_cases import NAMES, make_inputs, make_mask, outputs_and_gradients
+from attention_cases import INTERPRETED, REFERENCE, assert_all_equal, assert_as_good_as_eager
+from triton_cases import ON_A_GPU, TRITON, needs_triton, only_on_a_gpu
 
-from mra_attention import BlockSelection, mra2_attention, ops, select_blocks
+from mra_attention import BlockSelection, ops, select_blocks
 
 pytest.importorskip("triton")
 
 from mra_attention.triton_impl import launching
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-ARCHITECTURE = launching.architecture(DEVICE) if INTERPRETED or ON_A_GPU else "sm_80"
+pytestmark = needs_triton
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or ON_A_GPU), reason="no CUDA or ROCm device"),
-]
-only_on_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="needs a CUDA or ROCm device")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call: shapes, settings, and the memory layout of its inputs."""
-
-    dtype: str = "bf16"
-    dim: int = 64
-    length: int = 513
-    mask: str = "holes"
-    mode: str = "full"
-    priors: tuple[int, int] = (0, 0)
-    is_transposed: bool = False
-
-    def __str__(self) -> str:
-        extra = "-priors" * any(self.priors) + "-transposed" * self.is_transposed
-        return f"{self.dtype}-D{self.dim}-N{self.length}-{self.mask}-{self.mode}{extra}"
-
-    def tensors(self):
-        """Query, key, value and a gradient of the output; the mask or None."""
-        batch = 1 if INTERPRETED or self.length > 1000 else 2
-        heads = 1 if INTERPRETED else 2
-        inputs = make_inputs(batch, heads, self.length, self.dim, dtype=DTYPES[self.dtype])
-        inputs = [x.to(DEVICE) for x in inputs]
-        if self.is_transposed:
-            inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-        mask = make_mask(self.mask, batch, self.length)
-        return inputs, None if mask is None else mask.to(DEVICE)
-
-    def select(self, inputs, mask, block_budget=None, block_per_row=3):
-        """The pairs that the kernels select."""
-        numbers = (block_per_row, block_budget, 32, *self.priors)
-        settings = ("row_normalized", self.dim**-0.5, "triton")
-        return ops.mra2_select(*inputs[:2], mask, *numbers, *settings)
-
-    def attend(self, inputs, mask):
-        """Output and gradients by the kernels."""
-        names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks")
-        settings = {"block_per_row": 3, "approx_mode": self.mode, "impl": "triton"}
-        settings |= dict(zip(names, self.priors, strict=True))
-        return attend(inputs, mask, **settings)
-
-
-def attend(inputs, mask, **settings):
-    return outputs_and_gradients(lambda *x: mra2_attention(*x, mask, **settings), *inputs)
-
-
-def assert_as_right_as_the_reference(case, record_property):
-    """Outputs and gradients may be as far from float64 as the reference in the same dtype is, plus
-    four roundings of the largest value; in float32 as far as 2e-5 of it.
-    """
-    inputs, mask = case.tensors()
-    selection = BlockSelection(case.select(inputs, mask), 32)
-    plain = {"approx_mode": case.mode, "selection": selection, "impl": "reference"}
-    eager = attend(inputs, mask, **plain)
-    exact = attend([x.double() for x in inputs], mask, **plain)
-    worst, failures = (0.0, 1.0), []
-    for name, result, rough, right in zip(
-        NAMES, case.attend(inputs, mask), eager, exact, strict=True
-    ):
-        assert result.isfinite().all(), f"{name} is not finite"
-        largest = float(right.abs().max())
-        error = float((result - right).abs().max())
-        # Sums are float32 in every dtype, and of terms far larger than a gradient that cancels.
-        allowed = 2e-5 * max(1.0, largest)
-        if result.dtype != torch.float32:
-            allowed += float((rough - right).abs().max())
-            allowed += 4 * torch.finfo(result.dtype).eps * largest
-        worst = max(worst, (error, allowed), key=lambda pair: pair[0] / pair[1])
-        if error > allowed:
-            failures.append(f"{name} is off by {error:.1e}, allowed {allowed:.1e}")
-    record_property("max_error", worst[0])
-    record_property("allowed", worst[1])
-    assert not failures, "; ".join(failures)
-
-
-def assert_same_bits(results, expected):
-    for name, x, y in zip(NAMES, results, expected, strict=True):
-        assert torch.equal(x, y), f"{name} differs by {float((x - y).abs().max()):.1e}"
-
-
-# -- agreement
-
-BASE = Case(dim=16, length=70) if INTERPRETED else Case()
-PRIORS = {"priors": (1, 5)}
-#: Length, mask and mode; every dtype meets all of them, every head dim most of them.
-SHAPES = (
-    (513, "holes", "full"),
-    (4096, "none", "full"),
-    (100, "right", "sparse"),
-    (1, "none", "full"),
-    (33, "empty sample", "full"),
-    (513, "none", "sparse"),
-    (4096, "holes", "sparse"),
-    (100, "none", "full"),
+ARCHITECTURE = (
+    launching.architecture(torch.device(TRITON.device)) if INTERPRETED or ON_A_GPU else "sm_80"
 )
-SMALL_CASES = [
-    BASE,
-    dataclasses.replace(BASE, dtype="fp32", length=33, mask="none", mode="sparse"),
-    dataclasses.replace(BASE, dtype="fp16", mask="right", is_transposed=True, **PRIORS),
-    # Gradients of one or two tokens cancel to 0.
-    *(Case(dtype, 64, n, "none") for dtype in DTYPES for n in (1, 2)),
-]
-GPU_CASES = [
-    *(Case(dtype, is_transposed=True) for dtype in DTYPES),
-    *(Case(dtype, **PRIORS) for dtype in DTYPES),
-    *(
-        Case(dtype, dim, *SHAPES[(i + 4 * turn + 3 * j) % len(SHAPES)])
-        for turn in range(2)
-        for i, dim in enumerate((64, 128, 32, 80))
-        for j, dtype in enumerate(DTYPES)
-    ),
-]
 
 
-@pytest.mark.parametrize("case", SMALL_CASES if INTERPRETED else GPU_CASES, ids=str)
-def test_errors_are_no_larger_than_the_reference_makes(case, record_property):
-    assert_as_right_as_the_reference(case, record_property)
+def make_case(dtype, length, dim):
+    """Query, key, value, a gradient of the output, and a mask."""
+    batch, heads = (1, 1) if INTERPRETED else (1 if length > 1000 else 2, 2)
+    inputs = TRITON.inputs(batch, heads, length, dim, dtype=DTYPES[dtype])
+    return inputs, TRITON.mask("holes", batch, length)
 
 
-# -- bits
+def select(query, key, mask, *, block_per_row=3, block_budget=None, priors=(0, 0)):
+    """The pairs that the kernels select."""
+    numbers = (block_per_row, block_budget, 32, *priors)
+    settings = ("row_normalized", query.shape[-1] ** -0.5, "triton")
+    return ops.mra2_select(query, key, mask, *numbers, *settings)
 
 
-def test_many_runs_give_the_same_bits():
-    inputs, mask = BASE.tensors()
-    first = BASE.attend(inputs, mask)
-    for _ in range(1 if INTERPRETED else 20):
-        assert_same_bits(BASE.attend(inputs, mask), first)
+def assert_as_right_as_the_reference(
+    record_property, dtype, length, dim, priors=(0, 0), mode="full"
+):
+    """The kernels choose for themselves; the tensor that comes nearest to what is allowed is shown
+    in the row of the test.
+    """
+    inputs, mask = make_case(dtype, length, dim)
+    names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks")
+    settings = dict(zip(names, priors, strict=True))
+    results = TRITON.attend(inputs, mask, block_per_row=3, approx_mode=mode, **settings)
+    selection = BlockSelection(select(*inputs[:2], mask, priors=priors), 32)
+    eager, exact = (
+        REFERENCE.attend(x, mask, approx_mode=mode, selection=selection)
+        for x in (inputs, [x.double() for x in inputs])
+    )
+    errors = [assert_as_good_as_eager(*x) for x in zip(results, eager, exact, strict=True)]
+    error, allowed = max(errors, key=lambda pair: pair[0] / pair[1])
+    record_property("max_error", error)
+    record_property("allowed", allowed)
 
 
 # -- selection
@@ -171,11 +72,11 @@ def test_the_best_pairs_of_all_rows_tie(dtype, dim):
     """Their scores are exactly 0: no rounding comes between a logit and itself. So a budget below
     one pair per row takes the best pairs of those rows where they are nearest to the diagonal.
     """
-    case = Case(dtype, dim, 200 if INTERPRETED else 4096)
-    inputs, mask = case.tensors()
-    live_rows = -(-case.length // 32) - 1  # the mask hides one whole block
-    best = case.select(inputs, mask, block_budget=live_rows).cpu()
-    few = case.select(inputs, mask, block_budget=live_rows // 2).cpu()
+    length = 200 if INTERPRETED else 4096
+    (query, key, *_), mask = make_case(dtype, length, dim)
+    live_rows = -(-length // 32) - 1  # the mask hides one whole block
+    best = select(query, key, mask, block_budget=live_rows).cpu()
+    few = select(query, key, mask, block_budget=live_rows // 2).cpu()
     for pairs, nearest in zip(best.flatten(0, 1), few.flatten(0, 1), strict=True):
         assert pairs.sum(-1).tolist() == [1, 0, *[1] * (live_rows - 1)]
         order = sorted(pairs.nonzero().tolist(), key=lambda pair: (abs(pair[0] - pair[1]), *pair))
@@ -185,11 +86,10 @@ def test_the_best_pairs_of_all_rows_tie(dtype, dim):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_kernels_select_what_float64_scores_select(dtype):
     """But for near-ties: up to 0.1 % of the pairs, each counted in both selections."""
-    case = Case(dtype, 16, 100) if INTERPRETED else Case(dtype, 64, 4096)
-    inputs, mask = case.tensors()
-    pairs = case.select(inputs, mask, block_per_row=2 if INTERPRETED else 8).cpu()
-    query, key = (x.cpu() for x in inputs[:2])
-    exact = select_blocks(query, key, mask.cpu(), block_per_row=2 if INTERPRETED else 8).blocks
+    length, dim, budget = (100, 16, 2) if INTERPRETED else (4096, 64, 8)
+    (query, key, *_), mask = make_case(dtype, length, dim)
+    pairs = select(query, key, mask, block_per_row=budget).cpu()
+    exact = select_blocks(query.cpu(), key.cpu(), mask.cpu(), block_per_row=budget).blocks
     assert (pairs ^ exact).sum() <= 2e-3 * exact.sum()
 
 
@@ -197,14 +97,13 @@ def test_the_kernels_select_what_float64_scores_select(dtype):
 @pytest.mark.parametrize("rows", [17, 128, 512])
 def test_selection_takes_the_same_pairs_by_every_route(rows, table):
     """By top-k, by radix, and by radix on scores that are computed again."""
-    case = Case("fp32", 64, 32 * rows - 7, **PRIORS)
-    inputs, mask = case.tensors()
-    inputs = [x.repeat(1, 6, 1, 1) for x in inputs[:2]]
+    inputs, mask = make_case("fp32", 32 * rows - 7, 64)
+    query, key = (x.repeat(1, 6, 1, 1) for x in inputs[:2])
     table(topk_up_to_rows=2**30, recompute_from_length=2**30)
-    by_topk = case.select(inputs, mask)
+    by_topk = select(query, key, mask, priors=(1, 5))
     for recompute_from_length in (2**30, 0):
         table(topk_up_to_rows=0, recompute_from_length=recompute_from_length)
-        assert torch.equal(case.select(inputs, mask), by_topk)
+        assert torch.equal(select(query, key, mask, priors=(1, 5)), by_topk)
 
 
 # -- what only a GPU can show
@@ -212,57 +111,44 @@ def test_selection_takes_the_same_pairs_by_every_route(rows, table):
 
 @only_on_a_gpu
 def test_a_cuda_graph_serves_other_inputs():
-    case = Case(length=1000)
-    inputs, mask = case.tensors()
+    inputs, mask = make_case("bf16", 1000, 64)
     buffers = [x.clone() for x in inputs]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        case.attend(buffers, mask)
+        TRITON.attend(buffers, mask, block_per_row=3)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = case.attend(buffers, mask)
+        captured = TRITON.attend(buffers, mask, block_per_row=3)
     for buffer, x in zip(buffers, inputs, strict=True):
         buffer.copy_(x.flip(0) * 0.5)
     graph.replay()
     torch.cuda.synchronize()
-    assert_same_bits(captured, case.attend([x.clone() for x in buffers], mask))
+    assert_all_equal(captured, TRITON.attend([x.clone() for x in buffers], mask, block_per_row=3))
 
 
 @only_on_a_gpu
 def test_nothing_waits_for_the_host():
-    case = Case(length=1000)
-    inputs, mask = case.tensors()
-    case.attend(inputs, mask)  # compiles
+    inputs, mask = make_case("bf16", 1000, 64)
+    TRITON.attend(inputs, mask, block_per_row=3)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.attend(inputs, mask)
+        TRITON.attend(inputs, mask, block_per_row=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@only_on_a_gpu
-def test_inductor_compiles_one_graph_with_the_bits_of_eager():
-    case = Case(length=1000)
-    inputs, mask = case.tensors()
-
-    def attention(query, key, value):
-        return mra2_attention(query, key, value, mask, block_per_row=3, impl="triton")
-
-    compiled = torch.compile(attention, fullgraph=True)
-    assert_same_bits(outputs_and_gradients(compiled, *inputs), case.attend(inputs, mask))
 
 
 # -- the launch table
 
 CONFIGS = launching.table().configs
+QUERY_KERNELS = ("forward", "query_gradient")
 FORMS = {"plain": False, "swapped": True}
 if not (INTERPRETED or ARCHITECTURE == "sm_90"):
     del FORMS["swapped"]
 
 
-def with_configs(kernels=("forward", "query_gradient", "key_gradient"), **changes):
+def with_configs(kernels=(*QUERY_KERNELS, "key_gradient"), **changes):
     """The change to the table that changes the rows of some kernels."""
     changed = {
         key: dataclasses.replace(config, **changes)
@@ -272,33 +158,35 @@ def with_configs(kernels=("forward", "query_gradient", "key_gradient"), **change
     return {"configs": CONFIGS | changed}
 
 
-QUERY_KERNELS = ("forward", "query_gradient")
-TABLE_CHANGES = {
-    **{f"items of {n}": {"item_blocks": n} for n in (1, 2)},
-    **{f"{form} form": with_configs(swapped=swapped) for form, swapped in FORMS.items()},
-    **{
-        f"two query blocks, {form} form": with_configs(
-            QUERY_KERNELS, swapped=swapped, query_blocks=2
-        )
-        for form, swapped in FORMS.items()
-    },
-    **{
-        f"coarse products by {precision}": {
-            "coarse_precision": dict.fromkeys(launching.table().coarse_precision, precision)
-        }
-        for precision in launching.COARSE_PRECISIONS[: 1 if ARCHITECTURE == "gfx942" else None]
-    },
-    **{f"groups of {n}": with_configs(group=n) for n in (1, 4)},
-}
-LONG_CASE = Case(length=4096, **PRIORS)
-SWEPT_CASES = [BASE] if INTERPRETED else [BASE, Case("fp32"), LONG_CASE]
+TABLE_CHANGES = {"as shipped": {}}
+for n in (1, 2):
+    TABLE_CHANGES[f"items of {n}"] = {"item_blocks": n}
+for form, swapped in FORMS.items():
+    TABLE_CHANGES[f"{form} form"] = with_configs(swapped=swapped)
+    two = with_configs(QUERY_KERNELS, swapped=swapped, query_blocks=2)
+    TABLE_CHANGES[f"two query blocks, {form} form"] = two
+for precision in launching.COARSE_PRECISIONS[: 1 if ARCHITECTURE == "gfx942" else None]:
+    precisions = dict.fromkeys(launching.table().coarse_precision, precision)
+    TABLE_CHANGES[f"coarse products by {precision}"] = {"coarse_precision": precisions}
+for n in (1, 4):
+    TABLE_CHANGES[f"groups of {n}"] = with_configs(group=n)
+
+#: Dtype, length, head dim, priors, mode.
+SWEPT_CASES = [
+    ("bf16", 513, 64),
+    ("fp32", 513, 64),
+    ("bf16", 4096, 64, (1, 5)),
+    ("fp16", 4096, 64, (1, 5), "sparse"),
+]
+if INTERPRETED:
+    SWEPT_CASES = [("bf16", 70, 16)]
 
 
-@pytest.mark.parametrize("case", SWEPT_CASES, ids=str)
+@pytest.mark.parametrize("case", SWEPT_CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("change", TABLE_CHANGES)
 def test_launch_settings_change_no_result_beyond_rounding(change, case, table, record_property):
     table(**TABLE_CHANGES[change])
-    assert_as_right_as_the_reference(case, record_property)
+    assert_as_right_as_the_reference(record_property, *case)
 
 
 @only_on_a_gpu
@@ -310,5 +198,5 @@ def test_rows_of_every_architecture_are_right_here(
 ):
     rows = {key: config for key, config in CONFIGS.items() if key[0] == architecture}
     table(configs={(ARCHITECTURE, *key[1:]): config for key, config in rows.items()})
-    case = Case("fp32" if operand_bytes == 4 else "bf16", dim)
-    assert_as_right_as_the_reference(case, record_property)
+    dtype = "fp32" if operand_bytes == 4 else "bf16"
+    assert_as_right_as_the_reference(record_property, dtype, 513, dim)
