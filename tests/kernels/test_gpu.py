@@ -9,29 +9,30 @@ CPU tensors in Triton's interpreter.
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from attention_cases import NAMES, make_inputs, make_mask, outputs_and_gradients
+from attention_cases import (
+    INTERPRETED,
+    MODES,
+    NAMES,
+    REFERENCE,
+    assert_all_equal,
+    outputs_and_gradients,
+)
+from triton_cases import ON_A_GPU, TRITON, needs_triton, only_on_a_gpu
 
-from mra_attention import BlockSelection, mra2_attention, ops, select_blocks
+from mra_attention import BlockSelection, ops, select_blocks
 
 pytest.importorskip("triton")
 
 from mra_attention.triton_impl import launching
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+DEVICE = torch.device(TRITON.device)
 ARCHITECTURE = launching.architecture(DEVICE) if INTERPRETED or ON_A_GPU else "sm_80"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (INTERPRETED or ON_A_GPU), reason="no CUDA or ROCm device"),
-]
-only_on_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="needs a CUDA or ROCm device")
+pytestmark = needs_triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,10 @@ class Case:
         """Query, key, value and a gradient of the output; the mask or None."""
         batch = 1 if INTERPRETED or self.length > 1000 else 2
         heads = 1 if INTERPRETED else 2
-        inputs = make_inputs(batch, heads, self.length, self.dim, dtype=DTYPES[self.dtype])
-        inputs = [x.to(DEVICE) for x in inputs]
+        inputs = TRITON.inputs(batch, heads, self.length, self.dim, dtype=DTYPES[self.dtype])
         if self.is_transposed:
             inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-        mask = make_mask(self.mask, batch, self.length)
-        return inputs, None if mask is None else mask.to(DEVICE)
+        return inputs, TRITON.mask(self.mask, batch, self.length)
 
     def select(self, inputs, mask, block_budget=None, block_per_row=3):
         """The pairs that the kernels select."""
@@ -70,13 +69,8 @@ class Case:
     def attend(self, inputs, mask):
         """Output and gradients by the kernels."""
         names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks")
-        settings = {"block_per_row": 3, "approx_mode": self.mode, "impl": "triton"}
-        settings |= dict(zip(names, self.priors, strict=True))
-        return attend(inputs, mask, **settings)
-
-
-def attend(inputs, mask, **settings):
-    return outputs_and_gradients(lambda *x: mra2_attention(*x, mask, **settings), *inputs)
+        priors = dict(zip(names, self.priors, strict=True))
+        return TRITON.attend(inputs, mask, block_per_row=3, approx_mode=self.mode, **priors)
 
 
 def assert_as_right_as_the_reference(case, record_property):
@@ -85,9 +79,9 @@ def assert_as_right_as_the_reference(case, record_property):
     """
     inputs, mask = case.tensors()
     selection = BlockSelection(case.select(inputs, mask), 32)
-    plain = {"approx_mode": case.mode, "selection": selection, "impl": "reference"}
-    eager = attend(inputs, mask, **plain)
-    exact = attend([x.double() for x in inputs], mask, **plain)
+    plain = {"approx_mode": case.mode, "selection": selection}
+    eager = REFERENCE.attend(inputs, mask, **plain)
+    exact = REFERENCE.attend([x.double() for x in inputs], mask, **plain)
     worst, failures = (0.0, 1.0), []
     for name, result, rough, right in zip(
         NAMES, case.attend(inputs, mask), eager, exact, strict=True
@@ -106,11 +100,6 @@ def assert_as_right_as_the_reference(case, record_property):
     record_property("max_error", worst[0])
     record_property("allowed", worst[1])
     assert not failures, "; ".join(failures)
-
-
-def assert_same_bits(results, expected):
-    for name, x, y in zip(NAMES, results, expected, strict=True):
-        assert torch.equal(x, y), f"{name} differs by {float((x - y).abs().max()):.1e}"
 
 
 # -- agreement
@@ -159,7 +148,7 @@ def test_many_runs_give_the_same_bits():
     inputs, mask = BASE.tensors()
     first = BASE.attend(inputs, mask)
     for _ in range(1 if INTERPRETED else 20):
-        assert_same_bits(BASE.attend(inputs, mask), first)
+        assert_all_equal(BASE.attend(inputs, mask), first)
 
 
 # -- selection
@@ -211,8 +200,10 @@ def test_selection_takes_the_same_pairs_by_every_route(rows, table):
 
 
 @only_on_a_gpu
-def test_a_cuda_graph_serves_other_inputs():
-    case = Case(length=1000)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("length", [1000, 4096, 8192])  # the last two take five and six digits
+def test_a_cuda_graph_serves_other_inputs(length, mode):
+    case = Case(length=length, mode=mode)
     inputs, mask = case.tensors()
     buffers = [x.clone() for x in inputs]
     stream = torch.cuda.Stream()
@@ -227,7 +218,7 @@ def test_a_cuda_graph_serves_other_inputs():
         buffer.copy_(x.flip(0) * 0.5)
     graph.replay()
     torch.cuda.synchronize()
-    assert_same_bits(captured, case.attend([x.clone() for x in buffers], mask))
+    assert_all_equal(captured, case.attend([x.clone() for x in buffers], mask))
 
 
 @only_on_a_gpu
@@ -246,12 +237,8 @@ def test_nothing_waits_for_the_host():
 def test_inductor_compiles_one_graph_with_the_bits_of_eager():
     case = Case(length=1000)
     inputs, mask = case.tensors()
-
-    def attention(query, key, value):
-        return mra2_attention(query, key, value, mask, block_per_row=3, impl="triton")
-
-    compiled = torch.compile(attention, fullgraph=True)
-    assert_same_bits(outputs_and_gradients(compiled, *inputs), case.attend(inputs, mask))
+    compiled = torch.compile(TRITON.attention(mask, block_per_row=3), fullgraph=True)
+    assert_all_equal(outputs_and_gradients(compiled, *inputs), case.attend(inputs, mask))
 
 
 # -- the launch table
