@@ -25,7 +25,7 @@ from triton_cases import (
     only_on_a_gpu,
 )
 
-from mra_attention import BlockSelection, implementations, mra2_attention, ops, select_blocks
+from mra_attention import BlockSelection, implementations, ops, select_blocks
 from mra_attention.triton_impl import launching
 from pairwise import pairwise
 
@@ -158,29 +158,6 @@ def test_summaries_are_computed_once_and_change_nothing(monkeypatch):
 
 
 # -- on a GPU only
-
-
-@only_on_a_gpu
-@pytest.mark.parametrize("length", [4096, 8192])  # five and six digits
-@pytest.mark.parametrize("mode", MODES)
-def test_forward_and_backward_are_captured_in_a_cuda_graph(mode, length):
-    inputs = [x.requires_grad_() for x in TRITON.inputs(1, 4, length, 64)[:3]]
-
-    def step():
-        output = mra2_attention(*inputs, block_per_row=8, approx_mode=mode, impl="triton")
-        return output, *torch.autograd.grad(output, inputs, torch.ones_like(output))
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_all_equal(captured, expected)
 
 
 @only_on_a_gpu
