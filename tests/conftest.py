@@ -37,3 +37,19 @@ def empty_pictures(request, monkeypatch):
             Path(path).write_bytes(b"")
 
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", write)
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that is refused, in a sentence and with status 2; return what it says."""
+
+    def run(*arguments):
+        from mra_hf.commands import main
+
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        return message
+
+    return run

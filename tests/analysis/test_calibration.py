@@ -1,12 +1,11 @@
 """What each head needs, and budgets for each layer, in configurations and models."""
 
-import csv
-
 import pytest
 import torch
 from transformers import BertConfig, BertModel, RobertaModel
 
 import mra_hf
+from files import read_csv
 from mra_attention import mra2_attention
 from mra_hf.analysis.calibration import head_report, propose
 from mra_hf.analysis.head_inputs import synthetic_heads
@@ -39,7 +38,6 @@ def test_a_report_says_what_a_head_needs():
 
 
 def test_a_proposal_is_the_smallest_budget_below_the_target():
-    torch.manual_seed(0)
     model = RobertaModel(roberta_config(max_position_embeddings=260, num_hidden_layers=3))
     for layer, factor in zip(model.encoder.layer, (1, 6, 15), strict=True):
         layer.attention.self.query.weight.data *= factor
@@ -70,7 +68,6 @@ def test_a_proposal_is_the_smallest_budget_below_the_target():
 
 @pytest.mark.parametrize("family", ["own", "stock"])
 def test_every_layer_attends_with_its_own_budget(family, tmp_path):
-    torch.manual_seed(0)
     sizes = SIZES | {"num_hidden_layers": 2}
     inputs = padded_batch(2)
     if family == "own":
@@ -159,7 +156,7 @@ def test_conversion_keeps_a_list(tmp_path, capsys):
     assert mra_hf.MraConfig.from_pretrained(tmp_path / "kept").block_per_row == [1, 2]
 
 
-def test_the_calibrate_command(tmp_path, monkeypatch, capsys):
+def test_the_calibrate_command(tmp_path, monkeypatch, capsys, refused):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 200)
     command = ["calibrate", str(english_checkpoint()), "text.txt", "--length", "256"]
@@ -168,10 +165,8 @@ def test_the_calibrate_command(tmp_path, monkeypatch, capsys):
     proposed = printed[printed.index("block_per_row=[") :].split("]")[0].split("[")[1]
     budgets = [int(number) for number in proposed.split(",")]
     assert len(budgets) == 4 and all(1 <= blocks <= 8 for blocks in budgets)
-    with (tmp_path / "calibration.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "calibration.csv")
     assert len(rows) == 2 * 4 * 3 and float(rows[0]["error_8"]) < 1e-3
     model = mra_hf.MraForMaskedLM.from_pretrained(english_checkpoint())
     mra_hf.set_attention(model, block_per_row=budgets)
-    assert main([*command, "--target-error", "0.2"]) == 2
-    assert "exists; name another file" in capsys.readouterr().err
+    assert "exists; name another file" in refused(*command, "--target-error", "0.2")

@@ -1,6 +1,5 @@
 """`mra-hf convert`: the program, its script and its way of saying no."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedLM
 from transformers.utils import logging
 
+from files import read_json
 from mra_hf.commands import COMMANDS, main, run_command
 from sapiens import SPECIALS, VOCABULARY, letter_tokenizer
 
@@ -44,7 +44,7 @@ def test_convert_prints_the_report_and_what_to_try(source, tmp_path, capsys):
     assert "untrained" in printed.out and "python -c" in printed.out and str(out) in printed.out
     assert "reading the weights of source ..." in printed.err and "writing" in printed.err
     assert "%|" not in printed.err, "progress bars of transformers are switched off"
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config["max_position_embeddings"] == 514 and config["dtype"] == "bfloat16"
     assert (config["block_per_row"], config["approx_mode"]) == (4, "sparse")
     assert config["initial_prior_first_n_blocks"] == 1
@@ -80,12 +80,11 @@ def test_bad_input_is_one_sentence_and_status_2(source, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
-def test_a_filled_output_needs_force(source, tmp_path, capsys):
+def test_a_filled_output_needs_force(source, tmp_path, refused):
     out = tmp_path / "out"
     arguments = ["convert", str(source), str(out), "--max-length", "64"]
     assert main(arguments) == 0
-    assert main(arguments) == 2
-    assert "--force" in capsys.readouterr().err
+    assert "--force" in refused(*arguments)
     assert main([*arguments, "--force"]) == 0
 
 

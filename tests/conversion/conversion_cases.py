@@ -1,5 +1,6 @@
 """Random sources of every type and head, their conversion, and comparisons with the result."""
 
+import itertools
 import json
 from types import ModuleType
 from typing import NamedTuple
@@ -119,6 +120,13 @@ def outputs_of(model, inputs):
             tensor = tensor * mask.reshape(mask.shape + (1,) * (tensor.ndim - mask.ndim))
         outputs.append(tensor)
     return outputs
+
+
+def assert_same_outputs(source, result, inputs, n_outputs=None):
+    """All outputs agree, or the first few."""
+    pairs = zip(outputs_of(source, inputs), outputs_of(result, inputs), strict=n_outputs is None)
+    for expected, output in itertools.islice(pairs, n_outputs):
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
 
 
 def convert(source, output, **arguments):

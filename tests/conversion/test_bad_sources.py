@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conversion_cases import change_config, convert, make_source, rewrite
+from safetensors.torch import load_file, save_file
 
 from mra_hf import MraConfig
 
@@ -12,18 +13,20 @@ from mra_hf import MraConfig
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"max_length": 0}, "max_length"),
+        ({"max_length": 0}, "max_length.*at least 1"),
+        ({"max_length": 10**14}, "max_length.*at most"),
         ({"max_length": True}, "max_length"),
         ({"max_length": 40.0}, "max_length"),
         ({"max_length": "40"}, "max_length"),
         ({"block_per_row": 0}, "block_per_row"),
-        ({"approx_mode": "dense"}, "approx_mode"),
+        ({"approx_mode": "dense"}, "approx_mode.*sparse"),
         ({"initial_prior_first_n_blocks": -1}, "initial_prior_first_n_blocks"),
-        ({"initial_prior_first_n_blocks": 4}, "block_per_row must be at least 9"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"initial_prior_first_n_blocks": 4}, "block_per_row must be at least 9.*Raise"),
+        ({"dtype": "int8"}, "dtype must be one of.*float32"),
         ({"dtype": torch.float64}, "dtype must be one of"),
         ({"text": [" "]}, "nothing to score"),
         ({"text": [1]}, "list of strings"),
+        ({"text": 3}, "text.*file or a list"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, said, tmp_path):
@@ -36,10 +39,12 @@ def test_bad_arguments_are_refused(arguments, said, tmp_path):
 @pytest.mark.parametrize(
     ("source_type", "head", "changes", "said"),
     [
-        ("roberta", "ForMaskedLM", {"model_type": "gpt2"}, "allowed are roberta"),
+        ("roberta", "ForMaskedLM", {"model_type": "gpt2"}, "gpt2.*allowed are roberta"),
+        ("roberta", "ForMaskedLM", {"model_type": ["roberta"]}, "model_type.*allowed are"),
+        ("roberta", "ForMaskedLM", {"architectures": [3]}, "architectures.*list"),
         ("roberta", "ForMaskedLM", {"model_type": None}, "allowed are roberta"),
         ("roberta", "ForMaskedLM", {"architectures": ["RobertaForCausalLM"]}, "decoder"),
-        ("roberta", "ForMaskedLM", {"is_decoder": True}, "decoder"),
+        ("roberta", "ForMaskedLM", {"is_decoder": True}, "is_decoder"),
         ("bert", "ForMaskedLM", {"architectures": ["BertLMHeadModel"]}, "decoder"),
         ("bert", "ForMaskedLM", {"add_cross_attention": True}, "decoder"),
         ("bert", "Model", {"position_embedding_type": "relative_key"}, "relative_key"),
@@ -51,6 +56,8 @@ def test_bad_arguments_are_refused(arguments, said, tmp_path):
         ("bert", "ForMaskedLM", {"max_position_embeddings": 41}, "position_embeddings"),
         ("bert", "ForMaskedLM", {"vocab_size": 12}, "vocab_size"),
         ("bert", "ForMaskedLM", {"num_hidden_layers": 3}, "lacks 16 tensors"),
+        ("bert", "ForMaskedLM", {"num_hidden_layers": 1}, "num_hidden_layers.*raise that"),
+        ("bert", "ForMaskedLM", {"intermediate_size": 40}, "intermediate"),
         ("roberta", "ForMaskedLM", {"hidden_size": "big"}, "config.json is not a valid"),
         ("roberta", "Model", {"architectures": ["RobertaForMaskedLM"]}, "lacks"),
         ("roberta", "ForMaskedLM", {"hidden_act": "abs"}, "hidden_act"),
@@ -87,6 +94,12 @@ def damage(folder, how):
         file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     elif how == "missing":
         file.unlink()
+    elif how == "NaN":
+        tensors = load_file(file)
+        tensors["lm_head.bias"][3] = float("nan")
+        save_file(tensors, file)
+    elif how == "config":
+        (folder / "config.json").write_text('{"model_type": "rob')
     else:
         rewrite(folder, "bin")
         file = folder / "pytorch_model.bin"
@@ -107,7 +120,9 @@ def damage(folder, how):
         ("truncated", "model.safetensors"),
         ("empty", "model.safetensors"),
         ("pointer", "git lfs pull"),
-        ("missing", "no weights"),
+        ("missing", "no weights.*model.safetensors"),
+        ("NaN", "holds NaN"),
+        ("config", "config.json"),
         ("truncated bin", "pytorch_model.bin"),
         ("garbage bin", "pytorch_model.bin"),
         ("object bin", "pytorch_model.bin"),
@@ -142,6 +157,10 @@ def test_missing_sources_are_named(tmp_path):
         convert(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(OSError, match="neither a directory here nor a repository"):
         convert("no-such-user/no-such-model", tmp_path / "out")
+    with pytest.raises(ValueError, match="source"):
+        convert(None, tmp_path / "out")
+    with pytest.raises(ValueError, match="output_dir"):
+        convert("x", "")
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="SOURCE must be a directory"):
         convert(tmp_path / "file", tmp_path / "out")

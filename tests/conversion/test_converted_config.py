@@ -45,15 +45,10 @@ def test_dtype_is_applied_or_that_of_the_source(dtype, tmp_path):
 def test_rest_of_the_config_is_kept(tmp_path):
     labels = {0: "no", 1: "maybe", 2: "yes"}
     changes = {
-        "id2label": labels,
-        "label2id": {name: i for i, name in labels.items()},
-        "problem_type": "multi_label_classification",
-        "hidden_act": "relu",
-        "hidden_dropout_prob": 0.3,
-        "classifier_dropout": 0.2,
-        "attention_probs_dropout_prob": 0.1,
-        "layer_norm_eps": 1e-7,
-        "initializer_range": 0.05,
+        **{"id2label": labels, "label2id": {name: i for i, name in labels.items()}},
+        **{"problem_type": "multi_label_classification", "hidden_act": "relu"},
+        **{"hidden_dropout_prob": 0.3, "classifier_dropout": 0.2, "layer_norm_eps": 1e-7},
+        **{"attention_probs_dropout_prob": 0.1, "initializer_range": 0.05},
     }
     make_source(tmp_path / "source", "roberta", "ForSequenceClassification", **changes)
     report = convert(tmp_path / "source", tmp_path / "out")
@@ -75,15 +70,9 @@ def test_bert_takes_its_border_tokens_from_the_tokenizer(tmp_path):
 
 def test_attention_settings_reach_the_config(tmp_path):
     make_source(tmp_path / "source")
-    report = convert(
-        tmp_path / "source",
-        tmp_path / "out",
-        max_length=512,
-        block_per_row=6,
-        approx_mode="sparse",
-        initial_prior_first_n_blocks=1,
-        initial_prior_diagonal_n_blocks=2,
-    )
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 2}
+    settings = {"max_length": 512, "block_per_row": 6, "approx_mode": "sparse"} | priors
+    report = convert(tmp_path / "source", tmp_path / "out", **settings)
     config = MraConfig.from_pretrained(tmp_path / "out")
     assert report.settings == {name: getattr(config, name) for name in report.settings}
     assert (config.block_per_row, config.approx_mode, config.block_budget) == (6, "sparse", None)

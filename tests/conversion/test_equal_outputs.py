@@ -1,5 +1,7 @@
 """The result computes what the source does, and the report names every tensor."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,11 @@ from conversion_cases import (
     SIZES,
     SOURCES,
     assert_report_is_complete,
+    assert_same_outputs,
     change_config,
     convert,
     make_source,
     open_result,
-    outputs_of,
     random_inputs,
 )
 from safetensors.torch import load_file, save_file
@@ -32,14 +34,10 @@ def test_full_budget_equals_the_source(source_type, head, tmp_path):
     report = convert(tmp_path / "source", tmp_path / "out")
     result = open_result(tmp_path / "out")
     assert report.model_class == type(result).__name__ == f"Mra{head}"
-    inputs = random_inputs(source_type, head)
-    for one, other in zip(outputs_of(source, inputs), outputs_of(result, inputs), strict=True):
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    assert_same_outputs(source, result, random_inputs(source_type, head))
     per_token = head not in ("ForSequenceClassification", "ForMultipleChoice")
     if source_type != "bert" and per_token:  # padding on the left hides the first token from heads
-        inputs = random_inputs(source_type, head, "left")
-        one, other = outputs_of(source, inputs)[0], outputs_of(result, inputs)[0]
-        torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+        assert_same_outputs(source, result, random_inputs(source_type, head, "left"), 1)
     file = load_file(tmp_path / "source" / "model.safetensors")
     assert_report_is_complete(report, file, tmp_path / "out")
     assert report.counts()["new"] == report.counts()["dropped"] == 0
@@ -56,11 +54,13 @@ def test_builtin_mra_equals_the_source_with_dense_attention(head, tmp_path, monk
     result = open_result(tmp_path / "out")
     for sample in (0, 1):  # theirs mixes up the masks of a batch
         inputs = {name: tensor[sample, None] for name, tensor in random_inputs("mra", head).items()}
-        for one, other in zip(outputs_of(source, inputs), outputs_of(result, inputs), strict=True):
-            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+        assert_same_outputs(source, result, inputs)
     file = load_file(tmp_path / "source" / "model.safetensors")
     assert_report_is_complete(report, file, tmp_path / "out")
     assert "mra.embeddings.position_ids" in {record.source for record in report.tensors}
+
+
+LEGACY = {"weight": "gamma", "bias": "beta"}
 
 
 @pytest.mark.parametrize("source_type", ["roberta", "bert"])
@@ -68,31 +68,22 @@ def test_legacy_layer_norm_names_are_renamed(source_type, tmp_path):
     source = make_source(tmp_path / "source", source_type)
     file = tmp_path / "source" / "model.safetensors"
     legacy = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-            "LayerNorm.bias", "LayerNorm.beta"
-        ): tensor
+        re.sub("(?<=LayerNorm[.])(weight|bias)", lambda end: LEGACY[end[0]], name): tensor
         for name, tensor in load_file(file).items()
     }
     assert any(name.endswith("gamma") for name in legacy)
     save_file(legacy, file)
     report = convert(tmp_path / "source", tmp_path / "out")
-    inputs = random_inputs(source_type, "ForMaskedLM")
-    [expected], [got] = (
-        outputs_of(source, inputs),
-        outputs_of(open_result(tmp_path / "out"), inputs),
-    )
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    result = open_result(tmp_path / "out")
+    assert_same_outputs(source, result, random_inputs(source_type, "ForMaskedLM"))
     assert_report_is_complete(report, legacy, tmp_path / "out")
 
 
 def test_bert_for_pretraining_becomes_a_masked_lm_without_next_sentences(tmp_path):
     source = make_source(tmp_path / "source", "bert", "ForPreTraining")
     report = convert(tmp_path / "source", tmp_path / "out")
-    inputs = random_inputs("bert", "ForMaskedLM")
     result = open_result(tmp_path / "out")
-    torch.testing.assert_close(
-        outputs_of(result, inputs)[0], outputs_of(source, inputs)[0], atol=1e-5, rtol=1e-5
-    )
+    assert_same_outputs(source, result, random_inputs("bert", "ForMaskedLM"), 1)
     dropped = {record.name for record in report.tensors if record.action == "dropped"}
     assert dropped == {
         *(f"cls.seq_relationship.{part}" for part in ("weight", "bias")),
@@ -116,33 +107,24 @@ def test_base_model_without_pooler_gets_a_new_one(source_type, tmp_path):
     assert_report_is_complete(report, tensors, tmp_path / "out")
 
 
-def test_untied_and_half_tied_heads_keep_their_function(tmp_path):
-    inputs = random_inputs("bert", "ForMaskedLM")
-    for name, source_type in (("plain", "roberta"), ("bert", "bert")):
-        source = make_source(tmp_path / name, source_type, tie_word_embeddings=False)
-        if source_type == "roberta":
-            inputs = random_inputs("roberta", "ForMaskedLM")
-        convert(tmp_path / name, tmp_path / f"{name}-out")
-        result = open_result(tmp_path / f"{name}-out")
-        expected = outputs_of(source, inputs)[0]
-        torch.testing.assert_close(outputs_of(result, inputs)[0], expected, atol=1e-5, rtol=1e-5)
-        # the config says tied, the file holds two tables: both count, as Transformers loads it
-        change_config(tmp_path / name, tie_word_embeddings=True)
-        report = convert(tmp_path / name, tmp_path / f"{name}-says-tied")
-        result = open_result(tmp_path / f"{name}-says-tied")
-        torch.testing.assert_close(outputs_of(result, inputs)[0], expected, atol=1e-5, rtol=1e-5)
-        assert any("tie_word_embeddings" in note for note in report.notes)
-        inputs = random_inputs("bert", "ForMaskedLM")
+@pytest.mark.parametrize("source_type", ["roberta", "bert"])
+def test_untied_and_half_tied_heads_keep_their_function(source_type, tmp_path):
+    inputs = random_inputs(source_type, "ForMaskedLM")
+    source = make_source(tmp_path / "source", source_type, tie_word_embeddings=False)
+    convert(tmp_path / "source", tmp_path / "out")
+    assert_same_outputs(source, open_result(tmp_path / "out"), inputs)
+    # the config says tied, the file holds two tables: both count, as Transformers loads it
+    change_config(tmp_path / "source", tie_word_embeddings=True)
+    report = convert(tmp_path / "source", tmp_path / "says-tied")
+    assert_same_outputs(source, open_result(tmp_path / "says-tied"), inputs)
+    assert any("tie_word_embeddings" in note for note in report.notes)
 
 
 def test_roberta_lm_head_may_follow_another_activation(tmp_path):
     source = make_source(tmp_path / "source", hidden_act="relu")
     convert(tmp_path / "source", tmp_path / "out")
-    inputs = random_inputs("roberta", "ForMaskedLM")
     result = open_result(tmp_path / "out")
-    torch.testing.assert_close(
-        outputs_of(result, inputs)[0], outputs_of(source, inputs)[0], atol=1e-5, rtol=1e-5
-    )
+    assert_same_outputs(source, result, random_inputs("roberta", "ForMaskedLM"))
 
 
 def test_a_model_of_this_package_becomes_longer_and_keeps_its_settings(tmp_path):
@@ -162,6 +144,5 @@ def test_a_model_of_this_package_becomes_longer_and_keeps_its_settings(tmp_path)
     positions = "roberta.embeddings.position_embeddings.weight"
     assert all(torch.equal(after[name], before[name]) for name in before if name != positions)
     assert torch.equal(after[positions][2 + LENGTH], before[positions][2])
-    inputs = random_inputs("roberta", "ForMaskedLM")  # two blocks: all are exact in both
-    for got, wanted in zip(outputs_of(model, inputs), outputs_of(source, inputs), strict=True):
-        torch.testing.assert_close(got, wanted)
+    # two blocks: all are exact in both
+    assert_same_outputs(source, model, random_inputs("roberta", "ForMaskedLM"))

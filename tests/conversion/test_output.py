@@ -43,6 +43,9 @@ def test_output_in_around_or_at_the_source_is_refused(force, tmp_path, monkeypat
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="OUT must be a directory"):
         convert(source, tmp_path / "file", force=force)
+    with pytest.raises((ValueError, OSError), match=r"OUT.*a file"):
+        convert(source, tmp_path / "file" / "out", force=force)
+    assert (tmp_path / "file").read_text() == "x"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "now").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "now")

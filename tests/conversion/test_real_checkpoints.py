@@ -19,7 +19,7 @@ from real_checkpoints import antiberty_checkpoint, fetched, minilm_checkpoint
 
 LENGTH = 4096
 SOURCES = {
-    "sapiens": lambda cache: sapiens.sapiens_checkpoint(cache, "heavy"),
+    "sapiens": sapiens.sapiens_checkpoint,
     "antiberty": antiberty_checkpoint,
     "minilm": minilm_checkpoint,
 }
@@ -39,7 +39,7 @@ def folders(tmp_path_factory):
 
     def folders_of(name):
         if name not in made:
-            source = fetched(lambda: SOURCES[name](sapiens.default_cache_dir()))
+            source = fetched(SOURCES[name])
             output = tmp_path_factory.mktemp("converted") / name
             report = convert_checkpoint(source, output, max_length=LENGTH)
             assert report.source_length == SOURCE_LENGTHS[name]

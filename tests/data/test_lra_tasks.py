@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mra_hf.data.lra import TASKS
+from mra_hf.data.lra import pathfinder as drawing
 from mra_hf.data.lra.images import image
 from mra_hf.data.lra.listops import OPERATORS, SYMBOLS, listops, root_operators
 from mra_hf.data.lra.pathfinder import SIDE, draw_image, pathfinder
@@ -139,16 +140,12 @@ def test_images_have_two_discs_and_dashes():
 
 
 def test_discs_lie_on_the_ends_that_the_label_says(monkeypatch):
-    from mra_hf.data.lra import pathfinder as module
-
-    seen = []
-    original = module._two_contours
+    seen, discs = [], []
+    original, disc = drawing._two_contours, drawing._disc
     monkeypatch.setattr(
-        module, "_two_contours", lambda *args: seen.append(original(*args)) or seen[-1]
+        drawing, "_two_contours", lambda *args: seen.append(original(*args)) or seen[-1]
     )
-    discs = []
-    disc = module._disc
-    monkeypatch.setattr(module, "_disc", lambda tip: discs.append(tip) or disc(tip))
+    monkeypatch.setattr(drawing, "_disc", lambda tip: discs.append(tip) or disc(tip))
     draw = np.random.default_rng(1)
     for _ in range(20):
         discs.clear()
@@ -163,28 +160,20 @@ def test_discs_lie_on_the_ends_that_the_label_says(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """What is drawn: (intensity, where, pixels) of each paddle, in the order of drawing."""
-    from mra_hf.data.lra import pathfinder as module
-
     drawn = []
-    add = module._Canvas.add
+    add, two_contours = drawing._Canvas.add, drawing._two_contours
 
     def record(self, place, paddle, intensity):
         drawn.append((intensity, place, paddle.copy()))
         return add(self, place, paddle, intensity)
 
-    monkeypatch.setattr(module._Canvas, "add", record)
-    monkeypatch.setattr(module, "_two_contours", fresh(module._two_contours, drawn))
-    return drawn
-
-
-def fresh(two_contours, drawn):
-    """Forget what a dead end drew."""
-
-    def call(*args):
-        drawn.clear()
+    def fresh(*args):
+        drawn.clear()  # forget what a dead end drew
         return two_contours(*args)
 
-    return call
+    monkeypatch.setattr(drawing._Canvas, "add", record)
+    monkeypatch.setattr(drawing, "_two_contours", fresh)
+    return drawn
 
 
 @pytest.mark.parametrize("paddles", [6, 9, 14])

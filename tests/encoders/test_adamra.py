@@ -6,12 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from mra_hf import (
-    AdaMraAttention,
-    AdaMraConfig,
-    AdaMraForSequenceClassification,
-    AdaMraModel,
-)
+from mra_hf import AdaMraAttention, AdaMraConfig, AdaMraForSequenceClassification, AdaMraModel
 
 SIZES = {"hidden_size": 16, "segment_lengths": [1, 3, 8], "num_subheads": 2, "vocab_size": 30}
 SIZES |= {"hidden_dropout_prob": 0.0, "max_position_embeddings": 64, "intermediate_size": 24}
@@ -275,7 +270,6 @@ def test_pooling(pooling, batch):
 
 @pytest.mark.parametrize("settings", [{}, {"routing": "soft"}, {"router_aux_loss_coef": 0.1}])
 def test_it_learns(settings, batch):
-    torch.manual_seed(0)
     config = AdaMraConfig(**SIZES | settings)
     model = AdaMraForSequenceClassification(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -293,7 +287,6 @@ def test_it_learns(settings, batch):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("routing", ["learned", "soft"])
 def test_checkpointed_layers_have_the_same_gradients(routing, reentrant, batch):
-    torch.manual_seed(0)
     model = AdaMraForSequenceClassification(
         AdaMraConfig(**SIZES, router_aux_loss_coef=1.0, routing=routing)
     ).train()

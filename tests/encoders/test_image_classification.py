@@ -25,7 +25,6 @@ def test_the_defaults_are_the_model_of_the_paper():
 
 
 def test_full_budgets_are_dense_attention_whatever_the_patches():
-    torch.manual_seed(0)
     dense = MraForImageClassification(MraImageConfig(**SMALL, attention="dense")).eval()
     images = torch.randn(2, 1, 16, 16)
     for patch_size in ([4, 8], [2, 16], [16, 2]):
@@ -40,7 +39,6 @@ def test_full_budgets_are_dense_attention_whatever_the_patches():
 
 def test_a_block_is_a_patch():
     """With the diagonal alone, a token of MRA-2-s sees the tokens of its own patch."""
-    torch.manual_seed(0)
     settings = {"attention": "mra2_s", "block_per_row": 1, "initial_prior_diagonal_n_blocks": 1}
     model = MraForImageClassification(
         MraImageConfig(**SMALL | {"num_hidden_layers": 1}, **settings)
@@ -55,7 +53,6 @@ def test_a_block_is_a_patch():
 
 @pytest.mark.parametrize("attention", ["mra2", "mra2_s", "dense"])
 def test_it_learns_and_comes_back(attention, tmp_path):
-    torch.manual_seed(0)
     model = MraForImageClassification(MraImageConfig(**SMALL, attention=attention, block_per_row=2))
     images, labels = torch.randn(6, 1, 16, 16), torch.arange(6) % 3
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -32,7 +32,6 @@ def texts(length=100, seed=0):
 
 @pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_every_attention_trains_and_comes_back(attention, tmp_path):
-    torch.manual_seed(0)
     model = LraForSequenceClassification(config(attention))
     inputs, labels = texts(), torch.tensor([0, 1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -55,7 +54,6 @@ def test_every_attention_trains_and_comes_back(attention, tmp_path):
 
 @pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_neighbours_and_what_padding_holds_change_nothing(attention):
-    torch.manual_seed(0)
     model = LraForSequenceClassification(config(attention)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,7 +73,6 @@ def test_neighbours_and_what_padding_holds_change_nothing(attention):
 
 
 def test_the_iterated_inverse_is_one():
-    torch.manual_seed(0)
     matrix = torch.softmax(2 * torch.randn(3, 2, 8, 8, dtype=torch.float64), -1)
     identity = torch.eye(8, dtype=torch.float64).expand_as(matrix)
     torch.testing.assert_close(iterative_inverse(matrix, 40) @ matrix, identity, atol=1e-6, rtol=0)
@@ -83,7 +80,6 @@ def test_the_iterated_inverse_is_one():
 
 def test_masked_keys_count_for_nothing_in_nystromformer():
     """Landmarks see zeros at padding; keys and values there are not attended at all."""
-    torch.manual_seed(0)
     layer = NystromformerLayer(config("nystromformer")).eval()
     mask = texts()["attention_mask"].bool()
     states = torch.randn(3, 100, 32)
@@ -97,7 +93,6 @@ def test_masked_keys_count_for_nothing_in_nystromformer():
 
 @pytest.mark.parametrize("attention", ARENA_ATTENTIONS)
 def test_half_precision_is_finite_at_full_length(attention):
-    torch.manual_seed(0)
     longest = config(attention, max_position_embeddings=4096)
     model = LraForSequenceClassification(longest).eval()
     ids = torch.randint(1, 40, (1, 4096))
@@ -111,7 +106,6 @@ def test_half_precision_is_finite_at_full_length(attention):
 
 @pytest.mark.parametrize("attention", [name for name in ARENA_ATTENTIONS if name != "longformer"])
 def test_models_compile_without_a_graph_break(attention):
-    torch.manual_seed(0)
     model = LraModel(config(attention)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = texts()
@@ -125,7 +119,6 @@ def test_models_compile_without_a_graph_break(attention):
     "attention", [name for name in ARENA_ATTENTIONS if name != "nystromformer"]
 )
 def test_padding_reaches_no_token(attention, pooling):
-    torch.manual_seed(0)
     model = LraModel(config(attention)).eval()
     inputs = texts()
     states = model(**inputs).last_hidden_state
@@ -136,7 +129,6 @@ def test_padding_reaches_no_token(attention, pooling):
 
 
 def test_the_layer_is_that_of_the_papers():
-    torch.manual_seed(0)
     model = LraModel(config("dense")).eval()
     inputs = texts()
     mask = inputs["attention_mask"].bool()
@@ -157,7 +149,6 @@ def test_the_layer_is_that_of_the_papers():
 
 
 def test_full_budgets_are_dense_attention():
-    torch.manual_seed(0)
     dense = LraModel(config("dense")).eval()
     for attention in ("mra2", "mra2_s"):
         model = LraModel(config(attention, block_per_row=4)).eval()
@@ -171,7 +162,6 @@ def test_full_budgets_are_dense_attention():
 
 
 def test_a_grid_is_read_patch_by_patch():
-    torch.manual_seed(0)
     settings = {"block_per_row": 1, "grid": [16, 8]}
     model = LraModel(config("mra2", **settings)).eval()
     plain = LraModel(config("mra2", block_per_row=1)).eval()
@@ -195,7 +185,6 @@ def test_a_grid_is_read_patch_by_patch():
 
 
 def test_pairs_are_classified_by_both_texts():
-    torch.manual_seed(0)
     model = LraForSequenceClassification(config("mra2", two_tower=True)).eval()
     first, second = texts(seed=1), texts(60, seed=2)
     pair = {f"{name}_2": x for name, x in second.items()}
@@ -211,7 +200,6 @@ def test_pairs_are_classified_by_both_texts():
 
 
 def test_dropout_on_weights_is_for_dense_attention_in_training_alone():
-    torch.manual_seed(0)
     model = LraModel(config("dense", attention_probs_dropout_prob=0.5))
     first, second = (model(**texts()).last_hidden_state for _ in range(2))
     assert not torch.allclose(first, second)

@@ -83,8 +83,7 @@ def builtin_mra2_attention(
     *,
     block_budget: int,
     approx_mode: str,
-    initial_prior_first_n_blocks: int = 0,
-    initial_prior_diagonal_n_blocks: int = 0,
+    **priors: int,
 ) -> torch.Tensor:
     """Transformers' `mra2_attention` for `[B, H, N, D]` tensors and a mask `[B, N]`.
 
@@ -114,8 +113,7 @@ def builtin_mra2_attention(
         block_budget,
         approx_mode,
         block_size=BLOCK_SIZE,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        **priors,
     )
 
 

@@ -35,17 +35,9 @@ CHAINS = (
 
 
 def both(resolutions, block_budgets, mask=None, **settings):
+    settings |= {"resolutions": resolutions, "block_budgets": block_budgets}
     return [
-        lambda query, key, value, impl=impl: multiresolution_attention(
-            query,
-            key,
-            value,
-            mask,
-            resolutions=resolutions,
-            block_budgets=block_budgets,
-            impl=impl,
-            **settings,
-        )
+        lambda *qkv, impl=impl: multiresolution_attention(*qkv, mask, impl=impl, **settings)
         for impl in ("torch", "reference")
     ]
 
@@ -184,10 +176,7 @@ def test_two_scales_are_mra_2(length, mode, mask_kind):
 def test_priors_are_those_of_the_coarsest_scale(priors):
     """A budget that the priors fill, and what is cut is cut to the end: MRA-2 of that scale."""
     first, diagonal = priors
-    settings = {
-        "initial_prior_first_n_blocks": first,
-        "initial_prior_diagonal_n_blocks": diagonal,
-    }
+    settings = {"initial_prior_first_n_blocks": first, "initial_prior_diagonal_n_blocks": diagonal}
     rows = 5
     cut = {
         (r, c)

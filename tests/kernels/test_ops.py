@@ -21,16 +21,9 @@ from attention_cases import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mra_attention import (
-    BlockSelection,
-    mra2_attention,
-    mra2_attention_matrix,
-    ops,
-    select_blocks,
-)
+from mra_attention import BlockSelection, mra2_attention, mra2_attention_matrix, ops, select_blocks
 from pairwise import pairwise
 
-for_modes = pytest.mark.parametrize("mode", MODES)
 BUDGETS = (2, 8)  # some blocks, and all of them
 
 
@@ -86,22 +79,7 @@ def test_opcheck_accepts_the_select_operator(mask_kind, block_budget, rule):
     layout=["contiguous", "transposed"],
     mode=MODES,
 )
-def test_opcheck_accepts_the_forward_operator(mask_kind, choice, layout, mode):
-    inputs, mask = make_inputs(2, 2, 70, 8)[:3], make_mask(mask_kind, 2, 70)
-    if layout == "transposed":
-        inputs = [transpose_storage(x) for x in inputs]
-    blocks = None if choice == "all" else select_blocks(*inputs[:2], mask, block_budget=4).blocks
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    torch.library.opcheck(ops.mra2_forward, (*inputs, mask, blocks, 0.3, mode == "sparse", 32))
-
-
-@pairwise(
-    mask_kind=["none", "holes"],
-    choice=["all", "some"],
-    layout=["contiguous", "transposed"],
-    mode=MODES,
-)
-def test_opcheck_accepts_the_backward_operator(mask_kind, choice, layout, mode):
+def test_opcheck_accepts_the_forward_and_backward_operators(mask_kind, choice, layout, mode):
     *inputs, grad = make_inputs(2, 2, 70, 8)
     mask = make_mask(mask_kind, 2, 70)
     if layout == "transposed":
@@ -110,6 +88,8 @@ def test_opcheck_accepts_the_backward_operator(mask_kind, choice, layout, mode):
     settings = (mask, blocks, 0.3, mode == "sparse", 32)
     results = ops.mra2_forward(*inputs, *settings)
     torch.library.opcheck(ops.mra2_backward, (grad, *inputs, *results, *settings))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    torch.library.opcheck(ops.mra2_forward, (*inputs, *settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -225,11 +205,8 @@ EXPORTED_SIZES = ((2, 70), (1, 129)) if INTERPRETED else (
 @pairwise(
     choice=[
         {"block_per_row": 2},
-        {
-            "block_per_row": 6,
-            "initial_prior_first_n_blocks": 1,
-            "initial_prior_diagonal_n_blocks": 2,
-        },
+        {"block_per_row": 6, "initial_prior_first_n_blocks": 1}
+        | {"initial_prior_diagonal_n_blocks": 2},
         {"block_budget": 5},
     ],
     masked=[False, True],

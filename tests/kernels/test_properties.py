@@ -58,12 +58,8 @@ def surrounded(inputs, mask, before, after):
     """Inputs and mask with that many tokens of padding, which hold large values, at either side."""
 
     def extend(x):
-        batch, heads, _, dim = x.shape
-        left, right = (
-            x.new_full((batch, heads, before, dim), 50.0),
-            x.new_full((batch, heads, after, dim), -50.0),
-        )
-        return torch.cat([left, x, right], 2)
+        x = torch.nn.functional.pad(x, (0, 0, before, 0), value=50.0)
+        return torch.nn.functional.pad(x, (0, 0, 0, after), value=-50.0)
 
     return [extend(x) for x in inputs], torch.nn.functional.pad(mask, (before, after))
 

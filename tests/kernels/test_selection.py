@@ -125,35 +125,33 @@ def test_coarse_logits_are_products_of_means_over_real_tokens():
                 assert torch.allclose(scores[sample, :, x, y], expected, rtol=2e-7, atol=0)
 
 
-@pairwise(mask_kind=MASK_KINDS, block_per_row=[1, 2, 4, 9, 50])
-def test_budget_is_block_per_row_times_the_live_rows_of_each_sample(mask_kind, block_per_row):
-    query, key, *_ = make_inputs(3, 2, 257, 8)
-    mask = make_mask(mask_kind, 3, 257)
-    chosen = select_blocks(query, key, mask, block_per_row=block_per_row)
+def live_blocks(mask):
+    """`[3, 9]`, True where a block of 32 of 257 tokens holds a real one."""
     everything = torch.ones(3, 257, dtype=torch.bool) if mask is None else mask
-    for sample in range(3):
-        live = sum(bool(everything[sample, i : i + 32].any()) for i in range(0, 257, 32))
-        expected = min(live * block_per_row, live**2)
-        assert chosen.counts[sample].tolist() == [expected] * 2
+    return torch.nn.functional.pad(everything, (0, 31)).view(3, 9, 32).any(-1)
 
 
-@pairwise(mask_kind=MASK_KINDS, block_budget=[1, 5, 20, 81, 1000])
-def test_block_budget_counts_pairs_per_head_and_is_clamped_to_live_pairs(mask_kind, block_budget):
+@pairwise(
+    mask_kind=MASK_KINDS,
+    choice=[
+        *({"block_per_row": n} for n in (1, 2, 4, 9, 50)),
+        *({"block_per_row": 3, "block_budget": n} for n in (1, 5, 20, 81, 1000)),
+    ],
+)
+def test_budgets_count_pairs_per_head_or_live_row_and_are_clamped_to_live_pairs(mask_kind, choice):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
-    chosen = select_blocks(query, key, mask, block_per_row=3, block_budget=block_budget)
-    everything = torch.ones(3, 257, dtype=torch.bool) if mask is None else mask
-    for sample in range(3):
-        live = sum(bool(everything[sample, i : i + 32].any()) for i in range(0, 257, 32))
-        assert chosen.counts[sample].tolist() == [min(block_budget, live**2)] * 2
+    chosen = select_blocks(query, key, mask, **choice)
+    for counts, live in zip(chosen.counts.tolist(), live_blocks(mask).sum(1).tolist(), strict=True):
+        budget = choice.get("block_budget", live * choice["block_per_row"])
+        assert counts == [min(budget, live**2)] * 2
 
 
 @pairwise(mask_kind=MASK_KINDS, rule=RULES)
 def test_pairs_without_a_real_token_are_never_chosen(mask_kind, rule):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
-    everything = torch.ones(3, 257, dtype=torch.bool) if mask is None else mask
-    live = torch.nn.functional.pad(everything, (0, 31)).view(3, 9, 32).any(-1)
+    live = live_blocks(mask)
     for choice in ({"block_per_row": 2}, {"block_per_row": 9}, {"block_budget": 80}):
         priors = {"initial_prior_first_n_blocks": 2, "initial_prior_diagonal_n_blocks": 3}
         blocks = select_blocks(query, key, mask, selection=rule, **choice, **priors).blocks
@@ -172,13 +170,8 @@ def test_priors_are_chosen_first_however_low_they_score():
     assert chosen == first
     chosen = select_one_head(scores, block_budget=5, initial_prior_diagonal_n_blocks=1, **rule)
     assert chosen == diagonal
-    chosen = select_one_head(
-        scores,
-        block_budget=14,
-        initial_prior_first_n_blocks=1,
-        initial_prior_diagonal_n_blocks=1,
-        **rule,
-    )
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
+    chosen = select_one_head(scores, block_budget=14, **priors, **rule)
     assert chosen == first | diagonal | {(1, 2)}
 
 
@@ -339,15 +332,9 @@ def test_traceable_choice_is_the_normal_one_and_nothing_beyond(
 ):
     query, key, *_ = make_inputs(2, 2, length, 8)
     mask = make_mask(mask_kind, 2, length)
-    settings = {
-        "block_per_row": 3,
-        "block_budget": block_budget,
-        "block_size": 32,
-        "initial_prior_first_n_blocks": 1,
-        "initial_prior_diagonal_n_blocks": 2,
-        "rule": rule,
-        "scale": 0.5,
-    }
+    settings = {"block_per_row": 3, "block_budget": block_budget, "block_size": 32}
+    settings |= {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 2}
+    settings |= {"rule": rule, "scale": 0.5}
     normal = selection.select(query, key, mask, **settings)
     traceable = selection.select(query, key, mask, **settings, traceable=True)
     rows, surplus = normal.shape[-1], length // 32 + 2 - normal.shape[-1]

@@ -32,26 +32,34 @@ from pairwise import pairwise
 pytestmark = needs_triton
 
 
-@pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"])
-def test_every_dtype_mode_and_form(dtype, mode, form_name, form):
+@pytest.fixture
+def tiles(table, two_query_blocks):
+    """Let one query block or two own a tile, and change entries of the table."""
+    return lambda query_blocks, **entries: {1: table, 2: two_query_blocks}[query_blocks](**entries)
+
+
+@pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"], query_blocks=[1, 2])
+def test_every_dtype_mode_and_form(dtype, mode, form_name, query_blocks, form, tiles):
     form(form_name)
+    tiles(query_blocks)
     inputs = TRITON.inputs(1, 2, 150, 64, dtype=dtype)
     assert_right(inputs, TRITON.mask("holes", 1, 150), block_per_row=2, approx_mode=mode)
 
 
-@pairwise(item_blocks=[1, 2, 3], mode=MODES)
-def test_blocks_with_several_work_items(item_blocks, mode, table):
+@pairwise(item_blocks=[1, 2, 3], mode=MODES, query_blocks=[1, 2], form_name=["plain", "swapped"])
+def test_blocks_with_several_work_items(item_blocks, mode, query_blocks, form_name, form, tiles):
     """The first row and column are selected whole: their lists are cut, in both directions."""
-    table(item_blocks=item_blocks)
+    form(form_name)
+    tiles(query_blocks, item_blocks=item_blocks)
     inputs = TRITON.inputs(1, 1, 200, 16)
     mask = TRITON.mask("right", 1, 200)
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
     assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_more_blocks_than_a_tile(mode, table):
-    table(item_blocks=4)
+@pytest.mark.parametrize(("mode", "query_blocks"), [("full", 1), ("sparse", 1), ("full", 2)])
+def test_more_blocks_than_a_tile(mode, query_blocks, tiles):
+    tiles(query_blocks, item_blocks=4)
     inputs = TRITON.inputs(1, 1, BEYOND_A_TILE[0], 16)
     mask = TRITON.mask("holes", 1, BEYOND_A_TILE[0])
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
@@ -74,12 +82,10 @@ def test_offsets_beyond_2_31_elements():
 
 
 @pytest.mark.parametrize("query_blocks", [1, 2])
-def test_what_padding_and_scratch_hold_reaches_no_result(
-    query_blocks, table, two_query_blocks, monkeypatch
-):
+def test_what_padding_and_scratch_hold_reaches_no_result(query_blocks, tiles, monkeypatch):
     from mra_attention.triton_impl.call import KernelCall
 
-    (table if query_blocks == 1 else two_query_blocks)(item_blocks=1)
+    tiles(query_blocks, item_blocks=1)
     inputs = TRITON.inputs(1, 1, 150, 16)
     mask = TRITON.mask("holes", 1, 150)
     expected = TRITON.attend(inputs, mask, block_per_row=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import MASK_KINDS, MODES
-from triton_cases import BEYOND_A_TILE, TOLERANCES, TRITON, assert_right, needs_triton
+from triton_cases import BEYOND_A_TILE, TRITON, assert_right, needs_triton
 
 from mra_attention import BlockSelection, selection
 from pairwise import pairwise
@@ -14,16 +14,6 @@ pytestmark = needs_triton
 
 
 # -- two query blocks a tile
-
-
-@pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"])
-def test_two_query_blocks_in_every_dtype_mode_and_form(
-    dtype, mode, form_name, form, two_query_blocks
-):
-    form(form_name)
-    two_query_blocks()
-    inputs = TRITON.inputs(1, 2, 150, 64, dtype=dtype)
-    assert_right(inputs, TRITON.mask("holes", 1, 150), block_per_row=2, approx_mode=mode)
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 64, 65, 100, 256])
@@ -44,31 +34,11 @@ def test_two_query_blocks_with_masks(mask_kind, mode, two_query_blocks):
             assert not result.transpose(1, 2)[~mask].any()
 
 
-@pairwise(item_blocks=[1, 3], mode=MODES, form_name=["plain", "swapped"])
-def test_two_query_blocks_with_several_work_items(
-    item_blocks, mode, form_name, form, two_query_blocks
-):
-    """The first row is selected whole, so that the list of the first bundle is cut; 7 blocks."""
-    form(form_name)
-    two_query_blocks(item_blocks=item_blocks)
-    inputs = TRITON.inputs(1, 1, 200, 16)
-    mask = TRITON.mask("right", 1, 200)
-    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
-    assert_right(inputs, mask, block_per_row=4, approx_mode=mode, **priors)
-
-
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient"])
 def test_two_query_blocks_in_one_pass_only(kernel, two_query_blocks):
     two_query_blocks(kernel, item_blocks=2)
     inputs = TRITON.inputs(1, 2, 150, 16)
     assert_right(inputs, TRITON.mask("holes", 1, 150), block_per_row=3)
-
-
-def test_two_query_blocks_among_more_blocks_than_a_tile(two_query_blocks):
-    two_query_blocks(item_blocks=4)
-    inputs = TRITON.inputs(1, 1, BEYOND_A_TILE[0], 16)
-    mask = TRITON.mask("holes", 1, BEYOND_A_TILE[0])
-    assert_right(inputs, mask, block_per_row=3, initial_prior_first_n_blocks=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -124,6 +94,10 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
 
 # -- selection
 
+DEFAULTS = {
+    **{"block_size": 32, "block_per_row": 2, "block_budget": None, "rule": "row_normalized"},
+    **{"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0, "scale": 0.2},
+}
 SELECTIONS = {
     "plain": {},
     "priors": {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3},
@@ -145,16 +119,7 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
 
     inputs = TRITON.inputs(2, 1, 200, 32, seed=3)[:2]
     mask = TRITON.mask(mask_kind, 2, 200)
-    settings = {
-        "block_size": 32,
-        "block_per_row": 2,
-        "block_budget": None,
-        "initial_prior_first_n_blocks": 0,
-        "initial_prior_diagonal_n_blocks": 0,
-        "rule": "row_normalized",
-        "scale": 0.2,
-        **SELECTIONS[name],
-    }
+    settings = DEFAULTS | SELECTIONS[name]
     wanted = selection.select(*inputs, mask, **settings)
     for entries in (
         {"topk_up_to_rows": 1000},
@@ -173,15 +138,8 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
 
     inputs = TRITON.inputs(2, 1, length, 16, seed=5)[:2]
     mask = TRITON.mask("right", 2, length)
-    settings = {
-        "block_size": 32,
-        "block_per_row": 4,
-        "block_budget": None,
-        "initial_prior_first_n_blocks": 1,
-        "initial_prior_diagonal_n_blocks": 1,
-        "rule": "row_normalized",
-        "scale": 0.25,
-    }
+    priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
+    settings = DEFAULTS | {"block_per_row": 4, "scale": 0.25} | priors
     table(topk_up_to_rows=1000)
     by_topk = triton_impl.select(*inputs, mask, summaries=None, **settings)
     for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
@@ -227,9 +185,7 @@ def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
             histograms.append(arguments["HISTOGRAMS"])
         return launch(kernel, programs, **arguments)
 
-    settings = {"block_per_row": 2, "block_budget": None, "rule": "row_normalized", "scale": 0.2}
-    settings |= {"summaries": None, "block_size": 32}
-    settings |= {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
+    settings = DEFAULTS | {"summaries": None}
     query, key, *_ = TRITON.inputs(2, 2, 200, 16)
     for inputs, last in (((query, key), 2), ((query[:, :, :1].expand_as(query), key * 0), 4)):
         table(topk_up_to_rows=1000)

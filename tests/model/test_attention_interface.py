@@ -3,20 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoModel,
-    AutoModelForMaskedLM,
-    BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    RobertaForMaskedLM,
-    RobertaModel,
-    ViTConfig,
-    XLMRobertaConfig,
-)
+from transformers import AutoModel, AutoModelForMaskedLM, RobertaForMaskedLM, RobertaModel
 
 from mra_attention import torch_impl
 from mra_hf import MraForMaskedLM, set_attention
@@ -26,10 +13,10 @@ from tiny_models import SIZES, mra_config, padded_batch, roberta_config
 TEXT = {name: SIZES[name] for name in SIZES if name not in ("type_vocab_size", "layer_norm_eps")}
 STOCK = {
     "roberta": lambda: roberta_config(),
-    "bert": lambda: BertConfig(**TEXT),
-    "xlm-roberta": lambda: XLMRobertaConfig(**TEXT),
-    "electra": lambda: ElectraConfig(**TEXT, embedding_size=32),
-    "distilbert": lambda: DistilBertConfig(
+    "bert": lambda: transformers.BertConfig(**TEXT),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**TEXT),
+    "electra": lambda: transformers.ElectraConfig(**TEXT, embedding_size=32),
+    "distilbert": lambda: transformers.DistilBertConfig(
         vocab_size=100, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=258
     ),
 }
@@ -146,8 +133,9 @@ def test_our_family_takes_settings_in_its_fields():
 def test_attention_dropout_is_refused_by_the_call_and_removed_by_set_attention():
     model = RobertaForMaskedLM._from_config(roberta_config(), attn_implementation="mra2").train()
     batch = padded_batch()
-    with pytest.raises(ValueError, match=r"attention_probs_dropout_prob.*set_attention"):
-        model(**batch)
+    for refusing in (model, MraForMaskedLM(mra_config(attention_probs_dropout_prob=0.1)).train()):
+        with pytest.raises(ValueError, match=r"attention_probs_dropout_prob.*set_attention"):
+            refusing(**batch)
     set_attention(model)
     model(**batch, labels=batch["input_ids"]).loss.backward()
     assert model.config.attention_probs_dropout_prob == 0
@@ -160,7 +148,7 @@ def test_set_attention_makes_every_stock_model_trainable(kind):
 
 
 def test_vision_models_run():
-    config = ViTConfig(
+    config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         image_size=32, patch_size=4, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
     )  # fmt: skip
@@ -172,16 +160,16 @@ def test_vision_models_run():
 
 
 REFUSED = {
-    "DeBERTa-v2": lambda: DebertaV2Config(**TEXT),
-    "MPNet": lambda: MPNetConfig(**TEXT),
-    "sliding windows": lambda: ModernBertConfig(
+    "DeBERTa-v2": lambda: transformers.DebertaV2Config(**TEXT),
+    "MPNet": lambda: transformers.MPNetConfig(**TEXT),
+    "sliding windows": lambda: transformers.ModernBertConfig(
         **TEXT, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
     ),
     "causal": lambda: transformers.LlamaConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64,
     ),
-    "decoder": lambda: BertConfig(**TEXT, is_decoder=True),
+    "decoder": lambda: transformers.BertConfig(**TEXT, is_decoder=True),
     "no attention function": lambda: transformers.FNetConfig(
         vocab_size=100, hidden_size=32, num_hidden_layers=1, intermediate_size=64
     ),
@@ -201,7 +189,7 @@ REFUSED = {
 def test_models_that_would_ignore_or_misuse_it_are_refused(kind):
     model = AutoModel.from_config(REFUSED[kind]())
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match="mra2"):
+    with pytest.raises(ValueError, match="MPNetModel.*RoBERTa" if kind == "MPNet" else "mra2"):
         set_attention(model)
     assert model.config._attn_implementation == before
 
@@ -216,9 +204,9 @@ def test_a_causal_model_is_refused_at_its_first_forward():
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        ({"name": "flash"}, "name"),
+        ({"name": "flash"}, "name.*mra2_s.*sdpa"),
         ({"impl": "fast"}, "impl"),
-        ({"block_per_rows": 4}, "block_per_rows"),
+        ({"block_per_rows": 4}, r"block_per_rows.*block_per_row\b"),
         ({"block_per_row": 0}, "block_per_row"),
         ({"name": "mra2_s", "approx_mode": "full"}, "approx_mode"),
         ({"initial_prior_first_n_blocks": 4}, "block_per_row"),
@@ -231,6 +219,11 @@ def test_set_attention_refuses_wrong_settings_and_changes_nothing(arguments, wor
     assert model.config._attn_implementation == "sdpa"
     assert not hasattr(model.config, "mra")
     assert model.config.attention_probs_dropout_prob == 0.1
+
+
+def test_what_is_no_transformers_model_is_refused():
+    with pytest.raises(ValueError, match=r"model.*PreTrainedModel"):
+        set_attention(torch.nn.Linear(2, 2))
 
 
 def test_an_explicit_disagreement_in_the_config_is_refused():
@@ -268,7 +261,7 @@ def test_output_attentions_returns_the_rows_of_a_hat():
 
 def test_output_attentions_is_refused_above_2048_tokens_and_in_the_config():
     model = MraForMaskedLM(mra_config(max_position_embeddings=2052)).eval()
-    with pytest.raises(ValueError, match="2048"):
+    with pytest.raises(ValueError, match=r"output_attentions.*2048.*select_blocks"):
         model(torch.randint(5, 99, (1, 2050)), output_attentions=True)
     ids = torch.randint(5, 99, (1, 40))
     model.config.output_attentions = True

@@ -11,17 +11,12 @@ from transformers.models.mra import configuration_mra, modeling_mra
 
 import mra_hf
 from mra_hf import MraConfig
-from tiny_models import mra_config, padded_batch
+from tiny_models import SIZES, mra_config, padded_batch
 
-BUILTIN_SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 256,
-    "block_per_row": 4,
-}
+KEPT = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+KEPT += ("intermediate_size",)
+BUILTIN_SIZES = {name: SIZES[name] for name in KEPT}
+BUILTIN_SIZES |= {"max_position_embeddings": 256, "block_per_row": 4}
 
 
 def builtin_directory(path, head="MraForMaskedLM", **changes):
@@ -33,10 +28,8 @@ def builtin_directory(path, head="MraForMaskedLM", **changes):
 def minimal_config(path):
     """Keep of config.json only what differs from the defaults of the type."""
     file = path / "config.json"
-    kept = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
-    kept += ("num_attention_heads", "intermediate_size")
     config = json.loads(file.read_text())
-    file.write_text(json.dumps({name: config[name] for name in kept}))
+    file.write_text(json.dumps({name: config[name] for name in ("model_type", *KEPT)}))
 
 
 @pytest.fixture
@@ -172,16 +165,9 @@ def test_trainer_resumes_from_a_checkpoint_saved_after_such_a_load(tmp_path):
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, 99, (16, 40))]
 
     def trainer(model, steps):
-        arguments = TrainingArguments(
-            output_dir=tmp_path / "run",
-            max_steps=steps,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            learning_rate=1e-3,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        settings = {"save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3}
+        aside = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        arguments = TrainingArguments(tmp_path / "run", max_steps=steps, **settings, **aside)
         return Trainer(model=model, args=arguments, train_dataset=rows)
 
     trainer(model, 2).train()

@@ -12,12 +12,7 @@ from transformers import (
     pipeline,
 )
 
-from mra_hf import (
-    MraForMaskedLM,
-    MraForSequenceClassification,
-    MraForTokenClassification,
-    MraModel,
-)
+from mra_hf import MraForMaskedLM, MraForSequenceClassification, MraForTokenClassification, MraModel
 from tiny_models import mra_config, padded_batch, word_tokenizer
 
 needs_a_compiler = [
@@ -105,19 +100,10 @@ def test_trainer_trains_saves_and_resumes(options, tmp_path):
     rows = [tokenizer(text, truncation=True) for text in texts]
 
     def trainer(model, steps):
-        arguments = TrainingArguments(
-            output_dir=tmp_path / "run",
-            max_steps=steps,
-            save_steps=4,
-            per_device_train_batch_size=4,
-            learning_rate=5e-3,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=1,
-            **options,
-        )
+        settings = {"save_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3}
+        settings |= {"logging_steps": 1, "seed": 1, "max_steps": steps} | options
+        aside = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        arguments = TrainingArguments(tmp_path / "run", **settings, **aside)
         collator = DataCollatorForLanguageModeling(tokenizer, pad_to_multiple_of=32)
         return Trainer(
             model=model,

@@ -11,24 +11,12 @@ import mra_hf
 from mra_hf import MraConfig, modeling
 from tiny_models import SIZES, TOKENS, mra_config, padded_batch, roberta_config
 
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+#: Auto class -> our class and RoBERTa's.
 HEADS = {
     "AutoModel": ("MraModel", "RobertaModel"),
     "AutoModelForPreTraining": ("MraForMaskedLM", "RobertaForMaskedLM"),
-    "AutoModelForMaskedLM": ("MraForMaskedLM", "RobertaForMaskedLM"),
-    "AutoModelForSequenceClassification": (
-        "MraForSequenceClassification",
-        "RobertaForSequenceClassification",
-    ),
-    "AutoModelForTokenClassification": (
-        "MraForTokenClassification",
-        "RobertaForTokenClassification",
-    ),
-    "AutoModelForQuestionAnswering": (
-        "MraForQuestionAnswering",
-        "RobertaForQuestionAnswering",
-    ),
-    "AutoModelForMultipleChoice": ("MraForMultipleChoice", "RobertaForMultipleChoice"),
-}
+} | {f"AutoModelFor{task}": (f"MraFor{task}", f"RobertaFor{task}") for task in ("MaskedLM", *TASKS)}
 
 FIRST_TOKEN_HEADS = ("AutoModelForSequenceClassification", "AutoModelForMultipleChoice")
 
@@ -147,18 +135,16 @@ def test_fields_that_a_roberta_file_leaves_out_take_robertas_defaults(tmp_path):
 
 def test_a_bert_directory_is_refused_with_the_remedy(tmp_path):
     transformers.BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="mra-hf convert"):
-        MraConfig.from_pretrained(tmp_path)
+    for our_class in (MraConfig, mra_hf.MraForMaskedLM):
+        with pytest.raises(ValueError, match=r"bert.*mra-hf convert"):
+            our_class.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match="nowhere"):
+        mra_hf.MraForMaskedLM.from_pretrained(tmp_path / "nowhere")
 
 
 def test_the_config_survives_json_and_counts_tokens(tmp_path):
-    config = MraConfig(
-        block_per_row=4,
-        approx_mode="sparse",
-        initial_prior_diagonal_n_blocks=3,
-        max_position_embeddings=4098,
-        selection="global",
-    )
+    choice = {"block_per_row": 4, "initial_prior_diagonal_n_blocks": 3, "selection": "global"}
+    config = MraConfig(**choice, approx_mode="sparse", max_position_embeddings=4098)
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is MraConfig
@@ -180,12 +166,12 @@ def test_the_config_survives_json_and_counts_tokens(tmp_path):
         ({"approx_mode": "dense"}, "approx_mode"),
         ({"selection": "best"}, "selection"),
         ({"initial_prior_first_n_blocks": -1}, "initial_prior_first_n_blocks"),
-        ({"initial_prior_first_n_blocks": 4}, "block_per_row"),
+        ({"initial_prior_first_n_blocks": 4}, "Raise block_per_row"),
         ({"initial_prior_diagonal_n_blocks": 8}, "block_per_row"),
-        ({"max_position_embeddings": 2}, "max_position_embeddings"),
+        ({"max_position_embeddings": 2}, r"max_position_embeddings.*tokens \+"),
         ({"hidden_size": 30, "num_attention_heads": 4}, "hidden_size"),
         ({"embedding_size": 0}, "embedding_size"),
-        ({"is_decoder": True}, "is_decoder"),
+        ({"is_decoder": True}, "is_decoder.*False"),
         ({"pad_token_id": None}, "pad_token_id"),
     ],
 )
@@ -209,8 +195,9 @@ def test_a_field_changed_to_nonsense_is_refused_on_saving(tmp_path):
 def test_the_longest_sequence_runs_and_one_more_token_is_a_clear_error():
     model = mra_hf.MraModel(mra_config(block_per_row=2)).eval()
     model(torch.randint(5, 99, (1, TOKENS)))
-    with pytest.raises(ValueError, match=f"{TOKENS + 1} tokens.*{TOKENS}"):
+    with pytest.raises(ValueError, match=f"{TOKENS + 1} tokens.*{TOKENS}") as error:
         model(torch.randint(5, 99, (1, TOKENS + 1)))
+    assert all(f in str(error.value) for f in ("input_ids", "truncation=True", "mra-hf convert"))
 
 
 def test_an_empty_sequence_is_a_clear_error():

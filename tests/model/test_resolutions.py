@@ -22,7 +22,6 @@ def inputs():
 
 
 def test_a_model_attends_by_its_scales_and_comes_back_from_a_directory(inputs, tmp_path):
-    torch.manual_seed(0)
     model = MraModel(MraConfig(**SIZES, **SCALES)).eval()
     with torch.no_grad():
         output = model(**inputs, output_attentions=True)
@@ -46,7 +45,6 @@ def test_a_model_attends_by_its_scales_and_comes_back_from_a_directory(inputs, t
 
 
 def test_a_stock_model_attends_by_scales(inputs):
-    torch.manual_seed(0)
     model = RobertaModel(RobertaConfig(**SIZES)).eval()
     set_attention(model, block_per_row=4)
     set_attention(model, **SCALES)
@@ -68,7 +66,6 @@ def test_a_stock_model_attends_by_scales(inputs):
 
 
 def test_it_trains(inputs):
-    torch.manual_seed(0)
     model = MraForMaskedLM(MraConfig(**SIZES, **SCALES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -149,7 +146,6 @@ def test_conversion_keeps_scales_or_replaces_them_by_what_is_asked(tmp_path, cap
 
 
 def test_switching_our_own_family_between_the_descriptions(inputs):
-    torch.manual_seed(0)
     model = MraModel(MraConfig(**SIZES)).eval()
     assert (model.config.block_per_row, model.config.block_size) == (8, 32)
     set_attention(model, **SCALES)

@@ -15,17 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    HfArgumentParser,
-    RobertaConfig,
-)
+from transformers import AutoConfig, HfArgumentParser
 
 import mra_hf
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
@@ -43,17 +37,17 @@ FILES = {
 }
 ACCELERATE = {path.name: path for path in sorted((CONFIGS / "accelerate").glob("*.yaml"))}
 MODELS = {
-    "run-mlm": AutoModelForMaskedLM.from_config,
-    "run-mnli": AutoModelForSequenceClassification.from_config,
+    "run-mlm": transformers.AutoModelForMaskedLM.from_config,
+    "run-mnli": transformers.AutoModelForSequenceClassification.from_config,
     "run-wikihop": mra_hf.MraForCandidateChoice,
 }
 
 #: Published checkpoints, which tests do not fetch.
 PUBLISHED = {
-    "FacebookAI/roberta-base": RobertaConfig(
+    "FacebookAI/roberta-base": transformers.RobertaConfig(
         vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
     ),
-    "sentence-transformers/all-MiniLM-L6-v2": BertConfig(
+    "sentence-transformers/all-MiniLM-L6-v2": transformers.BertConfig(
         vocab_size=30522,
         hidden_size=384,
         num_hidden_layers=6,
@@ -161,12 +155,9 @@ def converted_config(arguments: list[str]) -> mra_hf.MraConfig:
     args = parser.parse_args(arguments)
     source = config_at(args.source)
     assert source.model_type in SOURCE_TYPES, f"mra-hf convert refuses {args.source}"
-    asked = {
-        "block_per_row": args.block_per_row,
-        "approx_mode": args.approx_mode,
-        "initial_prior_first_n_blocks": args.initial_prior_first_n_blocks,
-        "initial_prior_diagonal_n_blocks": args.initial_prior_diagonal_n_blocks,
-    }
+    names = ("block_per_row", "approx_mode")
+    names += ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks")
+    asked = {name: getattr(args, name) for name in names}
     return mra_hf.MraConfig(
         **{field: getattr(source, field) for field in SIZES},
         embedding_size=getattr(source, "embedding_size", None),

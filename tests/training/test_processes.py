@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import mra_hf
+from files import read_json, write_json_lines
 from mra_hf.commands import main
 from tiny_models import mra_config, padded_batch, word_tokenizer
 
@@ -21,18 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 #: Plain steps of gradient descent, whose result shows the gradient itself.
 COMMON = {
-    "model_name_or_path": "base",
-    "do_train": True,
-    "output_dir": "run",
-    "max_steps": 2,
-    "learning_rate": 0.05,
-    "optim": "sgd",
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "train_sampling_strategy": "sequential",
-    "per_device_train_batch_size": 4,
-    "save_steps": 100,
-    "use_cpu": True,
+    **{"model_name_or_path": "base", "do_train": True, "output_dir": "run", "max_steps": 2},
+    **{"learning_rate": 0.05, "optim": "sgd", "lr_scheduler_type": "constant"},
+    **{"max_grad_norm": 0.0, "train_sampling_strategy": "sequential"},
+    **{"per_device_train_batch_size": 4, "save_steps": 100, "use_cpu": True},
 }
 TASKS = ("mlm", "mnli", "wikihop")
 
@@ -46,14 +39,13 @@ def folder(tmp_path, monkeypatch):
     mra_hf.MraForMaskedLM(config).save_pretrained("base")
     word_tokenizer().save_pretrained("base")
     documents = [" ".join(f"w{10 + (i * j) % 80}" for i in range(700)) for j in range(1, 4)]
-    lines = [json.dumps({"text": text}) for text in documents]
-    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    write_json_lines("train.jsonl", [{"text": text} for text in documents])
     rows = [
         {"sentence1": " ".join(f"w{10 + (i * j) % 80}" for i in range(20 + 9 * j))}
         | {"sentence2": f"w{10 + j} w9", "label": j % 3}
         for j in range(16)
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines("pairs.jsonl", rows)
     questions = [
         {
             "id": f"q{j}",
@@ -83,14 +75,20 @@ def trained(task: str, name: str, **changes) -> dict[str, torch.Tensor]:
     return load_file(f"{name}/model.safetensors")
 
 
-def launched(task: str, name: str, *launcher: str, **changes) -> dict[str, torch.Tensor]:
-    """Train in two processes, started by `launcher`, a Python module and its arguments."""
-    script = ROOT / "scripts" / f"run_{task}.py"
-    command = [sys.executable, "-m", *launcher, str(script), settings(task, name, **changes)]
+def python_module(*arguments: str) -> str:
+    """Run `python -m` with these arguments; return what it prints."""
+    command = [sys.executable, "-m", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(Path(f"{name}/results.json").read_text())["processes"] == 2
+    return done.stdout
+
+
+def launched(task: str, name: str, *launcher: str, **changes) -> dict[str, torch.Tensor]:
+    """Train in two processes, started by `launcher`, a Python module and its arguments."""
+    script = ROOT / "scripts" / f"run_{task}.py"
+    python_module(*launcher, str(script), settings(task, name, **changes))
+    assert read_json(f"{name}/results.json")["processes"] == 2
     return load_file(f"{name}/model.safetensors")
 
 
@@ -133,18 +131,10 @@ def test_a_plain_trainer_accumulates_right(folder):
     for size in (4, 1):
         torch.manual_seed(0)
         model = mra_hf.MraForSequenceClassification(mra_config(hidden_dropout_prob=0.0))
-        arguments = TrainingArguments(
-            "plain",
-            max_steps=1,
-            optim="sgd",
-            learning_rate=0.05,
-            max_grad_norm=0.0,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            use_cpu=True,
-            report_to="none",
-            save_strategy="no",
-        )
+        descent = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
+        batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        aside = {"use_cpu": True, "report_to": "none", "save_strategy": "no"}
+        arguments = TrainingArguments("plain", **descent, **batch, **aside)
         Trainer(model=model, args=arguments, train_dataset=rows).train()
         weights.append(model.state_dict())
     for name, tensor in weights[0].items():
@@ -173,9 +163,7 @@ def test_torchrun_does_too_and_evaluates_the_same(folder):
     one = trained("mnli", "one", **evaluated)
     two = launched("mnli", "two", *TORCHRUN, per_device_train_batch_size=2, **evaluated)
     assert_same_training(one, two)
-    first, second = (
-        json.loads(Path(f"{name}/results.json").read_text()) for name in ("one", "two")
-    )
+    first, second = (read_json(f"{name}/results.json") for name in ("one", "two"))
     assert first["confusion_matrix"] == second["confusion_matrix"]
     assert first["eval"]["eval_loss"] == pytest.approx(second["eval"]["eval_loss"], rel=1e-3)
 
@@ -242,11 +230,7 @@ def test_sharded_and_checkpointed_layers_have_the_gradients_of_one_process(folde
     ids = torch.randint(5, 99, (4, 200))
     torch.save((ids, torch.where(torch.rand(4, 200) < 0.2, ids, -100)), "batch.pt")
     Path("sharded.py").write_text(SHARDED)
-    command = [sys.executable, "-m", *TORCHRUN, "sharded.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("the gradients agree") == 2
+    assert python_module(*TORCHRUN, "sharded.py").count("the gradients agree") == 2
 
 
 @pytest.mark.parametrize("task", ["mlm", "mnli"])
@@ -267,9 +251,7 @@ def test_bfloat16_trains_nearly_the_same(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
 def test_compiled_training_is_the_same(folder):
-    plain = trained("mlm", "plain")
-    compiled = trained("mlm", "compiled", torch_compile=True)
-    assert_same_training(plain, compiled)
+    assert_same_training(trained("mlm", "plain"), trained("mlm", "compiled", torch_compile=True))
 
 
 def test_tensorboard_is_written_when_asked_for(folder):
@@ -279,7 +261,7 @@ def test_tensorboard_is_written_when_asked_for(folder):
 
 def test_a_run_directory_says_what_it_takes_to_repeat_it(folder):
     trained("mnli", "run", seed=7)
-    results = json.loads(Path("run/results.json").read_text())
+    results = read_json("run/results.json")
     for name in ("mra_hf", "torch", "transformers", "accelerate", "datasets", "dtype", "threads"):
         assert results[name], name
     assert results["seed"] == 7 and len(results["data"]["train"]) == 16
@@ -288,9 +270,9 @@ def test_a_run_directory_says_what_it_takes_to_repeat_it(folder):
     assert main(["run-mnli", "run/experiment.yaml", "--output_dir", "again"]) == 0
     again = load_file("again/model.safetensors")
     assert all(torch.equal(before[name], again[name]) for name in before)
-    data = json.loads(Path("again/results.json").read_text())["data"]
+    data = read_json("again/results.json")["data"]
     assert data == results["data"]
     rows = Path("pairs.jsonl").read_text().replace("w11", "w12")
     Path("pairs.jsonl").write_text(rows)
     trained("mnli", "other", seed=7)
-    assert json.loads(Path("other/results.json").read_text())["data"] != data
+    assert read_json("other/results.json")["data"] != data
