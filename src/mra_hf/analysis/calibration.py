@@ -151,12 +151,7 @@ def _mass(heads: HeadInputs, budget: int, settings: dict[str, Any]) -> Tensor:
     """Share of the softmax mass in the selected blocks, `[instances, H]`."""
     rule = {name: value for name, value in settings.items() if name != "approx_mode"}
     blocks = select_blocks(
-        heads.query,
-        heads.key,
-        block_per_row=budget,
-        block_size=_BLOCK,
-        scale=heads.scale,
-        **rule,
+        heads.query, heads.key, block_per_row=budget, block_size=_BLOCK, scale=heads.scale, **rule
     ).blocks
     mass = torch.empty(blocks.shape[:2])
     for instance, selected in enumerate(blocks):  # one instance at a time: N x N

@@ -156,12 +156,7 @@ def _instance(
 
 
 def _head(
-    kind: str,
-    gain: float,
-    length: int,
-    dim: int,
-    common_value: float,
-    generator: torch.Generator,
+    kind: str, gain: float, length: int, dim: int, common_value: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * dim**-0.5

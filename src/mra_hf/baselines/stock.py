@@ -124,9 +124,7 @@ def nystromformer(
     """The Nystrom method with `size` landmarks, the means of segments (Xiong et al. 2021); without
     the convolution of its models. N must be a multiple of `size`.
     """
-    from transformers.models.nystromformer.modeling_nystromformer import (
-        NystromformerSelfAttention,
-    )
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
     _check_multiple(query, size, "landmarks")
     batch, heads, length, dim = query.shape

@@ -172,10 +172,7 @@ def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBa
 
 
 def _result_config(
-    source: Source,
-    changes: dict[str, Any],
-    max_length: int,
-    tokenizer: PreTrainedTokenizerBase,
+    source: Source, changes: dict[str, Any], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MraConfig, list[str]]:
     """The result's config, and notes; sets `model_max_length` of the tokenizer."""
     notes: list[str] = []
