@@ -159,19 +159,9 @@ def _recorded(
             signature.append((name, kind))
             if is_aligned:
                 aligned.append(name)
-        launches.append(
-            Launch(
-                kernel.fn.__name__,
-                target,
-                dtype,
-                dim,
-                tuple(signature),
-                tuple(aligned),
-                tuple(constants),
-                num_warps,
-                num_stages,
-            )
-        )
+        parameters = map(tuple, (signature, aligned, constants))
+        described = (kernel.fn.__name__, target, dtype, dim)
+        launches.append(Launch(*described, *parameters, num_warps, num_stages))
         _KERNELS[kernel.fn.__name__] = kernel
 
     shape = (2, length, 12, dim)
@@ -190,20 +180,11 @@ def _recorded(
             stack.enter_context(mock.patch.object(launching, name, stand_in))
         scale = dim**-0.5
         summaries = triton_impl.summarize(query, key, value, mask)
-        blocks = triton_impl.select(
-            query,
-            key,
-            mask,
-            summaries=summaries,
-            block_size=32,
-            block_per_row=8,
-            block_budget=None,
-            initial_prior_first_n_blocks=1,
-            initial_prior_diagonal_n_blocks=3,
-            rule="row_normalized",
-            scale=scale,
-        )
-        settings = {"summaries": summaries, "scale": scale, "sparse": sparse, "block_size": 32}
+        settings = {"summaries": summaries, "scale": scale, "block_size": 32}
+        choice = {"block_per_row": 8, "block_budget": None, "rule": "row_normalized"}
+        priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
+        blocks = triton_impl.select(query, key, mask, **settings, **choice, **priors)
+        settings["sparse"] = sparse
         settings["largest_budget"] = 8 * length // 32  # as of the selection above
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
