@@ -120,16 +120,7 @@ _TYPES = {
 }
 
 
-def _recorded(
-    target: str,
-    dtype: str,
-    dim: int,
-    sparse: bool,
-    masked: bool,
-    precision: str,
-    length: int,
-    **changes,
-) -> list[Launch]:
+def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) -> list[Launch]:
     """The launches of a selection, a forward and a backward pass, with `changes` to the
     configurations of kernels whose tiles belong to query blocks.
     """
@@ -266,22 +257,11 @@ def compile_launch(launch: Launch) -> Result:
         text, fused = compiled.asm["amdgcn"], False
         registers, spills = _amd_number(text, "vgpr_count"), _amd_number(text, "vgpr_spill_count")
         census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
-    result = Result(
-        launch.target,
-        launch.kernel,
-        launch.dtype,
-        launch.dim,
-        _form(launch.kernel, constants),
-        _query_blocks(launch),
-        constants.get("GROUP", 0),
-        launch.num_warps,
-        launch.num_stages,
-        registers,
-        spills,
-        compiled.metadata.shared,
-        "+".join(name for name, count in census.items() if count),
-        "",
-    )
+    described = (launch.target, launch.kernel, launch.dtype, launch.dim)
+    tile = (_form(launch.kernel, constants), _query_blocks(launch), constants.get("GROUP", 0))
+    tensor_core = "+".join(name for name, count in census.items() if count)
+    used = (registers, spills, compiled.metadata.shared, tensor_core)
+    result = Result(*described, *tile, launch.num_warps, launch.num_stages, *used, finding="")
     findings = _findings(result, shared_limit)
     if fused:
         findings.append(

@@ -43,6 +43,11 @@ class HeadInputs:
     head_names: tuple[str, ...]
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    @property
     def length(self) -> int:
         """Tokens N."""
         return self.query.shape[2]
@@ -59,12 +64,8 @@ class HeadInputs:
         """A single head, `[1, 1, N, D]`."""
         at = (slice(instance, instance + 1), slice(head, head + 1))
         parts = {name: getattr(self, name)[at] for name in _TENSORS}
-        return replace(
-            self,
-            **parts,
-            instance_names=(self.instance_names[instance],),
-            head_names=(self.head_names[head],),
-        )
+        names = (self.instance_names[instance],), (self.head_names[head],)
+        return replace(self, **parts, instance_names=names[0], head_names=names[1])
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write them as safetensors, completely or not at all."""

@@ -24,7 +24,7 @@ def selection_rules(heads: HeadInputs) -> Drawn:
     """Error by selection rule, beside the selection of the most softmax mass, which needs the whole
     matrix.
     """
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     rows: list[dict[str, Any]] = []
     for blocks in _budgets(heads):
         for rule in _RULES:
@@ -32,14 +32,8 @@ def selection_rules(heads: HeadInputs) -> Drawn:
             selection = select()
             milliseconds = None if rule == "most mass" else _median_milliseconds(select)
             for mode in ("full", "sparse"):
-                output = mra2_attention(
-                    heads.query,
-                    heads.key,
-                    heads.value,
-                    scale=heads.scale,
-                    selection=selection,
-                    approx_mode=mode,
-                )
+                settings = {"scale": heads.scale, "selection": selection, "approx_mode": mode}
+                output = mra2_attention(*heads.parts, **settings)
                 rows.append(
                     {
                         "block_per_row": blocks,
@@ -84,7 +78,7 @@ def locality(heads: HeadInputs) -> Drawn:
     generator = torch.Generator().manual_seed(0)
     shuffle = torch.randperm(heads.length, generator=generator)
     directions = random_directions(heads.query.shape[-1], 8, generator)
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     rows: list[dict[str, Any]] = []
     for blocks in _budgets(heads):
         attention = partial(mra2_attention, block_per_row=blocks, scale=heads.scale)
@@ -96,8 +90,8 @@ def locality(heads: HeadInputs) -> Drawn:
                     shuffle[hash_order(x[:, :, shuffle], directions=directions)]
                     for x in (heads.query, heads.key)
                 ]
-            parts = (heads.query, heads.key, heads.value)
-            output = attend_in_order(attention, *parts, query_order=orders[0], key_order=orders[1])
+            orders = dict(zip(("query_order", "key_order"), orders, strict=True))
+            output = attend_in_order(attention, *heads.parts, **orders)
             errors = relative_errors(output, exact).mean(0)
             rows += [
                 {"block_per_row": blocks, "order": order, "head": name, "error": float(error)}

@@ -243,13 +243,12 @@ def _measured(heads: HeadInputs) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _attend(method: Method, heads: HeadInputs, size: int) -> Tensor:
-    parts = (heads.query, heads.key, heads.value)
-    return method.attend(*parts, scale=heads.scale, size=size, seed=0)
+    return method.attend(*heads.parts, scale=heads.scale, size=size, seed=0)
 
 
 @torch.no_grad()
 def _exact(heads: HeadInputs) -> Tensor:
-    return dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    return dense_attention(*heads.parts, heads.scale)
 
 
 def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, float | None]:
@@ -258,7 +257,7 @@ def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, f
     """
     if not method.is_practical:
         return None, None
-    parts = [x[:1].clone().requires_grad_() for x in (heads.query, heads.key, heads.value)]
+    parts = [x[:1].clone().requires_grad_() for x in heads.parts]
 
     def run() -> None:
         output = method.attend(*parts, scale=heads.scale, size=size, seed=0)
@@ -305,12 +304,11 @@ def _over_temperatures(heads: HeadInputs, sizes: dict[str, int | None]) -> Itera
 def _with_share(heads: HeadInputs, name: str, share: float) -> Tensor:
     """The output with this share of the entries, ranks or blocks."""
     length = heads.length
-    parts = (heads.query, heads.key, heads.value)
     if name == "mra2":
         budget = max(1, round(share * (length / 32) ** 2))
-        return mra2_attention(*parts, block_budget=budget, scale=heads.scale)
+        return mra2_attention(*heads.parts, block_budget=budget, scale=heads.scale)
     attend = {"sparse": optimal_sparse, "low_rank": truncated_svd}[name]
-    return attend(*parts, scale=heads.scale, size=max(1, round(share * length)))
+    return attend(*heads.parts, scale=heads.scale, size=max(1, round(share * length)))
 
 
 def _least_share(heads: HeadInputs, exact: Tensor, name: str, limit: float) -> float:
