@@ -130,17 +130,10 @@ def synthetic_heads(
     generator = torch.Generator().manual_seed(seed)
     draws = [_instance(length, head_dim, common_value, generator) for _ in range(instances)]
     query, key, value = (torch.stack(parts) for parts in zip(*draws, strict=True))
-    return HeadInputs(
-        query,
-        key,
-        value,
-        scale=1.0,
-        source=f"synthetic heads, seed {seed}",
-        instance_names=tuple(f"draw {number}" for number in range(instances)),
-        head_names=tuple(
-            f"{kind} {number}" for kind, (count, _) in KINDS.items() for number in range(count)
-        ),
-    )
+    instance_names = tuple(f"draw {number}" for number in range(instances))
+    head_names = tuple(f"{kind} {n}" for kind, (count, _) in KINDS.items() for n in range(count))
+    source = f"synthetic heads, seed {seed}"
+    return HeadInputs(query, key, value, 1.0, source, instance_names, head_names)
 
 
 def _instance(

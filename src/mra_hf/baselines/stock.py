@@ -88,26 +88,10 @@ def bigbird(
     state = np.random.get_state()  # Transformers seeds numpy's global generator
     try:
         output, _ = layer.bigbird_block_sparse_attention(
-            query * (scale * dim**0.5),
-            key,
-            value,
-            band,
-            rows,
-            columns,
-            blocked,
-            blocked,
-            heads,
-            _RANDOM_BLOCKS,
-            dim,
-            size,
-            size,
-            batch,
-            length,
-            length,
-            seed=seed,
-            plan_from_length=None,
-            plan_num_rand_blocks=None,
-        )
+            query * (scale * dim**0.5), key, value, band, rows, columns, blocked, blocked,
+            heads, _RANDOM_BLOCKS, dim, size, size, batch, length, length,
+            seed=seed, plan_from_length=None, plan_num_rand_blocks=None,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(
             f"the length must be several times the size (block), got {length} and {size}: "

@@ -220,12 +220,7 @@ def _result_settings(
 
 
 def _build_result(
-    head: Head,
-    config: MraConfig,
-    source: Source,
-    weights: SourceWeights,
-    dtype: torch.dtype | None,
-    notes: list[str],
+    head: Head, config: MraConfig, source: Source, weights: SourceWeights, dtype, notes: list[str]
 ) -> tuple[PreTrainedModel, NewState]:
     """The model of the result in evaluation mode, and its tensors; tensors that the source lacks
     are the same every time.

@@ -300,11 +300,7 @@ def _label_names(
 
 
 def _tokenise(
-    data_args: ClassificationDataArguments,
-    training_args: TrainingArguments,
-    tokenizer,
-    names: tuple[str, ...],
-    texts: Mapping[str, data.LabelledTexts],
+    data_args, training_args, tokenizer, names: tuple[str, ...], texts: Mapping
 ) -> dict[str, Dataset]:
     """The sets as token ids, cut to `max_*_samples` rows; training data only for a training."""
 
