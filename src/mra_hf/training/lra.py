@@ -31,16 +31,11 @@ _VOCABULARY = {"listops": 32}
 _OTHER_VOCABULARY = 512
 #: (first_n_blocks, diagonal_n_blocks) of the published runs with 8 blocks per row.
 PAPER_PRIORS = {
-    ("listops", "mra2"): (1, 0),
-    ("listops", "mra2_s"): (1, 0),
-    ("text", "mra2"): (1, 1),
-    ("text", "mra2_s"): (1, 1),
-    ("retrieval", "mra2"): (1, 1),
-    ("retrieval", "mra2_s"): (1, 1),
-    ("image", "mra2"): (1, 0),
-    ("image", "mra2_s"): (0, 1),
-    ("pathfinder", "mra2"): (1, 0),
-    ("pathfinder", "mra2_s"): (1, 1),
+    **{("listops", "mra2"): (1, 0), ("listops", "mra2_s"): (1, 0)},
+    **{("text", "mra2"): (1, 1), ("text", "mra2_s"): (1, 1)},
+    **{("retrieval", "mra2"): (1, 1), ("retrieval", "mra2_s"): (1, 1)},
+    **{("image", "mra2"): (1, 0), ("image", "mra2_s"): (0, 1)},
+    **{("pathfinder", "mra2"): (1, 0), ("pathfinder", "mra2_s"): (1, 1)},
 }
 
 

@@ -239,11 +239,8 @@ def _naming_faults(data_args: MaskedLMDataArguments) -> Iterator[None]:
 
 def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.model_name_or_path:
-        return load_masked_lm(
-            model_args.model_name_or_path,
-            model_args.attn_implementation,
-            model_args.config_overrides,
-        )
+        choices = (model_args.attn_implementation, model_args.config_overrides)
+        return load_masked_lm(model_args.model_name_or_path, *choices)
     config = AutoConfig.for_model(
         model_args.model_type,
         vocab_size=len(tokenizer),
@@ -270,13 +267,9 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
             text_column=data_args.text_column,
             streaming=streaming,
         )
+        workers = data_args.preprocessing_num_workers
         with training_args.main_process_first(desc="packing"):
-            examples = pack(
-                documents,
-                tokenizer,
-                data_args.max_seq_length,
-                workers=data_args.preprocessing_num_workers,
-            )
+            examples = pack(documents, tokenizer, data_args.max_seq_length, workers=workers)
         if limit is not None:
             examples = examples.take(limit if streaming else min(limit, len(examples)))
         is_empty = next(iter(examples), None) is None if streaming else len(examples) == 0
@@ -289,12 +282,8 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
 
     training = validation = None
     if training_args.do_train:
-        training = packed(
-            data_args.train_file,
-            data_args.train_split,
-            data_args.max_train_samples,
-            data_args.streaming,
-        )
+        limit, streaming = data_args.max_train_samples, data_args.streaming
+        training = packed(data_args.train_file, data_args.train_split, limit, streaming)
         if data_args.streaming:
             training = training.shuffle(seed=training_args.seed, buffer_size=1000)
     if training_args.do_eval:

@@ -34,15 +34,9 @@ def selection_rules(heads: HeadInputs) -> Drawn:
             for mode in ("full", "sparse"):
                 settings = {"scale": heads.scale, "selection": selection, "approx_mode": mode}
                 output = mra2_attention(*heads.parts, **settings)
-                rows.append(
-                    {
-                        "block_per_row": blocks,
-                        "rule": rule,
-                        "approx_mode": mode,
-                        "error": float(relative_errors(output, exact).mean()),
-                        "selection_milliseconds": milliseconds,
-                    }
-                )
+                row = {"block_per_row": blocks, "rule": rule, "approx_mode": mode}
+                row["error"] = float(relative_errors(output, exact).mean())
+                rows.append(row | {"selection_milliseconds": milliseconds})
     figure = new_figure(11, 4.6)
     for axes, mode in zip(figure.subplots(1, 2), ("full", "sparse"), strict=True):
         for rule, colour in zip(_RULES, ("#b3273a", "#e08a3c", "#1f5f99", "#444444"), strict=True):
@@ -100,13 +94,8 @@ def locality(heads: HeadInputs) -> Drawn:
     figure = new_figure(7, 4.6)
     axes = figure.subplots()
     for order, colour in zip(_ORDERS, ("#b3273a", "#444444", "#1f5f99"), strict=True):
-        axes.plot(
-            _budgets(heads),
-            [_mean_error(rows, order, blocks) for blocks in _budgets(heads)],
-            marker="o",
-            color=colour,
-            label=order,
-        )
+        errors = [_mean_error(rows, order, blocks) for blocks in _budgets(heads)]
+        axes.plot(_budgets(heads), errors, marker="o", color=colour, label=order)
     axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
     axes.legend(frameon=False)
     blocks = _budgets(heads)[-1]

@@ -132,11 +132,8 @@ def error_and_entropy(heads: HeadInputs) -> Drawn:
         rows += [{"share_computed": share, **row} for row in panel]
         for name in _BY_ENTROPY:
             _smooth(axes, [row for row in panel if row["method"] == name], name)
-        axes.set(
-            xlabel="mean entropy of a row, nats",
-            ylim=(0, 1.5),
-            title=f"at most {share:.0%} of the pairs computed",
-        )
+        title = f"at most {share:.0%} of the pairs computed"
+        axes.set(xlabel="mean entropy of a row, nats", ylim=(0, 1.5), title=title)
     panels[0].set_ylabel("relative error")
     panels[0].legend(frameon=False, fontsize=8)
     caption = (
@@ -328,12 +325,8 @@ def _smooth(axes, rows: list[dict[str, Any]], name: str) -> None:
     weights = torch.exp(-5 * (grid[:, None] - entropy) ** 2)
     method = METHODS[name]
     axes.scatter(entropy, error, s=3, color=method.colour, alpha=0.25)
-    axes.plot(
-        grid,
-        (weights * error).sum(1) / weights.sum(1),
-        color=method.colour,
-        label=f"{method.label} ({rows[0]['size']})",
-    )
+    mean = (weights * error).sum(1) / weights.sum(1)
+    axes.plot(grid, mean, color=method.colour, label=f"{method.label} ({rows[0]['size']})")
 
 
 def _extremes(rows: list[dict[str, Any]]) -> str:
