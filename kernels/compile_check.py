@@ -120,16 +120,7 @@ _TYPES = {
 }
 
 
-def _recorded(
-    target: str,
-    dtype: str,
-    dim: int,
-    sparse: bool,
-    masked: bool,
-    precision: str,
-    length: int,
-    **changes,
-) -> list[Launch]:
+def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) -> list[Launch]:
     """The launches of a selection, a forward and a backward pass, with `changes` to the
     configurations of kernels whose tiles belong to query blocks.
     """
@@ -159,19 +150,9 @@ def _recorded(
             signature.append((name, kind))
             if is_aligned:
                 aligned.append(name)
-        launches.append(
-            Launch(
-                kernel.fn.__name__,
-                target,
-                dtype,
-                dim,
-                tuple(signature),
-                tuple(aligned),
-                tuple(constants),
-                num_warps,
-                num_stages,
-            )
-        )
+        parameters = map(tuple, (signature, aligned, constants))
+        described = (kernel.fn.__name__, target, dtype, dim)
+        launches.append(Launch(*described, *parameters, num_warps, num_stages))
         _KERNELS[kernel.fn.__name__] = kernel
 
     shape = (2, length, 12, dim)
@@ -190,20 +171,11 @@ def _recorded(
             stack.enter_context(mock.patch.object(launching, name, stand_in))
         scale = dim**-0.5
         summaries = triton_impl.summarize(query, key, value, mask)
-        blocks = triton_impl.select(
-            query,
-            key,
-            mask,
-            summaries=summaries,
-            block_size=32,
-            block_per_row=8,
-            block_budget=None,
-            initial_prior_first_n_blocks=1,
-            initial_prior_diagonal_n_blocks=3,
-            rule="row_normalized",
-            scale=scale,
-        )
-        settings = {"summaries": summaries, "scale": scale, "sparse": sparse, "block_size": 32}
+        settings = {"summaries": summaries, "scale": scale, "block_size": 32}
+        choice = {"block_per_row": 8, "block_budget": None, "rule": "row_normalized"}
+        priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
+        blocks = triton_impl.select(query, key, mask, **settings, **choice, **priors)
+        settings["sparse"] = sparse
         settings["largest_budget"] = 8 * length // 32  # as of the selection above
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
@@ -285,22 +257,11 @@ def compile_launch(launch: Launch) -> Result:
         text, fused = compiled.asm["amdgcn"], False
         registers, spills = _amd_number(text, "vgpr_count"), _amd_number(text, "vgpr_spill_count")
         census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
-    result = Result(
-        launch.target,
-        launch.kernel,
-        launch.dtype,
-        launch.dim,
-        _form(launch.kernel, constants),
-        _query_blocks(launch),
-        constants.get("GROUP", 0),
-        launch.num_warps,
-        launch.num_stages,
-        registers,
-        spills,
-        compiled.metadata.shared,
-        "+".join(name for name, count in census.items() if count),
-        "",
-    )
+    described = (launch.target, launch.kernel, launch.dtype, launch.dim)
+    tile = (_form(launch.kernel, constants), _query_blocks(launch), constants.get("GROUP", 0))
+    tensor_core = "+".join(name for name, count in census.items() if count)
+    used = (registers, spills, compiled.metadata.shared, tensor_core)
+    result = Result(*described, *tile, launch.num_warps, launch.num_stages, *used, finding="")
     findings = _findings(result, shared_limit)
     if fused:
         findings.append(

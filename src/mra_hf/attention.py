@@ -23,12 +23,7 @@ from mra_attention import (
     select_blocks,
 )
 from mra_attention.implementations import IMPLEMENTATIONS
-from mra_hf.configuration import (
-    AttentionSettings,
-    MraConfig,
-    complete_changes,
-    explicit_settings,
-)
+from mra_hf.configuration import AttentionSettings, MraConfig, complete_changes, explicit_settings
 
 logger = logging.get_logger(__name__)
 

@@ -101,8 +101,7 @@ class AttentionSettings:
     def for_selection(self) -> dict[str, Any]:
         """Return the arguments of `select_blocks`, which knows two scales only."""
         settings = self.for_operator()
-        del settings["approx_mode"]
-        return settings
+        return {name: settings[name] for name in settings if name != "approx_mode"}
 
     def for_layer(
         self, layer_idx: int | None, num_layers: int | None = None, owner: str = "the attention"

@@ -436,38 +436,28 @@ class Head(NamedTuple):
 
 HEADS = (
     Head(
-        MraForMaskedLM,
-        (AutoModelForPreTraining, AutoModelForMaskedLM),
-        "fill-mask",
-        ("lm_head.dense.weight",),
+        MraForMaskedLM, (AutoModelForPreTraining, AutoModelForMaskedLM),
+        "fill-mask", ("lm_head.dense.weight",),
     ),
     Head(
-        MraForQuestionAnswering,
-        (AutoModelForQuestionAnswering,),
-        "question-answering",
-        ("qa_outputs.weight",),
+        MraForQuestionAnswering, (AutoModelForQuestionAnswering,),
+        "question-answering", ("qa_outputs.weight",),
     ),
     Head(
-        MraForSequenceClassification,
-        (AutoModelForSequenceClassification,),
-        "text-classification",
-        ("classifier.dense.weight",),
+        MraForSequenceClassification, (AutoModelForSequenceClassification,),
+        "text-classification", ("classifier.dense.weight",),
     ),
     Head(
-        MraForMultipleChoice,
-        (AutoModelForMultipleChoice,),
-        None,
-        ("classifier.weight", "roberta.pooler.dense.weight"),
+        MraForMultipleChoice, (AutoModelForMultipleChoice,),
+        None, ("classifier.weight", "roberta.pooler.dense.weight"),
     ),
     Head(
-        MraForTokenClassification,
-        (AutoModelForTokenClassification,),
-        "token-classification",
-        ("classifier.weight",),
+        MraForTokenClassification, (AutoModelForTokenClassification,),
+        "token-classification", ("classifier.weight",),
     ),
     Head(MraForCandidateChoice, (), None, ("scorer.weight",)),
     Head(MraModel, (AutoModel,), "feature-extraction", ()),
-)
+)  # fmt: skip
 
 #: The module that saved directories point to, for `trust_remote_code=True`.
 REMOTE_MODULE = "modeling_mra_hf"

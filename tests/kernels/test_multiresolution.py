@@ -163,8 +163,8 @@ def test_two_scales_are_mra_2(length, mode, mask_kind):
 
     def general(query, key, value):
         checked = {"selection": "row_normalized", "initial_prior_first_n_blocks": 0, "scale": None}
-        checked |= settings | {"resolutions": (32, 1), "block_budgets": (7,)}
-        return batched_attention(query, key, value, mask, check_scheme(query, **checked))
+        checked = check_scheme(query, (32, 1), (7,), **checked, **settings)
+        return batched_attention(query, key, value, mask, checked)
 
     expected = outputs_and_gradients(mra2, *inputs)
     for given, wanted in zip(outputs_and_gradients(scheme, *inputs), expected, strict=True):

@@ -92,24 +92,13 @@ def mra2_attention(
             `impl="torch"` or `"triton"`.
     """
     query, key, value = check_tensors(query, key, value)
-    settings = check_settings(
-        query,
-        block_per_row=block_per_row,
-        block_budget=block_budget,
-        block_size=block_size,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        selection=selection,
-        scale=scale,
-    )
+    budgets = (block_per_row, block_budget)
+    priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
+    settings = check_settings(query, block_size, budgets, priors, selection, scale)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     check_choice("impl", impl, IMPLEMENTATIONS)
     token_mask = to_token_mask(attention_mask, query)
-    arguments = {
-        "scale": settings["scale"],
-        "sparse": approx_mode == "sparse",
-        "block_size": block_size,
-    }
+    arguments = _arguments_of(settings, approx_mode)
 
     if is_exporting():
         return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
@@ -172,35 +161,21 @@ def multiresolution_attention(
         ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
             what to pass.
     """
+    settings = {
+        "approx_mode": approx_mode,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
+        "selection": selection,
+        "scale": scale,
+    }
     resolutions, block_budgets = check_scales(resolutions, block_budgets)
     check_choice("impl", impl, ("auto", "reference", "torch"))
     if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
-        return mra2_attention(
-            query,
-            key,
-            value,
-            attention_mask,
-            block_budget=block_budgets[0],
-            approx_mode=approx_mode,
-            block_size=resolutions[0],
-            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-            selection=selection,
-            scale=scale,
-            impl=impl,
-        )
+        settings |= {"block_budget": block_budgets[0], "block_size": resolutions[0]}
+        return mra2_attention(query, key, value, attention_mask, **settings, impl=impl)
     query, key, value = check_tensors(query, key, value)
-    scheme = check_scheme(
-        query,
-        resolutions=resolutions,
-        block_budgets=block_budgets,
-        approx_mode=approx_mode,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        selection=selection,
-        scale=scale,
-    )
+    scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference" or query.shape[0] == 0 or query.shape[1] == 0:
@@ -238,16 +213,9 @@ def select_blocks(
             "got a ready BlockSelection, which is what this function returns. "
             "Pass it to mra2_attention instead."
         )
-    settings = check_settings(
-        query,
-        block_per_row=block_per_row,
-        block_budget=block_budget,
-        block_size=block_size,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        selection=selection,
-        scale=scale,
-    )
+    budgets = (block_per_row, block_budget)
+    priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
+    settings = check_settings(query, block_size, budgets, priors, selection, scale)
     token_mask = to_token_mask(attention_mask, query)
     impl = resolve_impl("auto", query, block_size)
     impl = impl if impl in FAST else "torch"
@@ -278,29 +246,15 @@ def mra2_attention_matrix(
         ValueError: as `mra2_attention`.
     """
     query, key, _ = check_tensors(query, key, key)
-    settings = check_settings(
-        query,
-        block_per_row=block_per_row,
-        block_budget=block_budget,
-        block_size=block_size,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        selection=selection,
-        scale=scale,
-    )
+    budgets = (block_per_row, block_budget)
+    priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
+    settings = check_settings(query, block_size, budgets, priors, selection, scale)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     token_mask = to_token_mask(attention_mask, query)
     blocks = _reference_blocks(query, key, token_mask, selection, settings)
     with torch.autocast(query.device.type, enabled=False):
-        return reference.attention_matrix(
-            query,
-            key,
-            token_mask,
-            blocks,
-            scale=settings["scale"],
-            sparse=approx_mode == "sparse",
-            block_size=block_size,
-        )
+        arguments = _arguments_of(settings, approx_mode)
+        return reference.attention_matrix(query, key, token_mask, blocks, **arguments)
 
 
 def multiresolution_attention_matrix(
@@ -325,32 +279,20 @@ def multiresolution_attention_matrix(
     Raises:
         ValueError: as `multiresolution_attention`.
     """
+    settings = {
+        "approx_mode": approx_mode,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
+        "selection": selection,
+        "scale": scale,
+    }
     resolutions, block_budgets = check_scales(resolutions, block_budgets)
     if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
-        return mra2_attention_matrix(
-            query,
-            key,
-            attention_mask,
-            block_budget=block_budgets[0],
-            approx_mode=approx_mode,
-            block_size=resolutions[0],
-            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-            initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-            selection=selection,
-            scale=scale,
-        )
+        settings |= {"block_budget": block_budgets[0], "block_size": resolutions[0]}
+        return mra2_attention_matrix(query, key, attention_mask, **settings)
     query, key, _ = check_tensors(query, key, key)
-    scheme = check_scheme(
-        query,
-        resolutions=resolutions,
-        block_budgets=block_budgets,
-        approx_mode=approx_mode,
-        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
-        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
-        selection=selection,
-        scale=scale,
-    )
+    scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
     with torch.autocast(query.device.type, enabled=False):
         return multiresolution_matrix(query, key, token_mask, scheme)
@@ -359,6 +301,12 @@ def multiresolution_attention_matrix(
 def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
     """Whether these scales are what `mra2_attention` computes."""
     return len(resolutions) == 2 and resolutions[1] == 1 and resolutions[0] <= MAX_BLOCK_SIZE
+
+
+def _arguments_of(settings: dict, approx_mode: str) -> dict:
+    """What attention to selected blocks needs besides tensors."""
+    sparse = approx_mode == "sparse"
+    return {"scale": settings["scale"], "sparse": sparse, "block_size": settings["block_size"]}
 
 
 def _fast_attention(impl, query, key, value, token_mask, selection, settings, arguments) -> Tensor:
@@ -405,9 +353,8 @@ def _reference_blocks(query, key, token_mask, selection, settings, traceable=Fal
 def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:
     """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
     if token_mask is None:
-        token_mask = torch.ones(
-            query.shape[0], query.shape[2], dtype=torch.bool, device=query.device
-        )
+        sizes = (query.shape[0], query.shape[2])
+        token_mask = torch.ones(sizes, dtype=torch.bool, device=query.device)
     blocks = _reference_blocks(query, key, token_mask, selection, settings, traceable=True)
     with torch.autocast(query.device.type, enabled=False):
         return reference.attention(query, key, value, token_mask, blocks, **arguments)

@@ -110,27 +110,20 @@ def to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None
     return attention_mask.bool()
 
 
-def check_settings(
-    query: Tensor,
-    *,
-    block_per_row,
-    block_budget,
-    block_size,
-    initial_prior_first_n_blocks,
-    initial_prior_diagonal_n_blocks,
-    selection,
-    scale,
-) -> dict:
+def check_settings(query: Tensor, block_size, budgets, priors, selection, scale) -> dict:
     """Check what the selection needs and return it as keyword arguments of `selection.select`; the
     rule of a ready `BlockSelection` is "".
+
+    `budgets` are (block_per_row, block_budget); `priors` are (initial_prior_first_n_blocks,
+    initial_prior_diagonal_n_blocks).
     """
+    block_per_row, block_budget = budgets
     check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
     check_int("block_per_row", block_per_row, 1)
     if block_budget is not None:
         check_int("block_budget", block_budget, 1)
         block_budget = min(block_budget, _ENOUGH)
-    check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
-    check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
+    priors = check_priors(*priors)
     scale = check_scale(scale, query)
     n_blocks = count_blocks(query.shape[2], block_size)
     if isinstance(selection, BlockSelection):
@@ -147,11 +140,18 @@ def check_settings(
         "block_per_row": min(block_per_row, _ENOUGH),
         "block_budget": block_budget,
         "block_size": block_size,
-        "initial_prior_first_n_blocks": min(initial_prior_first_n_blocks, _ENOUGH),
-        "initial_prior_diagonal_n_blocks": min(initial_prior_diagonal_n_blocks, _ENOUGH),
+        "initial_prior_first_n_blocks": priors[0],
+        "initial_prior_diagonal_n_blocks": priors[1],
         "rule": selection if isinstance(selection, str) else "",
         "scale": scale,
     }
+
+
+def check_priors(first, diagonal) -> tuple[int, int]:
+    """Check the numbers of blocks that are chosen before all others; return them clamped."""
+    check_int("initial_prior_first_n_blocks", first, 0)
+    check_int("initial_prior_diagonal_n_blocks", diagonal, 0)
+    return min(first, _ENOUGH), min(diagonal, _ENOUGH)
 
 
 def check_scales(
@@ -184,9 +184,9 @@ def check_scales(
 
 def check_scheme(
     query: Tensor,
-    *,
     resolutions: tuple[int, ...],
     block_budgets: tuple[int, ...],
+    *,
     approx_mode,
     initial_prior_first_n_blocks,
     initial_prior_diagonal_n_blocks,
@@ -194,8 +194,7 @@ def check_scheme(
     scale,
 ) -> Scheme:
     """Check what the general scheme needs besides its scales."""
-    check_int("initial_prior_first_n_blocks", initial_prior_first_n_blocks, 0)
-    check_int("initial_prior_diagonal_n_blocks", initial_prior_diagonal_n_blocks, 0)
+    priors = check_priors(initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     check_scheme_rule(selection, resolutions)
     if not is_exporting():  # an exported graph takes any length
@@ -208,15 +207,8 @@ def check_scheme(
             f"{too_fine[0]}; at most {MAX_BLOCK_ROWS} block rows can be ranked: "
             f"make resolutions coarser, got {resolutions}."
         )
-    return Scheme(
-        resolutions,
-        block_budgets,
-        min(initial_prior_first_n_blocks, _ENOUGH),
-        min(initial_prior_diagonal_n_blocks, _ENOUGH),
-        selection,
-        check_scale(scale, query),
-        approx_mode == "sparse",
-    )
+    sparse, scale = approx_mode == "sparse", check_scale(scale, query)
+    return Scheme(resolutions, block_budgets, *priors, selection, scale, sparse)
 
 
 def check_scheme_rule(selection, resolutions: Sequence[int]) -> None:

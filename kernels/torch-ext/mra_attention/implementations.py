@@ -10,7 +10,7 @@ Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its fi
     backward(grad_output, query, key, value, output, lse, token_mask, blocks, *, summaries, scale,
              sparse, block_size, largest_budget) -> (grad_query, grad_key, grad_value)
 
-with the shapes that `ops.py` states.
+with the types and shapes that `ops.py` states.
 """
 
 import importlib.util

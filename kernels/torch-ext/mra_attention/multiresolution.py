@@ -143,15 +143,7 @@ class _State:
         self.denominator = self.denominator + weights.sum(-1)
         self.numerator = self.numerator + weights @ values
 
-    def add_pairs(
-        self,
-        children: _Children,
-        members: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-    ) -> None:
+    def add_pairs(self, children: _Children, members, query, key, value, scale: float) -> None:
         """Add the members among the children, `[G, m, f, f]` bool; query, key and value are block
         means, `[G, R, D]`.
         """

@@ -132,21 +132,12 @@ def mra2_forward(
     `blocks` is `[B, H, R, R]` bool, or None for every live pair. `largest_budget` is an upper bound
     of the pairs selected per head, None where there is no such bound.
     """
+    settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
     package = _implementation(impl)
     with _without_autocast(query):
         summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
-        return package.forward(
-            query,
-            key,
-            value,
-            token_mask,
-            blocks,
-            summaries=summaries,
-            scale=scale,
-            sparse=sparse,
-            block_size=block_size,
-            largest_budget=largest_budget,
-        )
+        settings |= {"summaries": summaries, "largest_budget": largest_budget}
+        return package.forward(query, key, value, token_mask, blocks, **settings)
 
 
 @mra2_forward.register_fake
@@ -177,24 +168,13 @@ def mra2_backward(
     """The gradients of query, key and value, each `[B, H, N, D]` in the input dtype; `output` and
     `lse` are what `mra2_forward` returned.
     """
+    settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
     package = _implementation(impl)
     with _without_autocast(query):
         summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
-        return package.backward(
-            grad_output,
-            query,
-            key,
-            value,
-            output,
-            lse,
-            token_mask,
-            blocks,
-            summaries=summaries,
-            scale=scale,
-            sparse=sparse,
-            block_size=block_size,
-            largest_budget=largest_budget,
-        )
+        settings |= {"summaries": summaries, "largest_budget": largest_budget}
+        tensors = (grad_output, query, key, value, output, lse, token_mask, blocks)
+        return package.backward(*tensors, **settings)
 
 
 @mra2_backward.register_fake

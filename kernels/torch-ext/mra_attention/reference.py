@@ -70,22 +70,12 @@ def softmax_over_real(logits: Tensor, real_tokens: Tensor, length: int) -> Tenso
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    token_mask: Tensor | None,
-    blocks: Tensor,
-    *,
-    scale: float,
-    sparse: bool,
-    block_size: int,
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, blocks: Tensor, **settings
 ) -> Tensor:
-    """Return A-hat @ value, `[B, H, N, D]` in the dtype of `value`. Arguments as in
+    """Return A-hat @ value, `[B, H, N, D]` in the dtype of `value`. Arguments and settings as in
     `attention_matrix`.
     """
-    matrix = attention_matrix(
-        query, key, token_mask, blocks, scale=scale, sparse=sparse, block_size=block_size
-    )
+    matrix = attention_matrix(query, key, token_mask, blocks, **settings)
     return apply_matrix(matrix, value, token_mask)
 
 

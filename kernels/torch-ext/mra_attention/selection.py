@@ -184,14 +184,7 @@ def coarse_scores(
     return scores, live
 
 
-def _means(
-    query: Tensor,
-    key: Tensor,
-    token_mask: Tensor | None,
-    block_size: int,
-    n_blocks: int,
-    per_block: int,
-) -> Means:
+def _means(query, key, token_mask, block_size: int, n_blocks: int, per_block: int) -> Means:
     """Means of `[B, H, N, D]` query and key over sub-blocks, `per_block` of them to a block."""
     dtype = score_dtype(query)
     size, count = block_size // per_block, n_blocks * per_block

@@ -70,7 +70,7 @@ def head_report(
         budget n up to the number of block rows the softmax mass in the selected blocks (`mass_n`)
         and the relative error of the output (`error_n`).
     """
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     entropies = row_entropies(heads.query, heads.key, heads.scale)
     means = heads.value.mean(2, keepdim=True).expand_as(exact)
     columns: dict[str, Tensor] = {
@@ -106,7 +106,7 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
     layers = torch.tensor(layers_of(heads))
     n_layers = int(layers.max()) + 1
     rows = count_blocks(heads.length, _BLOCK)
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     measured: dict[int, list[float]] = {}
 
     def errors(budget: int) -> list[float]:
@@ -136,13 +136,7 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
 
 def _errors(heads: HeadInputs, exact: Tensor, budget: int, settings: dict[str, Any]) -> Tensor:
     output = mra2_attention(
-        heads.query,
-        heads.key,
-        heads.value,
-        block_per_row=budget,
-        block_size=_BLOCK,
-        scale=heads.scale,
-        **settings,
+        *heads.parts, block_per_row=budget, block_size=_BLOCK, scale=heads.scale, **settings
     )
     return relative_errors(output, exact)
 
@@ -151,12 +145,7 @@ def _mass(heads: HeadInputs, budget: int, settings: dict[str, Any]) -> Tensor:
     """Share of the softmax mass in the selected blocks, `[instances, H]`."""
     rule = {name: value for name, value in settings.items() if name != "approx_mode"}
     blocks = select_blocks(
-        heads.query,
-        heads.key,
-        block_per_row=budget,
-        block_size=_BLOCK,
-        scale=heads.scale,
-        **rule,
+        heads.query, heads.key, block_per_row=budget, block_size=_BLOCK, scale=heads.scale, **rule
     ).blocks
     mass = torch.empty(blocks.shape[:2])
     for instance, selected in enumerate(blocks):  # one instance at a time: N x N

@@ -43,6 +43,11 @@ class HeadInputs:
     head_names: tuple[str, ...]
 
     @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    @property
     def length(self) -> int:
         """Tokens N."""
         return self.query.shape[2]
@@ -59,12 +64,8 @@ class HeadInputs:
         """A single head, `[1, 1, N, D]`."""
         at = (slice(instance, instance + 1), slice(head, head + 1))
         parts = {name: getattr(self, name)[at] for name in _TENSORS}
-        return replace(
-            self,
-            **parts,
-            instance_names=(self.instance_names[instance],),
-            head_names=(self.head_names[head],),
-        )
+        names = (self.instance_names[instance],), (self.head_names[head],)
+        return replace(self, **parts, instance_names=names[0], head_names=names[1])
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write them as safetensors, completely or not at all."""
@@ -129,17 +130,10 @@ def synthetic_heads(
     generator = torch.Generator().manual_seed(seed)
     draws = [_instance(length, head_dim, common_value, generator) for _ in range(instances)]
     query, key, value = (torch.stack(parts) for parts in zip(*draws, strict=True))
-    return HeadInputs(
-        query,
-        key,
-        value,
-        scale=1.0,
-        source=f"synthetic heads, seed {seed}",
-        instance_names=tuple(f"draw {number}" for number in range(instances)),
-        head_names=tuple(
-            f"{kind} {number}" for kind, (count, _) in KINDS.items() for number in range(count)
-        ),
-    )
+    instance_names = tuple(f"draw {number}" for number in range(instances))
+    head_names = tuple(f"{kind} {n}" for kind, (count, _) in KINDS.items() for n in range(count))
+    source = f"synthetic heads, seed {seed}"
+    return HeadInputs(query, key, value, 1.0, source, instance_names, head_names)
 
 
 def _instance(
@@ -156,12 +150,7 @@ def _instance(
 
 
 def _head(
-    kind: str,
-    gain: float,
-    length: int,
-    dim: int,
-    common_value: float,
-    generator: torch.Generator,
+    kind: str, gain: float, length: int, dim: int, common_value: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator) * dim**-0.5

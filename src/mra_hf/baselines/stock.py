@@ -88,26 +88,10 @@ def bigbird(
     state = np.random.get_state()  # Transformers seeds numpy's global generator
     try:
         output, _ = layer.bigbird_block_sparse_attention(
-            query * (scale * dim**0.5),
-            key,
-            value,
-            band,
-            rows,
-            columns,
-            blocked,
-            blocked,
-            heads,
-            _RANDOM_BLOCKS,
-            dim,
-            size,
-            size,
-            batch,
-            length,
-            length,
-            seed=seed,
-            plan_from_length=None,
-            plan_num_rand_blocks=None,
-        )
+            query * (scale * dim**0.5), key, value, band, rows, columns, blocked, blocked,
+            heads, _RANDOM_BLOCKS, dim, size, size, batch, length, length,
+            seed=seed, plan_from_length=None, plan_num_rand_blocks=None,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(
             f"the length must be several times the size (block), got {length} and {size}: "
@@ -124,9 +108,7 @@ def nystromformer(
     """The Nystrom method with `size` landmarks, the means of segments (Xiong et al. 2021); without
     the convolution of its models. N must be a multiple of `size`.
     """
-    from transformers.models.nystromformer.modeling_nystromformer import (
-        NystromformerSelfAttention,
-    )
+    from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
     _check_multiple(query, size, "landmarks")
     batch, heads, length, dim = query.shape

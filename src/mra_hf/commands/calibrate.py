@@ -10,13 +10,11 @@ example:
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 from mra_hf.commands.experiments import quiet_outside_terminals
 from mra_hf.commands.record import add_reading_arguments, check_new_file
-from mra_hf.results.files import write_text
+from mra_hf.results.files import csv_text, write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +44,7 @@ def run(args: argparse.Namespace) -> int:
     heads = record_checkpoint(args.checkpoint, args.text, length=args.length, texts=args.texts)
     proposal = propose(heads, args.target_error, approx_mode=args.approx_mode)
     rows = head_report(heads, approx_mode=args.approx_mode)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(args.out, text.getvalue())
+    write_text(args.out, csv_text(list(rows[0]), rows))
 
     layer_of = dict(zip(heads.instance_names, layers_of(heads), strict=True))
     print(

@@ -21,38 +21,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mra-hf convert`."""
     parser.add_argument("source", metavar="SOURCE", help="directory or hub id")
     parser.add_argument("output_dir", metavar="OUT", help="directory to write")
+    number = {"type": int, "metavar": "N"}
     parser.add_argument(
         "--max-length",
-        type=int,
+        **number,
         default=4096,
-        metavar="N",
-        help="longest sequence in tokens (default: %(default)s)",
+        help="longest sequence (default: %(default)s tokens)",
     )
+    own = "for a source of type mra its own"
     parser.add_argument(
-        "--block-per-row",
-        type=int,
-        metavar="N",
-        help="exact blocks per block row (default: 8; for a source of type mra its own)",
+        "--block-per-row", **number, help=f"exact blocks per block row (default: 8; {own})"
     )
     parser.add_argument(
         "--approx-mode",
         choices=("full", "sparse"),
         help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for mra its own)',
     )
-    parser.add_argument(
-        "--prior-first",
-        type=int,
-        dest="initial_prior_first_n_blocks",
-        metavar="N",
-        help="first block rows and columns that are always exact (default: 0; for mra its own)",
-    )
-    parser.add_argument(
-        "--prior-diagonal",
-        type=int,
-        dest="initial_prior_diagonal_n_blocks",
-        metavar="N",
-        help="diagonal band in blocks that is always exact (default: 0; for mra its own)",
-    )
+    priors = {
+        "first": "first block rows and columns that are always exact",
+        "diagonal": "diagonal band in blocks that is always exact",
+    }
+    for kind, meaning in priors.items():
+        dest = f"initial_prior_{kind}_n_blocks"
+        text = f"{meaning} (default: 0; {own})"
+        parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
     parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to score masked tokens of source and result on"
     )

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.output / "checkpoint"
 
     steps.begin("get the source checkpoint")
-    text = _text(args)
+    text = english_sample() if args.text is None else read_texts(args.text)[0]
     source = args.source or str(english_checkpoint())
     if args.source is not None and args.text is None:
         text = _readable(text, source)
@@ -117,10 +117,7 @@ def run(args: argparse.Namespace) -> int:
         "source": args.source or "the embedded English checkpoint",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "masked_tokens": scores,
-        "filled": filled,
-        "timing": timings,
-        "picture": drawn,
+        **{"masked_tokens": scores, "filled": filled, "timing": timings, "picture": drawn},
         "seconds": round(steps.elapsed(), 1),
     }
     (args.output / "quickstart.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -165,11 +162,6 @@ def _settings(args: argparse.Namespace) -> dict:
     return {"block_per_row": 8 if args.block_per_row is None else args.block_per_row}
 
 
-def _text(args: argparse.Namespace) -> str:
-    """The document to measure on: the file given, or the English sample."""
-    return english_sample() if args.text is None else read_texts(args.text)[0]
-
-
 def _readable(text: str, source: str) -> str:
     """The text, or random words if the tokenizer of `source` does not know its words."""
     try:
@@ -195,16 +187,15 @@ def _compare(report: ConversionReport, models: dict, tokenizer, text: str) -> li
 
     def row(name: str, attention: str, scores) -> dict:
         return {
-            "model": name,
-            "attention": attention,
-            "length": scores.length,
+            **{"model": name, "attention": attention, "length": scores.length},
             "accuracy": round(scores.accuracy, 4),
             "nll": round(scores.nll, 4),
             "masked_tokens": scores.n_masked,
         }
 
-    names = {"source": "source"}
-    rows = [row(names.get(s.model, "untrained"), s.attention, s) for s in report.scores]
+    rows = [
+        row("source" if s.model == "source" else "untrained", s.attention, s) for s in report.scores
+    ]
     for name, (model, attention) in models.items():
         original = model.config._attn_implementation
         model.set_attn_implementation(attention)
@@ -258,15 +249,8 @@ def _fill_masks(model, tokenizer, text: str, count: int = 8) -> list[dict]:
             (tokenizer.decode([token]).strip(), round(score, 3))
             for token, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-        rows.append(
-            {
-                "place": position,
-                "before": before,
-                "after": after,
-                "truth": truth,
-                "guesses": guesses,
-            }
-        )
+        context = {"place": position, "before": before, "after": after}
+        rows.append(context | {"truth": truth, "guesses": guesses})
         listed = ", ".join(f"{token} {score:.0%}" for token, score in guesses)
         print(f"{position:>6}  ...{before[-34:]} [{truth}] {after[:20]}...  ->  {listed}")
     return rows
@@ -332,9 +316,5 @@ def _draw(model, tokenizer, text: str, path: Path) -> dict:
         f"layer {head.layer}, head {head.head}: relative error {head.relative_error:.2f}, "
         f"the median of {len(heads)} heads ({errors})"
     )
-    return {
-        "layer": head.layer,
-        "head": head.head,
-        "tokens": ids.shape[1],
-        "relative_error": round(head.relative_error, 4),
-    }
+    where = {"layer": head.layer, "head": head.head, "tokens": ids.shape[1]}
+    return where | {"relative_error": round(head.relative_error, 4)}

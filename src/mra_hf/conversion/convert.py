@@ -172,10 +172,7 @@ def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBa
 
 
 def _result_config(
-    source: Source,
-    changes: dict[str, Any],
-    max_length: int,
-    tokenizer: PreTrainedTokenizerBase,
+    source: Source, changes: dict[str, Any], max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[MraConfig, list[str]]:
     """The result's config, and notes; sets `model_max_length` of the tokenizer."""
     notes: list[str] = []
@@ -223,12 +220,7 @@ def _result_settings(
 
 
 def _build_result(
-    head: Head,
-    config: MraConfig,
-    source: Source,
-    weights: SourceWeights,
-    dtype: torch.dtype | None,
-    notes: list[str],
+    head: Head, config: MraConfig, source: Source, weights: SourceWeights, dtype, notes: list[str]
 ) -> tuple[PreTrainedModel, NewState]:
     """The model of the result in evaluation mode, and its tensors; tensors that the source lacks
     are the same every time.

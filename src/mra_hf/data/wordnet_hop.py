@@ -290,14 +290,10 @@ class _Drawer:
                 length += len(texts[-1].split())
         self.random.shuffle(candidates)
         self.random.shuffle(texts)
-        return {
-            "id": name,
-            "query": f"hypernym{len(chain.titles) if len(chain.titles) > 1 else ''} "
-            f"{chain.titles[0]}",
-            "answer": chain.answer,
-            "candidates": candidates,
-            "supports": texts,
-        }
+        hops = len(chain.titles) if len(chain.titles) > 1 else ""
+        question = {"id": name, "query": f"hypernym{hops} {chain.titles[0]}"}
+        answers = {"answer": chain.answer, "candidates": candidates}
+        return question | answers | {"supports": texts}
 
     def _support(self, title: str, offset: int) -> str:
         return f"{title}: {self.nouns[offset].gloss}"

@@ -112,13 +112,8 @@ class MraForImageClassification(PreNormPreTrainedModel):
     def __init__(self, config: MraImageConfig):
         super().__init__(config)
         check_classes(config)
-        self.stem = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            config.stem_kernel_size,
-            config.stem_stride,
-            config.stem_padding,
-        )
+        kernel = (config.stem_kernel_size, config.stem_stride, config.stem_padding)
+        self.stem = nn.Conv2d(config.num_channels, config.hidden_size, *kernel)
         self.positions = nn.Embedding(config.grid_side**2, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         attention_layer = METHODS[config.attention].layer

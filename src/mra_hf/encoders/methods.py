@@ -36,7 +36,7 @@ from mra_hf.encoders.layers import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """One approximation.
 
@@ -115,98 +115,51 @@ def _halves(length: int, size: int) -> bool:
     return length % size == 0 and (length // size).bit_count() == 1
 
 
+# fmt: off
 METHODS: dict[str, Method] = {
     "dense": Method(
-        label="dense",
-        colour="#444444",
-        mark="*",
-        attend=_dense,
-        layer=multi_head(DenseAttention),
-        sizes=(1,),
-        largest_share=1.0,
+        "dense", "#444444", "*", _dense, multi_head(DenseAttention),
+        sizes=(1,), largest_share=1.0,
     ),
-    "mra2": Method(label="MRA-2", colour="#b3273a", mark="o", attend=_mra2, **_MRA),
-    "mra2_s": Method(label="MRA-2-s", colour="#e08a3c", mark="o", attend=_mra2_s, **_MRA),
+    "mra2": Method("MRA-2", "#b3273a", "o", _mra2, **_MRA),
+    "mra2_s": Method("MRA-2-s", "#e08a3c", "o", _mra2_s, **_MRA),
     "longformer": Method(
-        label="Longformer",
-        colour="#1f5f99",
-        mark="s",
-        attend=longformer,
-        layer=LongformerLayer,
-        size_name="window",
-        arena_size=64,
-        fits=_divides,
+        "Longformer", "#1f5f99", "s", longformer, LongformerLayer,
+        size_name="window", arena_size=64, fits=_divides,
     ),
     "bigbird": Method(
-        label="BigBird",
-        colour="#5aa0d8",
-        mark="s",
-        attend=bigbird,
-        size_name="block",
-        sizes=_BLOCKS,
-        largest_share=1 / 16,
-        work=8,
-        fits=_divides,
+        "BigBird", "#5aa0d8", "s", bigbird,
+        size_name="block", sizes=_BLOCKS, largest_share=1 / 16, work=8, fits=_divides,
     ),
     "nystromformer": Method(
-        label="Nystromformer",
-        colour="#3c8c6b",
-        mark="^",
-        attend=nystromformer,
-        layer=NystromformerLayer,
-        size_name="landmarks",
-        arena_size=64,
-        fits=_divides,
+        "Nystromformer", "#3c8c6b", "^", nystromformer, NystromformerLayer,
+        size_name="landmarks", arena_size=64, fits=_divides,
     ),
     "performer": Method(
-        label="Performer",
-        colour="#8fc7a9",
-        mark="^",
-        attend=performer,
-        layer=multi_head(PerformerAttention),
-        size_name="features",
-        arena_size=256,
+        "Performer", "#8fc7a9", "^", performer, multi_head(PerformerAttention),
+        size_name="features", arena_size=256,
     ),
     "linformer": Method(
-        label="Linformer",
-        colour="#b9b9b9",
-        mark="v",
-        attend=linformer,
-        layer=multi_head(LinformerAttention),
-        size_name="projected length",
-        arena_size=256,
+        "Linformer", "#b9b9b9", "v", linformer, multi_head(LinformerAttention),
+        size_name="projected length", arena_size=256,
     ),
-    "linear": Method(
-        label="linear attention", colour="#66a3d2", mark="<", layer=multi_head(LinearAttention)
-    ),
-    "adamra": Method(label="AdaMRA", colour="#1b9e77", mark="p", layer=AdaMraAttention),
+    "linear": Method("linear attention", "#66a3d2", "<", None, multi_head(LinearAttention)),
+    "adamra": Method("AdaMRA", "#1b9e77", "p", None, AdaMraAttention),
     "h_transformer": Method(
-        label="H-Transformer-1D",
-        colour="#7a4fa3",
-        mark="D",
-        attend=h_transformer,
-        size_name="block",
-        sizes=_BLOCKS,
+        "H-Transformer-1D", "#7a4fa3", "D", h_transformer,
+        size_name="block", sizes=_BLOCKS, fits=_halves,
         work=3,  # the diagonal, and a geometric sum over the coarser levels
-        fits=_halves,
     ),
     "sparse": Method(
-        label="best sparse",
-        colour="#c9a227",
-        mark="P",
-        attend=optimal_sparse,
-        size_name="entries per row",
-        is_practical=False,
+        "best sparse", "#c9a227", "P", optimal_sparse,
+        size_name="entries per row", is_practical=False,
     ),
     "low_rank": Method(
-        label="best low rank",
-        colour="#8c564b",
-        mark="X",
-        attend=truncated_svd,
-        size_name="rank",
-        is_practical=False,
+        "best low rank", "#8c564b", "X", truncated_svd,
+        size_name="rank", is_practical=False,
     ),
 }
+# fmt: on
 
 #: Names of the methods that the Long Range Arena encoder can use.
 ARENA_ATTENTIONS = tuple(name for name, method in METHODS.items() if method.layer is not None)

@@ -85,15 +85,8 @@ def plot_curves(runs: "Sequence[Run]", path: "str | os.PathLike[str]", title: st
         loss_axes.plot(steps, losses, color=colour, linewidth=1.1, label=label)
         for style, metric in zip(styles, metrics, strict=True):
             steps, values = _curve(run.history, metric)
-            metric_axes.plot(
-                steps,
-                [factor * value for value in values],
-                color=colour,
-                linestyle=style,
-                marker="o",
-                markersize=3.5,
-                linewidth=1.3,
-            )
+            look = {"linestyle": style, "linewidth": 1.3, "marker": "o", "markersize": 3.5}
+            metric_axes.plot(steps, [factor * value for value in values], color=colour, **look)
     loss_axes.set(xlabel="step", ylabel="training loss, nats", title="training")
     metric_axes.set(
         xlabel="step",

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,15 @@ def experiment_settings(*arguments: Any) -> dict[str, Any]:
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its value
     return settings
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows by name of the column as CSV; what no column has is left out."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def write_text(path: "str | os.PathLike[str]", text: str) -> None:
@@ -122,11 +131,8 @@ def write_predictions(
     path: "str | os.PathLike[str]", rows: Iterable[tuple[object, str, str]]
 ) -> None:
     """Write CSV with the columns row, label and prediction, which `mra-hf compare` reads."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("row", "label", "prediction"))
-    writer.writerows(rows)
-    write_text(path, out.getvalue())
+    columns = ("row", "label", "prediction")
+    write_text(path, csv_text(columns, (dict(zip(columns, row, strict=True)) for row in rows)))
 
 
 def write_history(
@@ -147,9 +153,6 @@ def write_history(
     columns += sorted(
         name for name in logged if name.startswith("eval_") and not name.endswith(_SPEED)
     )
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows[step] for step in sorted(rows))
-    write_text(path, out.getvalue())
-    return [rows[step] for step in sorted(rows)]
+    in_order = [rows[step] for step in sorted(rows)]
+    write_text(path, csv_text(columns, in_order))
+    return in_order

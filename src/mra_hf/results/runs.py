@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mra_hf.results.files import (
-    EXPERIMENT_NAME,
-    HISTORY_NAME,
-    RESULTS_NAME,
-    STATE_NAME,
-    read_file,
-)
+from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME, STATE_NAME, read_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

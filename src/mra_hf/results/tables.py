@@ -1,9 +1,8 @@
 """Tables of runs: every number as CSV, and what a reader compares as Markdown."""
 
-import csv
-import io
 from typing import TYPE_CHECKING, Any
 
+from mra_hf.results.files import csv_text
 from mra_hf.results.runs import Run, evaluation_set, mean_interval, seed_groups
 
 if TYPE_CHECKING:
@@ -27,26 +26,14 @@ def runs_csv(runs: "Sequence[Run]") -> str:
         *("max_seq_length", "seed", "steps", *metrics, "train_seconds", "seconds_per_step"),
         *("resumed_from", "device", "dtype", "commit", "paper_row"),
     ]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    rows = []
     for run in runs:
         train = run.results.get("train", {})
-        writer.writerow(
-            {
-                **run.settings,
-                **run.results,
-                **train,
-                **run.metrics,
-                "run": run.name,
-                "status": run.missing or "finished",
-                "model": run.model,
-                "train_seconds": train.get("train_runtime"),
-                "seconds_per_step": run.seconds_per_step,
-                "paper_row": run.paper_row,
-            }
-        )
-    return out.getvalue()
+        facts = {"run": run.name, "model": run.model, "paper_row": run.paper_row}
+        facts |= {"status": run.missing or "finished", "seconds_per_step": run.seconds_per_step}
+        facts["train_seconds"] = train.get("train_runtime")
+        rows.append({**run.settings, **run.results, **train, **run.metrics, **facts})
+    return csv_text(columns, rows)
 
 
 def runs_table(runs: "Sequence[Run]") -> str:

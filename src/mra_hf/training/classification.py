@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import check_length, load_model
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
+from mra_hf.training.runs import option
 
 #: Prefixes of the weights of sequence classifiers' heads, which may start at random.
 HEAD_WEIGHTS = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
@@ -33,54 +34,36 @@ _TRAIN = "<train>"
 class ClassificationDataArguments:
     """Which texts and labels, and how they become sequences."""
 
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "rows to train on: .tsv, .csv or .jsonl files (also .gz, .xz)"},
+    train_file: list[str] | None = option(
+        None, "rows to train on: .tsv, .csv or .jsonl files (also .gz, .xz)"
     )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "rows to evaluate on; each file is a separate set"}
+    validation_file: list[str] | None = option(
+        None, "rows to evaluate on; each file is a separate set"
     )
-    held_out_rows: int | None = field(
-        default=None,
-        metadata={"help": "in place of validation_file: so many rows of train_file, drawn by seed"},
+    held_out_rows: int | None = option(
+        None, "in place of validation_file: so many rows of train_file, drawn by seed"
     )
-    held_out_seed: int = field(default=0, metadata={"help": "the seed they are drawn by"})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "a dataset by name in place of files: nyu-mll/multi_nli"}
+    held_out_seed: int = option(0, "the seed they are drawn by")
+    dataset_name: str | None = option(
+        None, "a dataset by name in place of files: nyu-mll/multi_nli"
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "configuration of that dataset: mnli, for glue"}
+    dataset_config_name: str | None = option(None, "configuration of that dataset: mnli, for glue")
+    train_split: str = option("train", "its split to train on")
+    validation_split: list[str] = option(
+        ["validation_matched", "validation_mismatched"], "its splits to evaluate on"
     )
-    train_split: str = field(default="train", metadata={"help": "its split to train on"})
-    validation_split: list[str] = field(
-        default_factory=lambda: ["validation_matched", "validation_mismatched"],
-        metadata={"help": "its splits to evaluate on"},
+    text_columns: list[str] | None = option(
+        None, "the column with the text, or the two of a pair; not set: recognised"
     )
-    text_columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "the column with the text, or the two of a pair; not set: recognised"},
+    label_column: str | None = option(None, "the column with the label; not set: recognised")
+    labels: list[str] | None = option(
+        None, "all labels in their order; not set: taken from the data"
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "the column with the label; not set: recognised"}
-    )
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "all labels in their order; not set: taken from the data"}
-    )
-    max_seq_length: int = field(
-        default=512, metadata={"help": "longer texts and pairs are cut to so many tokens"}
-    )
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "pad every batch to max_seq_length, not to its longest"}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "processes that tokenise; not set: one"}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on so many rows, drawn by held_out_seed"}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "evaluate on so many rows of each set, likewise"}
-    )
+    max_seq_length: int = option(512, "longer texts and pairs are cut to so many tokens")
+    pad_to_max_length: bool = option(False, "pad every batch to max_seq_length, not to its longest")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenise; not set: one")
+    max_train_samples: int | None = option(None, "train on so many rows, drawn by held_out_seed")
+    max_eval_samples: int | None = option(None, "evaluate on so many rows of each set, likewise")
 
 
 def run_classification(
@@ -317,11 +300,7 @@ def _label_names(
 
 
 def _tokenise(
-    data_args: ClassificationDataArguments,
-    training_args: TrainingArguments,
-    tokenizer,
-    names: tuple[str, ...],
-    texts: Mapping[str, data.LabelledTexts],
+    data_args, training_args, tokenizer, names: tuple[str, ...], texts: Mapping
 ) -> dict[str, Dataset]:
     """The sets as token ids, cut to `max_*_samples` rows; training data only for a training."""
 

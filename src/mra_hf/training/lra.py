@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from mra_hf.encoders.methods import ARENA_ATTENTIONS
 from mra_hf.encoders.modeling import LraForSequenceClassification
 from mra_hf.loading import override, split_settings
 from mra_hf.training import runs
+from mra_hf.training.runs import option
 
 MODELS = ("encoder", "image_classifier")
 #: Rows of the token table in the published runs.
@@ -30,16 +31,11 @@ _VOCABULARY = {"listops": 32}
 _OTHER_VOCABULARY = 512
 #: (first_n_blocks, diagonal_n_blocks) of the published runs with 8 blocks per row.
 PAPER_PRIORS = {
-    ("listops", "mra2"): (1, 0),
-    ("listops", "mra2_s"): (1, 0),
-    ("text", "mra2"): (1, 1),
-    ("text", "mra2_s"): (1, 1),
-    ("retrieval", "mra2"): (1, 1),
-    ("retrieval", "mra2_s"): (1, 1),
-    ("image", "mra2"): (1, 0),
-    ("image", "mra2_s"): (0, 1),
-    ("pathfinder", "mra2"): (1, 0),
-    ("pathfinder", "mra2_s"): (1, 1),
+    **{("listops", "mra2"): (1, 0), ("listops", "mra2_s"): (1, 0)},
+    **{("text", "mra2"): (1, 1), ("text", "mra2_s"): (1, 1)},
+    **{("retrieval", "mra2"): (1, 1), ("retrieval", "mra2_s"): (1, 1)},
+    **{("image", "mra2"): (1, 0), ("image", "mra2_s"): (0, 1)},
+    **{("pathfinder", "mra2"): (1, 0), ("pathfinder", "mra2_s"): (1, 1)},
 }
 
 
@@ -47,40 +43,28 @@ PAPER_PRIORS = {
 class LraArguments:
     """Which task, and which attention."""
 
-    task: str = field(default="listops", metadata={"help": f"one of {', '.join(TASKS)}"})
-    attention: str = field(
-        default="mra2", metadata={"help": f"one of {', '.join(ARENA_ATTENTIONS)}"}
+    task: str = option("listops", f"one of {', '.join(TASKS)}")
+    attention: str = option("mra2", f"one of {', '.join(ARENA_ATTENTIONS)}")
+    model: str = option(
+        "encoder",
+        'what reads the task: "encoder" (that of the arena), or for image and '
+        'pathfinder "image_classifier" (that of the MRA paper\'s Table 6, on pixels)',
     )
-    model: str = field(
-        default="encoder",
-        metadata={
-            "help": 'what reads the task: "encoder" (that of the arena), or for image and '
-            'pathfinder "image_classifier" (that of the MRA paper\'s Table 6, on pixels)'
-        },
+    source: str | None = option(
+        None, "folder with the data of text, retrieval or image; the others are made"
     )
-    source: str | None = field(
-        default=None,
-        metadata={"help": "folder with the data of text, retrieval or image; the others are made"},
+    task_settings: str | None = option(
+        None,
+        "arguments of the task in mra_hf.data.lra: train=5000,max_length=600 or "
+        "mask_zero_pixels=false",
     )
-    task_settings: str | None = field(
-        default=None,
-        metadata={
-            "help": "arguments of the task in mra_hf.data.lra: train=5000,max_length=600 or "
-            "mask_zero_pixels=false"
-        },
+    config_overrides: str | None = option(
+        None, "settings of LraConfig (MraImageConfig): pooling=mean,segment_lengths=[4,32]"
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "settings of LraConfig (MraImageConfig): pooling=mean,segment_lengths=[4,32]"
-        },
-    )
-    one_cycle: bool = field(
-        default=True,
-        metadata={
-            "help": "the published schedule: OneCycleLR, linear, from 1/25 of the rate, "
-            "with the momentum going the other way; false: lr_scheduler_type"
-        },
+    one_cycle: bool = option(
+        True,
+        "the published schedule: OneCycleLR, linear, from 1/25 of the rate, "
+        "with the momentum going the other way; false: lr_scheduler_type",
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mra_hf.loading import check_length, load_masked_lm, override, with_attentio
 from mra_hf.sparse_prediction import cross_entropy, labelled_logits, predict_labelled_positions
 from mra_hf.training import runs
 from mra_hf.training.initialization import init_previous_token_heads
+from mra_hf.training.runs import option
 
 #: Seed of the masks of an evaluation: the same tokens are hidden every time.
 EVALUATION_SEED = 0
@@ -34,15 +35,12 @@ EVALUATION_SEED = 0
 class MaskedLMModelArguments(runs.ModelArguments):
     """Which model: a checkpoint to train further, or sizes to start from scratch with."""
 
-    model_type: str = field(
-        default="roberta", metadata={"help": "architecture from scratch: roberta, mra_hf, ..."}
+    model_type: str = option("roberta", "architecture from scratch: roberta, mra_hf, ...")
+    start_with_neighbours: bool = option(
+        False, "from scratch: heads of the first layer begin by reading neighbours"
     )
-    start_with_neighbours: bool = field(
-        default=False,
-        metadata={"help": "from scratch: heads of the first layer begin by reading neighbours"},
-    )
-    sparse_prediction: bool = field(
-        default=True, metadata={"help": "while training, compute logits at masked positions only"}
+    sparse_prediction: bool = option(
+        True, "while training, compute logits at masked positions only"
     )
 
 
@@ -50,42 +48,21 @@ class MaskedLMModelArguments(runs.ModelArguments):
 class MaskedLMDataArguments:
     """Which text, and how it becomes examples."""
 
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "text: .txt or .jsonl files, folders of them, or glob patterns"},
+    train_file: list[str] | None = option(
+        None, "text: .txt or .jsonl files, folders of them, or glob patterns"
     )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "held-out text, as train_file"}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "a dataset by name, in place of files"}
-    )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "configuration of that dataset"}
-    )
-    train_split: str = field(default="train", metadata={"help": "its split to train on"})
-    validation_split: str = field(
-        default="validation", metadata={"help": "its split to evaluate on"}
-    )
-    text_column: str = field(default="text", metadata={"help": "the column with the text"})
-    max_seq_length: int = field(
-        default=512, metadata={"help": "tokens of an example, special tokens included"}
-    )
-    mlm_probability: float = field(
-        default=0.15, metadata={"help": "share of the tokens to predict while training"}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "read the training text while training; needs max_steps"}
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "processes that tokenise; not set: one"}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on the first so many examples"}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "evaluate on the first so many examples"}
-    )
+    validation_file: list[str] | None = option(None, "held-out text, as train_file")
+    dataset_name: str | None = option(None, "a dataset by name, in place of files")
+    dataset_config_name: str | None = option(None, "configuration of that dataset")
+    train_split: str = option("train", "its split to train on")
+    validation_split: str = option("validation", "its split to evaluate on")
+    text_column: str = option("text", "the column with the text")
+    max_seq_length: int = option(512, "tokens of an example, special tokens included")
+    mlm_probability: float = option(0.15, "share of the tokens to predict while training")
+    streaming: bool = option(False, "read the training text while training; needs max_steps")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenise; not set: one")
+    max_train_samples: int | None = option(None, "train on the first so many examples")
+    max_eval_samples: int | None = option(None, "evaluate on the first so many examples")
 
 
 def run_masked_lm(
@@ -262,11 +239,8 @@ def _naming_faults(data_args: MaskedLMDataArguments) -> Iterator[None]:
 
 def _masked_lm(model_args: MaskedLMModelArguments, tokenizer) -> PreTrainedModel:
     if model_args.model_name_or_path:
-        return load_masked_lm(
-            model_args.model_name_or_path,
-            model_args.attn_implementation,
-            model_args.config_overrides,
-        )
+        choices = (model_args.attn_implementation, model_args.config_overrides)
+        return load_masked_lm(model_args.model_name_or_path, *choices)
     config = AutoConfig.for_model(
         model_args.model_type,
         vocab_size=len(tokenizer),
@@ -293,13 +267,9 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
             text_column=data_args.text_column,
             streaming=streaming,
         )
+        workers = data_args.preprocessing_num_workers
         with training_args.main_process_first(desc="packing"):
-            examples = pack(
-                documents,
-                tokenizer,
-                data_args.max_seq_length,
-                workers=data_args.preprocessing_num_workers,
-            )
+            examples = pack(documents, tokenizer, data_args.max_seq_length, workers=workers)
         if limit is not None:
             examples = examples.take(limit if streaming else min(limit, len(examples)))
         is_empty = next(iter(examples), None) is None if streaming else len(examples) == 0
@@ -312,12 +282,8 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
 
     training = validation = None
     if training_args.do_train:
-        training = packed(
-            data_args.train_file,
-            data_args.train_split,
-            data_args.max_train_samples,
-            data_args.streaming,
-        )
+        limit, streaming = data_args.max_train_samples, data_args.streaming
+        training = packed(data_args.train_file, data_args.train_split, limit, streaming)
         if data_args.streaming:
             training = training.shuffle(seed=training_args.seed, buffer_size=1000)
     if training_args.do_eval:

@@ -59,25 +59,27 @@ from mra_hf.training.resuming import (
 _FINGERPRINT_ROWS = 1000
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of arguments, with the help text that the command shows for it."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class ModelArguments:
     """Which checkpoint, and what to change about it."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "checkpoint to start from: a directory or hub id"}
+    model_name_or_path: str | None = option(None, "checkpoint to start from: a directory or hub id")
+    config_overrides: str | None = option(
+        None, "settings of the configuration: block_per_row=4,approx_mode=sparse"
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "settings of the configuration: block_per_row=4,approx_mode=sparse"},
+    tokenizer_name: str | None = option(None, "tokenizer; not set: the checkpoint's own")
+    attn_implementation: str | None = option(
+        None, "mra2, mra2_s, sdpa, ...; not set: the model's own"
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "tokenizer; not set: the checkpoint's own"}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "mra2, mra2_s, sdpa, ...; not set: the model's own"}
-    )
-    paper_row: str | None = field(
-        default=None, metadata={"help": "id of the row of the paper's tables that this run repeats"}
+    paper_row: str | None = option(
+        None, "id of the row of the paper's tables that this run repeats"
     )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,13 +91,10 @@ class ModelArguments:
 class StoppingArguments:
     """When to stop before the last step."""
 
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={"help": "stop after so many evaluations without a better metric_for_best_model"},
+    early_stopping_patience: int | None = option(
+        None, "stop after so many evaluations without a better metric_for_best_model"
     )
-    early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "how much better a metric has to be to count"}
-    )
+    early_stopping_threshold: float = option(0.0, "how much better a metric has to be to count")
 
     def callbacks(self, training_args: TrainingArguments) -> list[TrainerCallback]:
         """The callback that stops, if one is asked for.

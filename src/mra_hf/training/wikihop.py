@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mra_hf.loading import check_length, load_model, override
 from mra_hf.modeling import MraForCandidateChoice
 from mra_hf.results.files import write_predictions, write_text
 from mra_hf.training import runs
+from mra_hf.training.runs import option
 
 PREDICTIONS_NAME = "predictions.json"
 
@@ -30,36 +31,22 @@ PAPER_FIRST_BLOCKS = {8: 3, 16: 5}
 class WikiHopDataArguments:
     """Which questions, and how they become sequences."""
 
-    train_file: str | None = field(
-        default=None, metadata={"help": "questions to train on: JSON in WikiHop's schema"}
+    train_file: str | None = option(None, "questions to train on: JSON in WikiHop's schema")
+    validation_file: str | None = option(None, "questions to evaluate on, in the same schema")
+    max_seq_length: int = option(4096, "tokens of a sequence; longer questions take several")
+    without_supports: bool = option(
+        False, "control: question and candidates only, no documents to read"
     )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "questions to evaluate on, in the same schema"}
+    shuffle_parts: bool = option(
+        True, "train on candidates and supports in an order drawn from the seed"
     )
-    max_seq_length: int = field(
-        default=4096, metadata={"help": "tokens of a sequence; longer questions take several"}
+    initial_prior_first_n_blocks: int | None = option(
+        None,
+        "first block rows and columns that are always exact: question and candidates; "
+        "not set: the paper's, 3 with 8 blocks per row, 5 with 16, else half of what fits",
     )
-    without_supports: bool = field(
-        default=False,
-        metadata={"help": "control: question and candidates only, no documents to read"},
-    )
-    shuffle_parts: bool = field(
-        default=True,
-        metadata={"help": "train on candidates and supports in an order drawn from the seed"},
-    )
-    initial_prior_first_n_blocks: int | None = field(
-        default=None,
-        metadata={
-            "help": "first block rows and columns that are always exact: question and candidates; "
-            "not set: the paper's, 3 with 8 blocks per row, 5 with 16, else half of what fits"
-        },
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "train on the first so many questions"}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "evaluate on the first so many questions"}
-    )
+    max_train_samples: int | None = option(None, "train on the first so many questions")
+    max_eval_samples: int | None = option(None, "evaluate on the first so many questions")
 
 
 def run_wikihop(

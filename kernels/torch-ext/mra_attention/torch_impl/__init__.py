@@ -37,7 +37,6 @@ from ..blocks import (
     to_blocks,
     zero_unsafe_padding,
 )
-from ..implementations import Summaries
 from ..selection import select as select_pairs
 from .batched import attend, attend_backward, operand_dtype
 from .dense import dense_backward, dense_forward, flash_is_available
@@ -56,31 +55,15 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
     """Return None: every pass works on its own chunks, and shares nothing."""
 
 
-def select(
-    query: Tensor,
-    key: Tensor,
-    token_mask: Tensor | None,
-    *,
-    summaries: Summaries | None = None,
-    **settings,
-) -> Tensor:
+def select(query, key, token_mask, *, summaries=None, **settings) -> Tensor:
     """The chosen pairs `[B, H, R, R]` bool. The settings are those of `selection.select`."""
     return select_pairs(query, key, token_mask, **settings)
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    token_mask: Tensor | None,
-    blocks: Tensor | None,
-    *,
-    summaries: Summaries | None = None,
-    scale: float,
-    sparse: bool,
-    block_size: int,
-    largest_budget: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    query, key, value, token_mask, blocks, *,
+    summaries=None, scale, sparse, block_size, largest_budget=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both in
     the compute dtype.
 
@@ -117,21 +100,9 @@ def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
 
 
 def backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    token_mask: Tensor | None,
-    blocks: Tensor | None,
-    *,
-    summaries: Summaries | None = None,
-    scale: float,
-    sparse: bool,
-    block_size: int,
-    largest_budget: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, query, key, value, output, lse, token_mask, blocks, *,
+    summaries=None, scale, sparse, block_size, largest_budget=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
         return dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)

@@ -39,14 +39,7 @@ def attend(
 
 
 def attend_backward(
-    grad: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    delta: Tensor,
-    lse: Tensor,
-    scale: float,
+    grad, query, keys, values, bias: Tensor | None, delta, lse, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, keys and values in the compute dtype.
 
@@ -69,21 +62,11 @@ def attend_backward(
     d_query.baddbmm_(operand, keys, beta=0, alpha=scale)
     d_keys = scratch("d_keys", keys.shape, dtype, device)
     d_keys.baddbmm_(operand.mT, query, beta=0, alpha=scale)
-    return (
-        convert("wide d_query", d_query, wide),
-        convert("wide d_keys", d_keys, wide),
-        convert("wide d_values", d_values, wide),
-    )
+    gradients = {"d_query": d_query, "d_keys": d_keys, "d_values": d_values}
+    return tuple(convert(f"wide {name}", x, wide) for name, x in gradients.items())
 
 
-def _logits(
-    query: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    wide: torch.dtype,
-    scale: float,
-    lse: Tensor | None,
-) -> Tensor:
+def _logits(query, keys, bias, wide: torch.dtype, scale: float, lse: Tensor | None) -> Tensor:
     """Logits `[n, M, K]` to base 2, minus the log-sum-exp unless it is None, in the compute dtype:
     a product rounded to bfloat16 is too coarse for a logit.
     """

@@ -43,14 +43,7 @@ def dense_forward(
 
 
 def dense_backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    token_mask: Tensor | None,
-    scale: float,
+    grad_output, query, key, value, output, lse, token_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     input_dtype = query.dtype

@@ -26,19 +26,9 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 
 
 def select(
-    query: Tensor,
-    key: Tensor,
-    token_mask: Tensor | None,
-    *,
-    summaries: Summaries | None,
-    block_size: int,
-    block_per_row: int,
-    block_budget: int | None,
-    initial_prior_first_n_blocks: int,
-    initial_prior_diagonal_n_blocks: int,
-    rule: str,
-    scale: float,
-) -> Tensor:
+    query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
+    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
+) -> Tensor:  # fmt: skip
     """The selected pairs `[B, H, R, R]` bool, in the order of `selection.choose_blocks`.
 
     Scores are float32, from float32 means.
@@ -62,18 +52,9 @@ def select(
 
 
 def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    token_mask: Tensor | None,
-    blocks: Tensor | None,
-    *,
-    summaries: Summaries | None,
-    scale: float,
-    sparse: bool,
-    block_size: int,
-    largest_budget: int | None,
-) -> tuple[Tensor, Tensor]:
+    query, key, value, token_mask, blocks, *,
+    summaries, scale, sparse, block_size, largest_budget,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` in the input dtype, and its log-sum-exp `[B, H, N]` in
     float32 (+inf at padding).
 
@@ -97,21 +78,9 @@ def forward(
 
 
 def backward(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    token_mask: Tensor | None,
-    blocks: Tensor | None,
-    *,
-    summaries: Summaries | None,
-    scale: float,
-    sparse: bool,
-    block_size: int,
-    largest_budget: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_output, query, key, value, output, lse, token_mask, blocks, *,
+    summaries, scale, sparse, block_size, largest_budget,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     with launching.on_device_of(query):
         call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)

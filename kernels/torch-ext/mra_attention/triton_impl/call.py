@@ -27,15 +27,7 @@ class KernelCall:
     """
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        token_mask: Tensor | None,
-        block_size: int = BLOCK_SIZE,
-        *,
-        scale: float = 1.0,
-        sparse: bool = False,
+        self, query, key, value, token_mask, block_size=BLOCK_SIZE, *, scale=1.0, sparse=False
     ):
         assert block_size == BLOCK_SIZE, block_size
         self.scale, self.scale_log2, self.has_coarse = scale, scale * _LOG2_E, not sparse

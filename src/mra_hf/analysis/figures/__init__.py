@@ -1,6 +1,5 @@
 """The figures and Table 7 of the ICML 2022 paper, redrawn on any heads, and two more figures."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from mra_hf.analysis.figures.matrices import (
 )
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.results.drawing import save_figure
+from mra_hf.results.files import csv_text, write_text
 
 #: Least number of tokens: four blocks of 32, enough to select from.
 SHORTEST = 128
@@ -65,11 +65,8 @@ def draw(name: str, heads: HeadInputs, out: Path) -> str:
     check_length(heads)
     drawn = FIGURES[name](heads)
     caption = f"{name}. Source: {heads.source}. {drawn.caption}"
-    with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        columns = list(dict.fromkeys(key for row in drawn.rows for key in row))
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(drawn.rows)
+    columns = list(dict.fromkeys(key for row in drawn.rows for key in row))
+    write_text(out / f"{name}.csv", csv_text(columns, drawn.rows))
     save_figure(drawn.figure, out / f"{name}.png", dpi=100)
     (out / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
     return caption

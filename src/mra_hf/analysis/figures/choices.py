@@ -26,7 +26,7 @@ def selection_rules(heads: HeadInputs) -> Drawn:
     """Error by selection rule, beside the selection of the most softmax mass, which needs the whole
     matrix.
     """
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     rows: list[dict[str, Any]] = []
     for blocks in _budgets(heads):
         for rule in _RULES:
@@ -34,23 +34,11 @@ def selection_rules(heads: HeadInputs) -> Drawn:
             selection = select()
             milliseconds = None if rule == "most mass" else _median_milliseconds(select)
             for mode in ("full", "sparse"):
-                output = mra2_attention(
-                    heads.query,
-                    heads.key,
-                    heads.value,
-                    scale=heads.scale,
-                    selection=selection,
-                    approx_mode=mode,
-                )
-                rows.append(
-                    {
-                        "block_per_row": blocks,
-                        "rule": rule,
-                        "approx_mode": mode,
-                        "error": float(relative_errors(output, exact).mean()),
-                        "selection_milliseconds": milliseconds,
-                    }
-                )
+                settings = {"scale": heads.scale, "selection": selection, "approx_mode": mode}
+                output = mra2_attention(*heads.parts, **settings)
+                row = {"block_per_row": blocks, "rule": rule, "approx_mode": mode}
+                row["error"] = float(relative_errors(output, exact).mean())
+                rows.append(row | {"selection_milliseconds": milliseconds})
     figure = new_figure(11, 4.6)
     for axes, mode in zip(figure.subplots(1, 2), ("full", "sparse"), strict=True):
         for number, rule in enumerate(_RULES):
@@ -87,7 +75,7 @@ def locality(heads: HeadInputs) -> Drawn:
     generator = torch.Generator().manual_seed(0)
     shuffle = torch.randperm(heads.length, generator=generator)
     directions = random_directions(heads.query.shape[-1], 8, generator)
-    exact = dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    exact = dense_attention(*heads.parts, heads.scale)
     rows: list[dict[str, Any]] = []
     for blocks in _budgets(heads):
         attention = partial(mra2_attention, block_per_row=blocks, scale=heads.scale)
@@ -99,8 +87,8 @@ def locality(heads: HeadInputs) -> Drawn:
                     shuffle[hash_order(x[:, :, shuffle], directions=directions)]
                     for x in (heads.query, heads.key)
                 ]
-            parts = (heads.query, heads.key, heads.value)
-            output = attend_in_order(attention, *parts, query_order=orders[0], key_order=orders[1])
+            orders = dict(zip(("query_order", "key_order"), orders, strict=True))
+            output = attend_in_order(attention, *heads.parts, **orders)
             errors = relative_errors(output, exact).mean(0)
             rows += [
                 {"block_per_row": blocks, "order": order, "head": name, "error": float(error)}
@@ -109,13 +97,8 @@ def locality(heads: HeadInputs) -> Drawn:
     figure = new_figure(7, 4.6)
     axes = figure.subplots()
     for order, colour in zip(_ORDERS, ("#b3273a", "#444444", "#1f5f99"), strict=True):
-        axes.plot(
-            _budgets(heads),
-            [_mean_error(rows, order, blocks) for blocks in _budgets(heads)],
-            marker="o",
-            color=colour,
-            label=order,
-        )
+        errors = [_mean_error(rows, order, blocks) for blocks in _budgets(heads)]
+        axes.plot(_budgets(heads), errors, marker="o", color=colour, label=order)
     axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
     axes.legend(frameon=False)
     blocks = _budgets(heads)[-1]

@@ -132,11 +132,8 @@ def error_and_entropy(heads: HeadInputs) -> Drawn:
         rows += [{"share_computed": share, **row} for row in panel]
         for name in _BY_ENTROPY:
             _smooth(axes, [row for row in panel if row["method"] == name], name)
-        axes.set(
-            xlabel="mean entropy of a row, nats",
-            ylim=(0, 1.5),
-            title=f"at most {share:.0%} of the pairs computed",
-        )
+        title = f"at most {share:.0%} of the pairs computed"
+        axes.set(xlabel="mean entropy of a row, nats", ylim=(0, 1.5), title=title)
     panels[0].set_ylabel("relative error")
     panels[0].legend(frameon=False, fontsize=8)
     caption = (
@@ -243,13 +240,12 @@ def _measured(heads: HeadInputs) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _attend(method: Method, heads: HeadInputs, size: int) -> Tensor:
-    parts = (heads.query, heads.key, heads.value)
-    return method.attend(*parts, scale=heads.scale, size=size, seed=0)
+    return method.attend(*heads.parts, scale=heads.scale, size=size, seed=0)
 
 
 @torch.no_grad()
 def _exact(heads: HeadInputs) -> Tensor:
-    return dense_attention(heads.query, heads.key, heads.value, heads.scale)
+    return dense_attention(*heads.parts, heads.scale)
 
 
 def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, float | None]:
@@ -258,7 +254,7 @@ def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, f
     """
     if not method.is_practical:
         return None, None
-    parts = [x[:1].clone().requires_grad_() for x in (heads.query, heads.key, heads.value)]
+    parts = [x[:1].clone().requires_grad_() for x in heads.parts]
 
     def run() -> None:
         output = method.attend(*parts, scale=heads.scale, size=size, seed=0)
@@ -305,12 +301,11 @@ def _over_temperatures(heads: HeadInputs, sizes: dict[str, int | None]) -> Itera
 def _with_share(heads: HeadInputs, name: str, share: float) -> Tensor:
     """The output with this share of the entries, ranks or blocks."""
     length = heads.length
-    parts = (heads.query, heads.key, heads.value)
     if name == "mra2":
         budget = max(1, round(share * (length / 32) ** 2))
-        return mra2_attention(*parts, block_budget=budget, scale=heads.scale)
+        return mra2_attention(*heads.parts, block_budget=budget, scale=heads.scale)
     attend = {"sparse": optimal_sparse, "low_rank": truncated_svd}[name]
-    return attend(*parts, scale=heads.scale, size=max(1, round(share * length)))
+    return attend(*heads.parts, scale=heads.scale, size=max(1, round(share * length)))
 
 
 def _least_share(heads: HeadInputs, exact: Tensor, name: str, limit: float) -> float:
@@ -330,12 +325,8 @@ def _smooth(axes, rows: list[dict[str, Any]], name: str) -> None:
     weights = torch.exp(-5 * (grid[:, None] - entropy) ** 2)
     method = METHODS[name]
     axes.scatter(entropy, error, s=3, color=method.colour, alpha=0.25)
-    axes.plot(
-        grid,
-        (weights * error).sum(1) / weights.sum(1),
-        color=method.colour,
-        label=f"{method.label} ({rows[0]['size']})",
-    )
+    mean = (weights * error).sum(1) / weights.sum(1)
+    axes.plot(grid, mean, color=method.colour, label=f"{method.label} ({rows[0]['size']})")
 
 
 def _extremes(rows: list[dict[str, Any]]) -> str:

@@ -129,12 +129,7 @@ def _shards(
 
 
 def _draw_node(
-    draw: random.Random,
-    ids: list[int],
-    depth: int,
-    max_depth: int,
-    max_arguments: int,
-    max_length: int,
+    draw: random.Random, ids: list[int], depth: int, max_depth: int, max_arguments, max_length
 ) -> int:
     """Append the symbols of a node, and return its value."""
     if len(ids) >= max_length:  # the tree would be dropped in the end

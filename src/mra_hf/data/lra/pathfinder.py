@@ -227,11 +227,7 @@ def _add_distractor(canvas: _Canvas, draw: np.random.Generator, paddles: int) ->
 
 
 def _begin(
-    canvas: _Canvas,
-    draw: np.random.Generator,
-    tail: np.ndarray,
-    intensity: float,
-    near: _Mask | None = None,
+    canvas: _Canvas, draw, tail: np.ndarray, intensity: float, near: _Mask | None = None
 ) -> _Contour | None:
     """Draw the first paddle from `tail`, in any direction; None where it does not fit."""
     angle = math.radians(int(draw.integers(360)))
@@ -248,11 +244,7 @@ def _begin(
 
 
 def _grow(
-    canvas: _Canvas,
-    contour: _Contour,
-    draw: np.random.Generator,
-    intensity: float,
-    near: _Mask | None = None,
+    canvas: _Canvas, contour: _Contour, draw, intensity: float, near: _Mask | None = None
 ) -> bool:
     """Draw one more paddle; False at a dead end."""
     pivot = contour.pivot + (_LENGTH + 2 * _GAP) * _direction(contour.angle)

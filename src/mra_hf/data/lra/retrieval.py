@@ -14,9 +14,8 @@ from mra_hf.data.samples import check_amounts, sample_rows, split_rows
 
 #: The files of the published set, by part.
 _AAN = {
-    "train": "new_aan_pairs.train.tsv",
-    "dev": "new_aan_pairs.eval.tsv",
-    "test": "new_aan_pairs.test.tsv",
+    part: f"new_aan_pairs.{name}.tsv"
+    for part, name in zip(PARTS, ("train", "eval", "test"), strict=True)
 }
 #: Bytes of a paper that are read, as published, before it is cut to max_bytes.
 _PAPER_BYTES = 10_000
@@ -88,11 +87,7 @@ def retrieval(
 
 
 def _pairs(
-    triples: list[tuple[bytes, bytes, int]],
-    max_bytes: int,
-    limit: int | None,
-    seed: int,
-    where: Path,
+    triples: list[tuple[bytes, bytes, int]], max_bytes: int, limit: int | None, seed: int, where
 ):
     triples = [triples[row] for row in sample_rows(len(triples), limit, seed)]
     first, second = ([to_ids(triple[side], max_bytes) for triple in triples] for side in (0, 1))
