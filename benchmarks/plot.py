@@ -1,7 +1,7 @@
 """Draw milliseconds against length from a CSV of `run.py`.
 
-python benchmarks/plot.py results/cpu.csv results/cpu.png
-python benchmarks/plot.py results/cpu.csv results/cpu_modules.png --op self_attention
+python benchmarks/plot.py benchmarks/results/cpu.csv cpu.png
+python benchmarks/plot.py benchmarks/results/cpu.csv cpu_modules.png --op self_attention
 """
 
 import argparse
@@ -21,8 +21,9 @@ from mra_hf.results.drawing import new_figure, save_figure
 
 TITLES = {"fwd": "forward", "fwd+bwd": "forward + backward", "step": "training step"}
 _DENSE, _LONGFORMER = METHODS["dense"], METHODS["longformer"]
-#: Provider -> its name in legends, where {} is the budget, and its colour.
-LOOKS = {
+#: Provider -> its name in legends, where {} is the budget, and its colour. A method that is timed
+#: under its own name looks as in `METHODS`; here stand the providers that need more words.
+LOOKS = {name: (method.label, method.colour) for name, method in METHODS.items()} | {
     "sdpa": (f"{_DENSE.label} (SDPA)", _DENSE.colour),
     "sdpa_flash": (f"{_DENSE.label} (SDPA, flash)", _DENSE.colour),
     "sdpa_cudnn": (f"{_DENSE.label} (SDPA, cuDNN)", "#999999"),
@@ -33,7 +34,6 @@ LOOKS = {
     "bigbird": (METHODS["bigbird"].label, "#b5a642"),
     "mra_1024_32_1": ("scales 1024, 32, 1; {} blocks per row", "#d95f02"),
     "adamra": (f"{METHODS['adamra'].label}, segments of 2, 8, 32", METHODS["adamra"].colour),
-    "linear": (METHODS["linear"].label, METHODS["linear"].colour),
 }
 #: Budget -> the colour of MRA-2 with it.
 BUDGET_COLOURS = {"4": "#1b9e77", "8": "#d95f02", "16": "#7570b3"}

@@ -187,6 +187,10 @@ def whole_models(
     return providers, (ids,)
 
 
+#: Methods whose arena layers are timed beside dense attention and MRA-2.
+ARENA_METHODS = ("adamra", "linear")
+
+
 def arena_layers(budgets: tuple[int, ...], device: str) -> Providers:
     """Attention layers of the Long Range Arena encoder in evaluation, projections included:
     functions of hidden states `[1, N, 64]`.
@@ -199,5 +203,5 @@ def arena_layers(budgets: tuple[int, ...], device: str) -> Providers:
         return lambda hidden: layer(hidden, None)[0]
 
     layers: Providers = {("sdpa", None): build("dense")}
-    layers |= {(name, None): build(name) for name in ("adamra", "linear")}
+    layers |= {(name, None): build(name) for name in ARENA_METHODS}
     return layers | {("mra2", n): build("mra2", block_per_row=n) for n in budgets}

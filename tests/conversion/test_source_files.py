@@ -57,7 +57,7 @@ def test_head_is_inferred_where_architectures_does_not_say(
     assert any("architectures" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("source_type", ["bert", "roberta", "xlm-roberta", "camembert"])
+@pytest.mark.parametrize("source_type", [name for name in SOURCES if name != "mra"])
 def test_tokenizer_keeps_its_own_class(source_type, tmp_path):
     make_source(tmp_path / "source", source_type, vocab_size=40)
     for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mra_attention import BlockSelection, mra2_attention, mra2_attention_matrix, ops, select_blocks
+from mra_attention.selection import SELECTION_RULES
 from pairwise import pairwise
 
 BUDGETS = (2, 8)  # some blocks, and all of them
@@ -64,7 +65,7 @@ def make_hidden(impl, batch, length):
 @pairwise(
     mask_kind=["none", "holes"],
     block_budget=[None, 5],
-    rule=["row_normalized", "global", "refined"],
+    rule=SELECTION_RULES,
 )
 def test_opcheck_accepts_the_select_operator(mask_kind, block_budget, rule):
     query, key, *_ = make_inputs(2, 2, 70, 8)
@@ -292,7 +293,7 @@ def test_autocast_leaves_cast_inputs_alone(impl):
 bfloat16_autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("rule", ["row_normalized", "global", "refined"])
+@pytest.mark.parametrize("rule", SELECTION_RULES)
 def test_the_select_operator_ignores_autocast(rule):
     query, key, *_ = make_inputs(2, 2, 500, 16)
     arguments = (query, key, make_mask("holes", 2, 500), 3, None, 32, 0, 0, rule, 0.25)

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mra_attention import mra2_attention_matrix, select_blocks
+from mra_attention.selection import SELECTION_RULES
 from pairwise import pairwise
 
 TOLERANCE = 1e-5
@@ -427,7 +428,7 @@ def test_scale_multiplies_the_logits_and_defaults_to_the_root_of_the_head_dim(bu
         assert (scaled[0] - default[0]).abs().max() > 1e-2
 
 
-@pairwise(mask_kind=MASK_KINDS, rule=["row_normalized", "global", "refined"], mode=MODES)
+@pairwise(mask_kind=MASK_KINDS, rule=SELECTION_RULES, mode=MODES)
 def test_the_matrix_times_value_is_the_output(mask_kind, rule, mode, impl):
     inputs, mask = impl.inputs(2, 2, 150, 16), impl.mask(mask_kind, 2, 150)
     arguments = {"block_budget": 13, "approx_mode": mode, "selection": rule}
@@ -436,7 +437,7 @@ def test_the_matrix_times_value_is_the_output(mask_kind, rule, mode, impl):
     torch.testing.assert_close(matrix @ inputs[2], output, rtol=0, atol=1e-5)
 
 
-@pairwise(mask_kind=MASK_KINDS, rule=["row_normalized", "global", "refined"], mode=MODES)
+@pairwise(mask_kind=MASK_KINDS, rule=SELECTION_RULES, mode=MODES)
 def test_matrix_rows_sum_to_one(mask_kind, rule, mode):
     inputs, mask = make_inputs(2, 2, 200, 16), make_mask(mask_kind, 2, 200)
     # 40 of 49 pairs leave no row without a pair

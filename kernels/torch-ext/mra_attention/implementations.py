@@ -52,7 +52,8 @@ class Implementation:
         refusal: called as `refusal(query, block_size)`; says why the implementation cannot take a
             call and what to do, as words that follow its name, or returns None where it can.
         auto_devices: types of devices whose tensors `impl="auto"` gives to it.
-        shares_summaries: whether selection, forward and backward pass share `Summaries`.
+        shares_summaries: whether selection, forward and backward pass share `Summaries`. Only for
+            Triton: the operator `mra2_summarize` has no `impl`. Others summarize inside a pass.
         keeps_dtype: whether its output has the dtype of the inputs, not the compute dtype.
     """
 

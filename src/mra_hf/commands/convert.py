@@ -1,7 +1,7 @@
 """Turn a checkpoint into one with multi-resolution attention and a longer position table.
 
-SOURCE is a directory or hub id of type roberta, xlm-roberta, camembert, bert or mra, or mra_hf to
-make a model of this package longer; its weights and its head are kept. OUT gets weights, config,
+SOURCE is a directory or hub id of a RoBERTa-family or BERT model, or of a model of this package to
+make it longer; its weights and its head are kept. OUT gets weights, config,
 tokenizer, a model card and a report.
 
 example:
@@ -15,11 +15,13 @@ import sys
 
 from mra_hf.conversion import DTYPES, convert_checkpoint
 from mra_hf.conversion.report import ConversionReport
+from mra_hf.conversion.sources import SOURCE_TYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mra-hf convert`."""
-    parser.add_argument("source", metavar="SOURCE", help="directory or hub id")
+    types = ", ".join(SOURCE_TYPES)
+    parser.add_argument("source", metavar="SOURCE", help=f"directory or hub id of type {types}")
     parser.add_argument("output_dir", metavar="OUT", help="directory to write")
     number = {"type": int, "metavar": "N"}
     parser.add_argument(
@@ -28,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4096,
         help="longest sequence (default: %(default)s tokens)",
     )
-    own = "for a source of type mra its own"
+    source_default = "for a source of type mra its own"
     parser.add_argument(
-        "--block-per-row", **number, help=f"exact blocks per block row (default: 8; {own})"
+        "--block-per-row",
+        **number,
+        help=f"exact blocks per block row (default: 8; {source_default})",
     )
     parser.add_argument(
         "--approx-mode",
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for kind, meaning in priors.items():
         dest = f"initial_prior_{kind}_n_blocks"
-        text = f"{meaning} (default: 0; {own})"
+        text = f"{meaning} (default: 0; {source_default})"
         parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
     parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to score masked tokens of source and result on"

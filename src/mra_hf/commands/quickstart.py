@@ -46,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        help="a checkpoint with a masked-LM head: a directory or hub id of type roberta, "
-        "xlm-roberta, camembert, bert or mra. Default: the small English RoBERTa that comes with "
-        "this package",
+        help="a checkpoint with a masked-LM head, of a type that mra-hf convert takes: a directory "
+        "or hub id. Default: the small English RoBERTa that comes with this package",
     )
     parser.add_argument(
         "--output",

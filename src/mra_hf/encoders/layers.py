@@ -36,7 +36,7 @@ class MultiHeadLayer(nn.Module):
             project(hidden_states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        if isinstance(self.attend, Mra2Attention):  # which handles precision itself
+        if getattr(self.attend, "handles_precision", False):
             output = self.attend(query, key, value, token_mask)
         else:  # in float32, as in the published runs
             wide = (x.to(compute_dtype(x.dtype)) for x in (query, key, value))
@@ -69,6 +69,8 @@ class DenseAttention(nn.Module):
 
 class Mra2Attention(nn.Module):
     """MRA-2, or MRA-2-s for `attention="mra2_s"`."""
+
+    handles_precision = True
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()

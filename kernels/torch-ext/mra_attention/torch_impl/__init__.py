@@ -55,14 +55,28 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
     """Return None: every pass works on its own chunks, and shares nothing."""
 
 
-def select(query, key, token_mask, *, summaries=None, **settings) -> Tensor:
-    """The chosen pairs `[B, H, R, R]` bool. The settings are those of `selection.select`."""
-    return select_pairs(query, key, token_mask, **settings)
+def select(
+    query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
+    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
+) -> Tensor:  # fmt: skip
+    """The chosen pairs `[B, H, R, R]` bool, by `selection.select`."""
+    return select_pairs(
+        query,
+        key,
+        token_mask,
+        block_size=block_size,
+        block_per_row=block_per_row,
+        block_budget=block_budget,
+        initial_prior_first_n_blocks=initial_prior_first_n_blocks,
+        initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
+        rule=rule,
+        scale=scale,
+    )
 
 
 def forward(
     query, key, value, token_mask, blocks, *,
-    summaries=None, scale, sparse, block_size, largest_budget=None,
+    summaries, scale, sparse, block_size, largest_budget,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both in
     the compute dtype.
@@ -101,7 +115,7 @@ def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
 
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
-    summaries=None, scale, sparse, block_size, largest_budget=None,
+    summaries, scale, sparse, block_size, largest_budget,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
     if blocks is None and flash_is_available(query.device.type):
