@@ -129,9 +129,9 @@ def test_best_sparse_and_low_rank_are_the_best(heads):
     error = (low_rank(weights, 20) - weights).norm()
     torch.testing.assert_close(error, singular[20:].norm(), rtol=1e-3, atol=1e-4)
     generator = torch.Generator().manual_seed(0)
-    chosen = largest_entries(weights, 8) > 0
-    assert chosen.sum() == 8 * 256
-    dropped = weights[~chosen].norm()
+    selected = largest_entries(weights, 8) > 0
+    assert selected.sum() == 8 * 256
+    dropped = weights[~selected].norm()
     for _ in range(5):
         other = torch.zeros(256 * 256, dtype=torch.bool)
         other[torch.randperm(256 * 256, generator=generator)[: 8 * 256]] = True
@@ -185,11 +185,11 @@ def test_lengths_that_do_not_fit_are_refused(name):
 def test_bigbird_names_too_few_blocks_and_leaves_numpy_as_it_was():
     heads = synthetic_heads(112, instances=1, head_dim=16)
     np.random.seed(3)
-    wanted = np.random.rand()
+    expected = np.random.rand()
     np.random.seed(3)
     with pytest.raises(ValueError, match="7 blocks do not leave 3 to draw"):
         attend("bigbird", heads, 16)
-    assert np.random.rand() == wanted
+    assert np.random.rand() == expected
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -80,10 +80,10 @@ def test_every_layer_attends_with_its_own_budget(family, tmp_path):
         layer.attention.self.register_forward_hook(lambda m, i, o: seen.append((m, i, o[0])))
     with torch.no_grad():
         model(**inputs)
-    for (attention, given, output), blocks in zip(seen, (1, 2), strict=True):
+    for (attention, hidden_states, output), blocks in zip(seen, (1, 2), strict=True):
         heads = attention.num_attention_heads
         parts = (
-            getattr(attention, name)(given[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
+            getattr(attention, name)(hidden_states[0]).unflatten(-1, (heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
         )
         expected = mra2_attention(*parts, inputs["attention_mask"], block_per_row=blocks)

@@ -81,13 +81,13 @@ def test_components_tile_the_matrix_and_are_nested_or_disjoint():
 
 def test_exact_coefficients_add_up_to_means_of_the_smallest_support(seed):
     matrix = random_logits().exp()
-    chosen = random.Random(seed).sample(list(frame.components(SIZE)), 60)
-    coefficients = frame.exact_coefficients(matrix, chosen)
-    result = frame.combine(coefficients, chosen, SIZE)
-    torch.testing.assert_close(result, frame.smallest_support_means(matrix, chosen))
+    selected = random.Random(seed).sample(list(frame.components(SIZE)), 60)
+    coefficients = frame.exact_coefficients(matrix, selected)
+    result = frame.combine(coefficients, selected, SIZE)
+    torch.testing.assert_close(result, frame.smallest_support_means(matrix, selected))
     # Each is the least-squares coefficient of what the coarser ones leave.
-    for component, coefficient in zip(chosen, coefficients, strict=True):
-        coarser = [(a, c) for a, c in zip(coefficients, chosen, strict=True)]
+    for component, coefficient in zip(selected, coefficients, strict=True):
+        coarser = [(a, c) for a, c in zip(coefficients, selected, strict=True)]
         coarser = [(a, c) for a, c in coarser if c.scale > component.scale]
         left = matrix - frame.combine([a for a, _ in coarser], [c for _, c in coarser], SIZE)
         assert coefficient == pytest.approx(left[component.support].mean().item())
@@ -101,9 +101,9 @@ def test_a_component_covered_by_finer_ones_changes_nothing(seed):
     covered = Component(8, 1, 0)
     with_it = list(dict.fromkeys([*others, covered]))
     without = [component for component in others if component != covered]
-    for chosen in (with_it, without):
-        found = frame.combine(frame.exact_coefficients(matrix, chosen), chosen, SIZE)
-        if chosen is with_it:
+    for selected in (with_it, without):
+        found = frame.combine(frame.exact_coefficients(matrix, selected), selected, SIZE)
+        if selected is with_it:
             expected = found
     torch.testing.assert_close(found, expected)
 
@@ -242,8 +242,8 @@ def test_the_proposition_is_the_formula_of_the_paper(seed, block_size, budget):
     spread = max((b.max() - b.min() for b in ranked[budget:]), default=torch.tensor(0.0))
     factor = 1 + (2 * spread).exp() - 2 * spread.exp()
     left = SIZE**2 - budget * block_size**2
-    wanted = (left * factor * delta**2 / logits.exp().square().sum()).sqrt()
-    torch.testing.assert_close(frame.two_scale_error_bound(logits, block_size, budget), wanted)
+    expected = (left * factor * delta**2 / logits.exp().square().sum()).sqrt()
+    torch.testing.assert_close(frame.two_scale_error_bound(logits, block_size, budget), expected)
 
 
 def test_the_range_from_norms_is_the_formula_of_the_paper():

@@ -84,14 +84,14 @@ def test_a_layer_is_what_the_text_says(feature_map, gate, masked):
         (output * grad).sum().backward()
         weights = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
         results.append((output, x.grad, weights))
-    (given, given_x, given_w), (wanted, wanted_x, wanted_w) = results
+    (actual, actual_x, actual_w), (expected, expected_x, expected_w) = results
     tolerance = {"rtol": 1e-5, "atol": 1e-7}  # the router's softmax is float32
-    torch.testing.assert_close(given, wanted, **tolerance)
-    torch.testing.assert_close(given_x, wanted_x, **tolerance)
+    torch.testing.assert_close(actual, expected, **tolerance)
+    torch.testing.assert_close(actual_x, expected_x, **tolerance)
     has_gradient = gate != "none"
-    assert ("router.weight" in given_w) == has_gradient
-    for name, gradient in wanted_w.items():
-        torch.testing.assert_close(given_w[name], gradient, rtol=1e-5, atol=1e-6)
+    assert ("router.weight" in actual_w) == has_gradient
+    for name, gradient in expected_w.items():
+        torch.testing.assert_close(actual_w[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64])
@@ -132,8 +132,8 @@ def test_one_resolution_of_single_tokens_is_the_linear_transformer():
     phi_key = phi_key * mask[..., None]
     numerator = phi_query @ (phi_key.mT @ value)
     denominator = phi_query @ phi_key.sum(1)[..., None]
-    wanted = layer.output(numerator / denominator.clamp_min(1e-12)) * mask[..., None]
-    torch.testing.assert_close(output[:2], wanted[:2], rtol=1e-5, atol=1e-6)
+    expected = layer.output(numerator / denominator.clamp_min(1e-12)) * mask[..., None]
+    torch.testing.assert_close(output[:2], expected[:2], rtol=1e-5, atol=1e-6)
 
 
 def test_a_constant_value_comes_through_and_zero_denominators_give_zeros():

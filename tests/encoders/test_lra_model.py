@@ -144,8 +144,8 @@ def test_the_layer_is_that_of_the_papers():
         weights = torch.softmax(logits.masked_fill(~mask[:, None, None], -torch.inf), -1)
         x = x + own.output((weights @ value).transpose(1, 2).flatten(2))
         x = x + layer.down(F.gelu(layer.up(layer.feed_forward_norm(x))))
-    wanted = model.encoder.norm(x) * mask[..., None]
-    torch.testing.assert_close(model(**inputs).last_hidden_state, wanted, rtol=1e-4, atol=1e-5)
+    expected = model.encoder.norm(x) * mask[..., None]
+    torch.testing.assert_close(model(**inputs).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_full_budgets_are_dense_attention():
@@ -199,7 +199,7 @@ def test_pairs_are_classified_by_both_texts():
         single(**first, **pair)
 
 
-def test_dropout_on_weights_is_for_dense_attention_in_training_alone():
+def test_dropout_on_weights_is_only_for_dense_attention_in_training():
     model = LraModel(config("dense", attention_probs_dropout_prob=0.5))
     first, second = (model(**texts()).last_hidden_state for _ in range(2))
     assert not torch.allclose(first, second)

@@ -143,11 +143,11 @@ def dense_attention(query, key, value, mask=None, scale=None):
     return output * mask[:, None, :, None]
 
 
-def assert_all_close(given, expected, tolerance):
+def assert_all_close(actual, expected, tolerance):
     """Each output and gradient is finite and within `tolerance` of the expected one: absolute,
     times the largest expected value where that exceeds 1.
     """
-    for name, x, y in zip(NAMES, given, expected, strict=True):
+    for name, x, y in zip(NAMES, actual, expected, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype, name
         assert x.isfinite().all(), f"{name} is not finite"
         if x.numel():
@@ -155,9 +155,9 @@ def assert_all_close(given, expected, tolerance):
             assert error <= tolerance * max(1.0, largest), f"{name} is off by {error:.1e}"
 
 
-def assert_all_equal(given, expected):
+def assert_all_equal(actual, expected):
     """Each output and gradient has the bits of the expected one."""
-    for name, x, y in zip(NAMES, given, expected, strict=True):
+    for name, x, y in zip(NAMES, actual, expected, strict=True):
         assert torch.equal(x, y), f"{name} differs by {(x - y).abs().max().item():.1e}"
 
 

@@ -142,8 +142,8 @@ def builtin_selection(
         initial_prior_first_n_blocks,
         initial_prior_diagonal_n_blocks,
     )
-    chosen = torch.zeros_like(logits, dtype=torch.bool).flatten(1).scatter(1, indices, True)
-    return chosen.reshape(*query.shape[:2], *logits.shape[1:])
+    selected = torch.zeros_like(logits, dtype=torch.bool).flatten(1).scatter(1, indices, True)
+    return selected.reshape(*query.shape[:2], *logits.shape[1:])
 
 
 def _mask_per_head(query: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -65,10 +65,10 @@ def test_settings_mean_the_same_in_both(settings, mask_kind):
     mask = make_mask(mask_kind, 2, 100)
     inputs = make_inputs(2, 3, 100, 8, dtype=torch.float64)
     fast, reference = both((16, 4, 1), (12, 60), mask, **settings)
-    given, expected = (outputs_and_gradients(call, *inputs) for call in (fast, reference))
-    assert_all_close(given, expected, 1e-12)
+    actual, expected = (outputs_and_gradients(call, *inputs) for call in (fast, reference))
+    assert_all_close(actual, expected, 1e-12)
     default, _ = both((16, 4, 1), (12, 60), mask)
-    assert not torch.allclose(default(*inputs[:3]), given[0]), "the setting does something"
+    assert not torch.allclose(default(*inputs[:3]), actual[0]), "the setting does something"
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_every_dtype(dtype, tolerance):
     inputs = make_inputs(2, 2, 100, 16, dtype=dtype)
     fast, reference = both((16, 4, 1), (12, 60))
     exact = [x.double() for x in inputs]
-    given = outputs_and_gradients(fast, *inputs)
-    assert {x.dtype for x in given} == {dtype}
+    actual = outputs_and_gradients(fast, *inputs)
+    assert {x.dtype for x in actual} == {dtype}
     # The blocks of the rounded inputs: the reference chooses from the same numbers.
     expected = [x.to(dtype) for x in outputs_and_gradients(reference, *exact)]
-    assert_all_close(given, expected, tolerance)
+    assert_all_close(actual, expected, tolerance)
 
 
 def listing(query, key, resolutions, block_budgets, rule):
@@ -167,8 +167,8 @@ def test_two_scales_are_mra_2(length, mode, mask_kind):
         return batched_attention(query, key, value, mask, checked)
 
     expected = outputs_and_gradients(mra2, *inputs)
-    for given, wanted in zip(outputs_and_gradients(scheme, *inputs), expected, strict=True):
-        assert torch.equal(given, wanted), "the same call"
+    for actual, required in zip(outputs_and_gradients(scheme, *inputs), expected, strict=True):
+        assert torch.equal(actual, required), "the same call"
     assert_all_close(outputs_and_gradients(general, *inputs), expected, 1e-5)
 
 

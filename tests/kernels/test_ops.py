@@ -116,11 +116,13 @@ def test_the_forward_operator_returns_the_log_sum_exp_and_infinity_at_padding(
         query, key, value, mask, None if choice == "all" else blocks, 0.3, mode == "sparse", 32
     )
     real = torch.ones(2, 1, 70, dtype=torch.bool) if mask is None else mask[:, None]
-    chosen = BlockSelection(torch.ones_like(blocks) if choice == "all" else blocks, 32)
-    matrix = mra2_attention_matrix(query, key, mask, selection=chosen, scale=0.3, approx_mode=mode)
+    selected = BlockSelection(torch.ones_like(blocks) if choice == "all" else blocks, 32)
+    matrix = mra2_attention_matrix(
+        query, key, mask, selection=selected, scale=0.3, approx_mode=mode
+    )
     # inside the choice, matrix = exp(logit - lse)
     logits = 0.3 * query @ key.mT
-    inside = chosen.blocks.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :70, :70]
+    inside = selected.blocks.repeat_interleave(32, 2).repeat_interleave(32, 3)[:, :, :70, :70]
     inside = inside & real[:, :, None, :] & real[..., None]
     expected = (logits - lse[..., None]).exp()
     torch.testing.assert_close(expected[inside], matrix[inside], rtol=0, atol=1e-12)

@@ -59,8 +59,8 @@ def from_scores(scores):
 
 def select_one_head(scores, mask=None, **choice):
     query, key = from_scores(torch.as_tensor(scores, dtype=torch.float64))
-    chosen = select_blocks(query, key, mask, block_size=M, scale=1.0, **choice)
-    return chosen_pairs(chosen.blocks[0, 0])
+    selected = select_blocks(query, key, mask, block_size=M, scale=1.0, **choice)
+    return chosen_pairs(selected.blocks[0, 0])
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_public_choice_is_that_of_sorting_the_coarse_logits(case, rule):
         for row in logits:
             best = max((s for s, is_live in zip(row, live, strict=True) if is_live), default=0)
             row[:] = [s - best for s in row]
-    chosen = select_one_head(
+    selected = select_one_head(
         scores,
         mask,
         block_budget=budget,
@@ -105,7 +105,7 @@ def test_public_choice_is_that_of_sorting_the_coarse_logits(case, rule):
         initial_prior_first_n_blocks=priors["first"],
         initial_prior_diagonal_n_blocks=priors["diagonal"],
     )
-    assert chosen == best_pairs(logits, live, budget, **priors)
+    assert selected == best_pairs(logits, live, budget, **priors)
 
 
 def test_coarse_logits_are_products_of_means_over_real_tokens():
@@ -144,8 +144,10 @@ def live_blocks(mask):
 def test_budgets_count_pairs_per_head_or_live_row_and_are_clamped_to_live_pairs(mask_kind, choice):
     query, key, *_ = make_inputs(3, 2, 257, 8)
     mask = make_mask(mask_kind, 3, 257)
-    chosen = select_blocks(query, key, mask, **choice)
-    for counts, live in zip(chosen.counts.tolist(), live_blocks(mask).sum(1).tolist(), strict=True):
+    selected = select_blocks(query, key, mask, **choice)
+    for counts, live in zip(
+        selected.counts.tolist(), live_blocks(mask).sum(1).tolist(), strict=True
+    ):
         budget = choice.get("block_budget", live * choice["block_per_row"])
         assert counts == [min(budget, live**2)] * 2
 
@@ -169,23 +171,23 @@ def test_priors_are_chosen_first_however_low_they_score():
     first = {(x, y) for x in range(5) for y in range(5) if x == 0 or y == 0}
     diagonal = {(x, x) for x in range(5)}
     rule = {"selection": "global"}
-    chosen = select_one_head(scores, block_budget=9, initial_prior_first_n_blocks=1, **rule)
-    assert chosen == first
-    chosen = select_one_head(scores, block_budget=5, initial_prior_diagonal_n_blocks=1, **rule)
-    assert chosen == diagonal
+    selected = select_one_head(scores, block_budget=9, initial_prior_first_n_blocks=1, **rule)
+    assert selected == first
+    selected = select_one_head(scores, block_budget=5, initial_prior_diagonal_n_blocks=1, **rule)
+    assert selected == diagonal
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
-    chosen = select_one_head(scores, block_budget=14, **priors, **rule)
-    assert chosen == first | diagonal | {(1, 2)}
+    selected = select_one_head(scores, block_budget=14, **priors, **rule)
+    assert selected == first | diagonal | {(1, 2)}
 
 
 def test_priors_compete_by_score_when_the_budget_cuts_inside_them():
     scores = torch.zeros(5, 5)
     scores[0] = torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0])
     scores[1:, 1:] = 100.0
-    chosen = select_one_head(
+    selected = select_one_head(
         scores, block_budget=3, initial_prior_first_n_blocks=1, selection="global"
     )
-    assert chosen == {(0, 1), (0, 3), (0, 4)}
+    assert selected == {(0, 1), (0, 3), (0, 4)}
 
 
 @pytest.mark.parametrize("n", range(6))
@@ -193,8 +195,8 @@ def test_diagonal_prior_reaches_half_its_width_to_each_side(n):
     scores = -torch.arange(36.0).view(6, 6).flip(0, 1)
     band = {(x, y) for x in range(6) for y in range(6) if n and abs(x - y) <= n // 2}
     budget = max(len(band), 1)
-    chosen = select_one_head(scores, block_budget=budget, initial_prior_diagonal_n_blocks=n)
-    assert (chosen == band) == (n > 0)
+    selected = select_one_head(scores, block_budget=budget, initial_prior_diagonal_n_blocks=n)
+    assert (selected == band) == (n > 0)
 
 
 def test_equal_scores_go_to_the_diagonal_then_the_lowest_row_then_the_lowest_column():
@@ -213,8 +215,8 @@ def test_every_live_row_keeps_its_best_pair_when_the_budget_allows_one_each(seed
         query, key, mask, block_size=16, n_blocks=n_blocks, scale=8**-0.5, rule="row_normalized"
     )
     best = scores.masked_fill(~live[:, None, None, :], -torch.inf).argmax(-1, keepdim=True)
-    chosen = select_blocks(query, key, mask, block_per_row=1, block_size=16).blocks
-    keeps_best = chosen.gather(-1, best)[..., 0]  # [B, H, R]
+    selected = select_blocks(query, key, mask, block_per_row=1, block_size=16).blocks
+    keeps_best = selected.gather(-1, best)[..., 0]  # [B, H, R]
     assert torch.equal(keeps_best, live[:, None].expand_as(keeps_best))
 
 
@@ -289,11 +291,11 @@ def test_refined_finds_the_pair_whose_few_large_logits_the_mean_hides():
 def test_coarse_logits_that_are_equal_in_float32_tie_in_every_input_type(rule):
     query, key = from_scores(torch.zeros(2, 2, dtype=torch.float64))
     query[..., :M, 0] = 1.0
-    query[..., :M, 1] = 1.0 + 1e-9  # larger in float64 alone
-    chosen = select_blocks(
+    query[..., :M, 1] = 1.0 + 1e-9  # larger only in float64
+    selected = select_blocks(
         query, key, block_size=M, scale=1.0, block_budget=1, selection=rule
     ).blocks[0, 0]
-    assert chosen_pairs(chosen) == {(0, 0)}
+    assert chosen_pairs(selected) == {(0, 0)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -308,8 +310,8 @@ def test_scores_of_every_size_and_sign_are_ranked(dtype):
 
 def test_ties_stay_exact_at_many_block_rows():
     rows, budget = 300, 301
-    chosen = choose(torch.zeros(rows, rows), [True] * rows, budget, budget)
-    assert chosen == {(x, x) for x in range(rows)} | {(0, 1)}
+    selected = choose(torch.zeros(rows, rows), [True] * rows, budget, budget)
+    assert selected == {(x, x) for x in range(rows)} | {(0, 1)}
 
 
 @pytest.mark.parametrize("rule", LOGIT_RULES)

@@ -1,4 +1,4 @@
-"""What the torch implementation alone has: aten's flash operator, scatters, kept buffers."""
+"""What only the torch implementation has: aten's flash operator, scatters, kept buffers."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     settings = {"directions": 2, "query_blocks": query_blocks, "largest_budget": None}
     lists = build_lists(call, pool(call).counts, call.as_bytes(blocks), **settings)
     live = mask.view(-1)[::32][:rows].cpu()
-    chosen = blocks[0].cpu() & live[:, None] & live[None, :]
-    for of_direction, pairs in ((lists.by_query, chosen), (lists.by_key, chosen.mT)):
+    selected = blocks[0].cpu() & live[:, None] & live[None, :]
+    for of_direction, pairs in ((lists.by_query, selected), (lists.by_key, selected.mT)):
         bundle, most = of_direction.own_blocks, of_direction.max_items
         sizes, starts, entries, first_items, items, counts = (
             x.cpu().tolist() for x in of_direction[:6]
@@ -78,16 +78,16 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
             wanted_items = []
             for own in range(rows):
                 of_own = pairs[head, own * bundle : (own + 1) * bundle]
-                wanted = of_own.any(0).nonzero().flatten().tolist()
+                expected = of_own.any(0).nonzero().flatten().tolist()
                 if bundle == 2:
                     weights = torch.tensor([1, 2])[: len(of_own), None]
                     bits = (of_own * weights).sum(0)
-                    wanted = [4 * block + bits[block].item() for block in wanted]
+                    expected = [4 * block + bits[block].item() for block in expected]
                 start = starts[head][own]
-                assert entries[head][start : start + sizes[head][own]] == wanted
+                assert entries[head][start : start + sizes[head][own]] == expected
                 if own * bundle < rows:
                     assert first_items[head][own] == len(wanted_items)
-                    wanted_items += [own] * max(1, -(-len(wanted) // of_direction.item_blocks))
+                    wanted_items += [own] * max(1, -(-len(expected) // of_direction.item_blocks))
             assert counts[head] == len(wanted_items) <= most
             assert items[head * most : head * most + counts[head]] == wanted_items
 
@@ -120,15 +120,15 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
     inputs = TRITON.inputs(2, 1, 200, 32, seed=3)[:2]
     mask = TRITON.mask(mask_kind, 2, 200)
     settings = DEFAULTS | SELECTIONS[name]
-    wanted = selection.select(*inputs, mask, **settings)
+    expected = selection.select(*inputs, mask, **settings)
     for entries in (
         {"topk_up_to_rows": 1000},
         {"topk_up_to_rows": 0},
         {"topk_up_to_rows": 0, "recompute_from_length": 0},
     ):
         table(**entries)
-        given = triton_impl.select(*inputs, mask, summaries=None, **settings)
-        assert torch.equal(given, wanted), entries
+        actual = triton_impl.select(*inputs, mask, summaries=None, **settings)
+        assert torch.equal(actual, expected), entries
 
 
 @pytest.mark.parametrize("length", BEYOND_A_TILE)
@@ -144,11 +144,11 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
     by_topk = triton_impl.select(*inputs, mask, summaries=None, **settings)
     for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
         table(**entries)
-        given = triton_impl.select(*inputs, mask, summaries=None, **settings)
-        assert torch.equal(given, by_topk), entries
-    wanted = selection.select(*inputs, mask, **settings)
-    assert torch.equal(by_topk.sum((1, 2, 3)), wanted.sum((1, 2, 3)))
-    assert (by_topk & wanted).sum() >= 0.999 * wanted.sum()
+        actual = triton_impl.select(*inputs, mask, summaries=None, **settings)
+        assert torch.equal(actual, by_topk), entries
+    expected = selection.select(*inputs, mask, **settings)
+    assert torch.equal(by_topk.sum((1, 2, 3)), expected.sum((1, 2, 3)))
+    assert (by_topk & expected).sum() >= 0.999 * expected.sum()
 
 
 def test_radix_ranks_equal_scores_like_choose_blocks(table):
@@ -189,11 +189,11 @@ def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):
     query, key, *_ = TRITON.inputs(2, 2, 200, 16)
     for inputs, last in (((query, key), 2), ((query[:, :, :1].expand_as(query), key * 0), 4)):
         table(topk_up_to_rows=1000)
-        wanted = triton_impl.select(*inputs, None, **settings)
+        expected = triton_impl.select(*inputs, None, **settings)
         table(topk_up_to_rows=0)
         with monkeypatch.context() as patch:
             patch.setattr(launching, "launch", recorded)
-            assert torch.equal(triton_impl.select(*inputs, None, **settings), wanted)
+            assert torch.equal(triton_impl.select(*inputs, None, **settings), expected)
         counted = histograms[-1].sum(-1).cpu()  # [levels, G]
         assert counted.shape == (4, 4) and (counted[0] == 49).all()
         if last == 2:  # the first digit holds prior, sign, exponent and a bit of the mantissa

@@ -80,8 +80,8 @@ def test_summaries_of_float32_inputs_are_multiplied_exactly(target, dtype, dim, 
     for kernel, precisions in found.items():
         is_exact = target == "gfx942" or dtype == "fp32"
         is_exact |= kernel == "coarse_key_kernel" and dim == 128
-        wanted = ("ieee" if is_exact else "tf32x3") if kernel in coarse else None
-        assert precisions == {wanted}, kernel
+        expected = ("ieee" if is_exact else "tf32x3") if kernel in coarse else None
+        assert precisions == {expected}, kernel
     assert found.keys() > set(coarse)
 
 

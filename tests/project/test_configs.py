@@ -208,47 +208,47 @@ def test_every_row_of_the_paper_has_its_file():
 
 @pytest.mark.parametrize("row", [row for row in PAPER_ROWS if not row.endswith("/mlm-before")])
 def test_a_file_says_what_the_paper_says(row):
-    name, wanted = paper_files()[row], PAPER_ROWS[row]
+    name, expected = paper_files()[row], PAPER_ROWS[row]
     args, model = parsed(name), built(name)
     config = model.config
 
-    layers, hidden, feed_forward, heads, width = PAPER_SIZES[wanted.size]
+    layers, hidden, feed_forward, heads, width = PAPER_SIZES[expected.size]
     assert (config.num_hidden_layers, config.hidden_size) == (layers, hidden)
     assert (config.intermediate_size, config.num_attention_heads) == (feed_forward, heads)
     assert config.hidden_size // config.num_attention_heads == 64
     assert getattr(config, "embedding_size", None) == width
     assert config.hidden_dropout_prob == 0.1
-    assert args.max_seq_length == wanted.tokens == config.max_position_embeddings - 2
+    assert args.max_seq_length == expected.tokens == config.max_position_embeddings - 2
 
-    if wanted.attention == "dense":
+    if expected.attention == "dense":
         assert config._attn_implementation == "sdpa"
         assert config.attention_probs_dropout_prob == 0.1
     else:
         assert config._attn_implementation in ATTENTION_NAMES
         settings = attention_settings(config, config._attn_implementation)
-        mode = {"mra2": "full", "mra2_s": "sparse"}[wanted.attention]
-        assert (settings.approx_mode, settings.block_per_row) == (mode, wanted.blocks)
-        first, diagonal = PAPER_PRIORS[wanted.tokens, wanted.blocks]
+        mode = {"mra2": "full", "mra2_s": "sparse"}[expected.attention]
+        assert (settings.approx_mode, settings.block_per_row) == (mode, expected.blocks)
+        first, diagonal = PAPER_PRIORS[expected.tokens, expected.blocks]
         assert settings.initial_prior_first_n_blocks == first
         assert settings.initial_prior_diagonal_n_blocks == diagonal
         assert settings.block_size == 32 and settings.block_budget is None
-        if wanted.result == "wikihop":
+        if expected.result == "wikihop":
             assert args.initial_prior_first_n_blocks == first
 
-    task = (wanted.result, wanted.size, wanted.tokens)
+    task = (expected.result, expected.size, expected.tokens)
     batch, rate, decay, length = PAPER_TRAINING[task]
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == batch
     assert (args.learning_rate, args.weight_decay) == (rate, decay)
-    assert (args.max_steps if wanted.result == "mlm" else args.num_train_epochs) == length
+    assert (args.max_steps if expected.result == "mlm" else args.num_train_epochs) == length
     assert (args.lr_scheduler_type, args.warmup_steps) == ("linear", 0.05)
     assert (args.adam_epsilon, args.adam_beta1, args.adam_beta2) == (1e-6, 0.9, 0.999)
     assert args.max_grad_norm == 0 and args.bf16 and not args.fp16
-    if wanted.result == "mlm":
+    if expected.result == "mlm":
         assert args.mlm_probability == 0.15
         assert args.dataset_name and args.train_split != args.validation_split
     else:
         assert args.load_best_model_at_end
-        assert args.metric_for_best_model == wanted.metrics[0]
+        assert args.metric_for_best_model == expected.metrics[0]
 
 
 def test_the_models_have_the_sizes_of_the_published_ones():

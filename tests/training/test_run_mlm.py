@@ -295,10 +295,10 @@ def test_logits_at_masked_places_alone_give_the_same_loss_and_gradients(kind):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     sparse_prediction.predict_labelled_positions(model)
-    given = model(**batch, labels=labels)
-    given.loss.backward()
-    assert given.logits.shape == (int((labels != -100).sum()), model.config.vocab_size)
-    torch.testing.assert_close(given.loss, expected.loss)
+    actual = model(**batch, labels=labels)
+    actual.loss.backward()
+    assert actual.logits.shape == (int((labels != -100).sum()), model.config.vocab_size)
+    torch.testing.assert_close(actual.loss, expected.loss)
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6)

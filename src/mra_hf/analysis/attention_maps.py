@@ -87,10 +87,13 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
         exact = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)[0]
         selection = select_blocks(query, key, **settings.for_layer(layer).for_selection())
         blocks, block_size = selection.blocks[0], selection.block_size
-        chosen = {"selection": selection, "block_size": block_size}
-        approximate = mra2_attention_matrix(query, key, **chosen, approx_mode=settings.approx_mode)[
-            0
-        ]
+        approximate = mra2_attention_matrix(
+            query,
+            key,
+            selection=selection,
+            block_size=block_size,
+            approx_mode=settings.approx_mode,
+        )[0]
         matrices += [
             HeadMatrices(exact[head], approximate[head], blocks[head], block_size, layer, head)
             for head in range(heads)

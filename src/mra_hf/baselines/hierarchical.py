@@ -1,5 +1,5 @@
-"""H-Transformer-1D (Zhu and Soricut 2021): multi-resolution attention in which the distance from
-the diagonal alone decides the resolution of a block.
+"""H-Transformer-1D (Zhu and Soricut 2021): multi-resolution attention in which only the
+distance from the diagonal decides the resolution of a block.
 
 This is the method as its paper describes it. The package of that name computes something else: it
 adds levels without restoring their maxima, counts coarse keys once in the denominator, and lacks

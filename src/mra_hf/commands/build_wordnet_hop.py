@@ -18,12 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, help="folder to write; it must not exist")
     for split, size in (("train", 2400), ("dev", 100), ("test", 600)):
         text = f"its {split} questions (default: {size})"
-        parser.add_argument(f"--{split}", type=int, default=size, dest=f"n_{split}", help=text)
+        parser.add_argument(
+            f"--{split}", type=int, default=size, dest=f"n_{split}", metavar="N", help=text
+        )
     parser.add_argument(
         "--hops", type=int, default=2, choices=(1, 2), help="glosses to join (default: 2)"
     )
     text = "answers to choose from (default: 8)"
-    parser.add_argument("--candidates", type=int, default=8, dest="n_candidates", help=text)
+    parser.add_argument(
+        "--candidates", type=int, default=8, dest="n_candidates", metavar="N", help=text
+    )
     words = {"type": int, "nargs": 2, "default": (800, 1100), "metavar": ("MIN", "MAX")}
     text = "length of the documents of a question, in words (default: 800 1100)"
     parser.add_argument("--words", **words, help=text)

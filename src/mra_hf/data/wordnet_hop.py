@@ -236,19 +236,19 @@ class _Drawer:
         answers_of = {
             file: len({chain.answer for chain in chains}) for file, chains in self.chains_of.items()
         }
-        asked: dict[str, int] = defaultdict(int)
+        times_used: dict[str, int] = defaultdict(int)
         number = 0
         for chain in self.random.sample(self.chains, len(self.chains)):
             if number == size:
                 return
             if answers_of[self._file(chain)] < self.n_candidates:
                 continue
-            if asked[chain.answer] == self.max_per_answer:
+            if times_used[chain.answer] == self.max_per_answer:
                 continue
             candidates = self._candidates(chain)
             if candidates is None:
                 continue
-            asked[chain.answer] += 1
+            times_used[chain.answer] += 1
             yield self._instance(chain, *candidates, f"{split}_{number}")
             number += 1
         if number < size:

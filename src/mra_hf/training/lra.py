@@ -337,7 +337,7 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
     is_encoder = isinstance(config, LraConfig)
     is_mra = config.attention in ("mra2", "mra2_s")
     is_adamra = config.attention == "adamra"
-    own = {
+    conditions = {
         "attention": config.attention,
         "approx_mode": {"mra2": "full", "mra2_s": "sparse"}.get(config.attention),
         "block_per_row": config.block_per_row if is_mra else None,
@@ -346,8 +346,8 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
     }
     if is_mra:
         names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection")
-        own |= {name: getattr(config, name) for name in names}
+        conditions |= {name: getattr(config, name) for name in names}
     if is_adamra:
         names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")
-        own |= {name: getattr(config, name) for name in names}
-    return own
+        conditions |= {name: getattr(config, name) for name in names}
+    return conditions
