@@ -151,6 +151,7 @@ def finish(session):
 """
 
 
+@pytest.mark.slow
 def test_processes_of_broken_steps_are_replaced_and_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "broken_steps.py").write_text(BROKEN_STEPS)
     monkeypatch.syspath_prepend(tmp_path)
@@ -217,6 +218,8 @@ def test_every_gpu_test_has_a_row(tmp_path, monkeypatch):
     (tests / "test_gpu.py").write_text(SOME_TESTS)
     (tests / "test_cannot_be_imported.py").write_text("import no_such_module\n")
     monkeypatch.setattr(check, "ROOT", tmp_path)
+    # The real one, which this process may have imported, would stand in its way.
+    monkeypatch.delitem(sys.modules, "test_gpu", raising=False)
     name, messages = "tests/kernels/test_gpu.py::test_{}".format, []
     done = frozenset([name("done")])
     outcome = check._run_tests(session(tmp_path, done=done, send=messages.append))

@@ -209,7 +209,10 @@ def test_random_routing_is_drawn_in_training_and_fixed_in_evaluation():
     assert not torch.equal(layer(states)[1].heads, layer(states)[1].heads)
 
 
-@pytest.mark.parametrize("routing", ["learned", "random", "soft"])
+@pytest.mark.parametrize(
+    "routing",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("random", "soft")), "learned"],
+)
 def test_a_compiled_layer_has_one_graph(routing):
     layer, states, mask = layer_and_states(dtype=torch.float32, routing=routing)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

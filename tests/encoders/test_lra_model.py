@@ -104,7 +104,14 @@ def test_half_precision_is_finite_at_full_length(attention):
         assert torch.isfinite(model.to(torch.bfloat16)(ids).logits).all()
 
 
-@pytest.mark.parametrize("attention", [name for name in ARENA_ATTENTIONS if name != "longformer"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param(name, marks=() if name in ("mra2", "adamra") else pytest.mark.slow)
+        for name in ARENA_ATTENTIONS
+        if name != "longformer"
+    ],
+)
 def test_models_compile_without_a_graph_break(attention):
     model = LraModel(config(attention)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

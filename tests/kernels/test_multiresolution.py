@@ -269,7 +269,7 @@ def test_three_scales_compile_without_a_graph_break(mode, mask_kind):
     )
 
 
-@pytest.mark.parametrize("mask_kind", ["none", "right"])
+@pytest.mark.parametrize("mask_kind", [pytest.param("none", marks=pytest.mark.slow), "right"])
 def test_three_scales_are_exported_for_any_batch_and_length(mask_kind):
     class Attention(torch.nn.Module):
         def forward(self, query, key, value, mask):

@@ -311,7 +311,9 @@ def test_the_smoke_twins_are_twins():
         assert parsed(twin).paper_row is None, "no row of the paper"
 
 
-@pytest.mark.parametrize("name", ["mlm_small", "mnli", "wikihop"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("mlm_small", marks=pytest.mark.slow), "mnli", "wikihop"]
+)
 def test_a_smoke_twin_runs_from_the_root(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     file, output = f"configs/smoke/{name}.yaml", tmp_path / "run"

@@ -95,6 +95,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path):
     assert again["eval"]["eval_test_loss"] == pytest.approx(whole["eval"]["eval_test_loss"])
 
 
+@pytest.mark.slow
 def test_several_attentions_get_a_score(tmp_path, capsys):
     for attention in ("mra2", "linear"):
         run(tmp_path / "runs" / attention, "--attention", attention)
