@@ -16,10 +16,12 @@ from .checks import (
     APPROX_MODES,
     MAX_BLOCK_SIZE,
     check_choice,
+    check_distance_bias,
     check_scales,
     check_scheme,
     check_settings,
     check_tensors,
+    refuse_distance_bias,
     to_token_mask,
 )
 from .implementations import FAST, IMPLEMENTATIONS, resolve_impl
@@ -40,6 +42,7 @@ def mra2_attention(
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
+    distance_bias: Tensor | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -73,7 +76,12 @@ def mra2_attention(
             coarse logit minus the largest one of its row, so that every row gets its best pair
             when the budget allows one each; `"global"` and `"refined"` are others. Or a ready
             `BlockSelection` from `select_blocks`; the budget and the priors given here are then not
-            used.
+            used to select.
+        distance_bias: `[H, K]`, any floating dtype, differentiable, finite: entry
+            `[h, min(abs(x - y), K - 1)]` is added to the logits of all token pairs of the block
+            pair (x, y), exact or not, and counts in the selection. It is constant on blocks, so
+            that low resolution loses nothing of it. Pairs in the first
+            `initial_prior_first_n_blocks` live block rows and columns are global and take none.
         scale: factor of the logits, default `D ** -0.5`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer),
             `"triton"` (kernels for CUDA and ROCm tensors: float32, bfloat16, float16, head dims 16
@@ -98,18 +106,18 @@ def mra2_attention(
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     check_choice("impl", impl, IMPLEMENTATIONS)
     token_mask = to_token_mask(attention_mask, query)
+    bias = _bias_by_distance(distance_bias, query, block_size)
     arguments = _arguments_of(settings, approx_mode)
+    tensors = (query, key, value, token_mask)
 
     if is_exporting():
-        return _traceable_attention(query, key, value, token_mask, selection, settings, arguments)
+        return _traceable_attention(*tensors, selection, bias, settings, arguments)
     match resolve_impl(impl, query, block_size):
         case "reference":
-            blocks = _reference_blocks(query, key, token_mask, selection, settings)
-            return _reference_attention(query, key, value, token_mask, blocks, arguments)
+            blocks = _reference_blocks(query, key, token_mask, selection, bias, settings)
+            return _reference_attention(*tensors, blocks, bias, arguments)
         case fast:
-            return _fast_attention(
-                fast, query, key, value, token_mask, selection, settings, arguments
-            )
+            return _fast_attention(fast, *tensors, selection, bias, settings, arguments)
 
 
 def multiresolution_attention(
@@ -124,6 +132,7 @@ def multiresolution_attention(
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str = "row_normalized",
+    distance_bias: Tensor | None = None,
     scale: float | None = None,
     impl: Literal["auto", "reference", "torch"] = "auto",
 ) -> Tensor:
@@ -151,6 +160,7 @@ def multiresolution_attention(
         selection: the rule that ranks blocks: `"row_normalized"` by the logit minus the largest one
             among the candidates of its row, `"global"` by the logit itself. Two scales that end in
             1 take every rule of `mra2_attention`.
+        distance_bias: as in `mra2_attention`, for two scales that end in 1 only.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (no N x N buffer), or
             `"auto"`: torch, and for two scales that end in 1 what `mra2_attention` takes.
 
@@ -173,7 +183,9 @@ def multiresolution_attention(
     if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
         settings |= {"block_budget": block_budgets[0], "block_size": resolutions[0]}
-        return mra2_attention(query, key, value, attention_mask, **settings, impl=impl)
+        settings |= {"distance_bias": distance_bias, "impl": impl}
+        return mra2_attention(query, key, value, attention_mask, **settings)
+    refuse_distance_bias(distance_bias, resolutions)
     query, key, value = check_tensors(query, key, value)
     scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
@@ -195,6 +207,7 @@ def select_blocks(
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str = "row_normalized",
+    distance_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> BlockSelection:
     """Return which block pairs `mra2_attention` computes exactly for the same arguments.
@@ -219,7 +232,9 @@ def select_blocks(
     token_mask = to_token_mask(attention_mask, query)
     impl = resolve_impl("auto", query, block_size)
     impl = impl if impl in FAST else "torch"
-    blocks = ops.mra2_select(query.detach(), key.detach(), token_mask, **settings, impl=impl)
+    bias = _bias_by_distance(distance_bias, query, block_size)
+    settings |= {"distance_bias": None if bias is None else bias.detach(), "impl": impl}
+    blocks = ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
     return BlockSelection(blocks, block_size)
 
 
@@ -235,6 +250,7 @@ def mra2_attention_matrix(
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
+    distance_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Return the row-normalised matrix A-hat `[B, H, N, N]` that `mra2_attention` applies.
@@ -251,10 +267,11 @@ def mra2_attention_matrix(
     settings = check_settings(query, block_size, budgets, priors, selection, scale)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     token_mask = to_token_mask(attention_mask, query)
-    blocks = _reference_blocks(query, key, token_mask, selection, settings)
+    bias = _bias_by_distance(distance_bias, query, block_size)
+    blocks = _reference_blocks(query, key, token_mask, selection, bias, settings)
     with torch.autocast(query.device.type, enabled=False):
         arguments = _arguments_of(settings, approx_mode)
-        return reference.attention_matrix(query, key, token_mask, blocks, **arguments)
+        return reference.attention_matrix(query, key, token_mask, blocks, bias, **arguments)
 
 
 def multiresolution_attention_matrix(
@@ -268,6 +285,7 @@ def multiresolution_attention_matrix(
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str = "row_normalized",
+    distance_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Return the row-normalised matrix A-hat `[B, H, N, N]` that `multiresolution_attention`
@@ -290,7 +308,9 @@ def multiresolution_attention_matrix(
     if _are_two_scales(resolutions):
         check_choice("selection", selection, SELECTION_RULES)
         settings |= {"block_budget": block_budgets[0], "block_size": resolutions[0]}
+        settings |= {"distance_bias": distance_bias}
         return mra2_attention_matrix(query, key, attention_mask, **settings)
+    refuse_distance_bias(distance_bias, resolutions)
     query, key, _ = check_tensors(query, key, key)
     scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
@@ -305,13 +325,31 @@ def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
 
 def _arguments_of(settings: dict, approx_mode: str) -> dict:
     """What attention to selected blocks needs besides tensors."""
-    sparse = approx_mode == "sparse"
-    return {"scale": settings["scale"], "sparse": sparse, "block_size": settings["block_size"]}
+    shared = ("scale", "block_size", "initial_prior_first_n_blocks")
+    return {"sparse": approx_mode == "sparse"} | {name: settings[name] for name in shared}
 
 
-def _fast_attention(impl, query, key, value, token_mask, selection, settings, arguments) -> Tensor:
+def _bias_by_distance(
+    distance_bias: Tensor | None, query: Tensor, block_size: int
+) -> Tensor | None:
+    """The checked bias as `[H, R]`, one column per distance that occurs; for an exported graph,
+    whose R is not known, as it was given.
+    """
+    bias = check_distance_bias(distance_bias, query)
+    if bias is None or is_exporting():
+        return bias
+    # Not by an index: its gradient would be summed by atomics on a GPU.
+    missing = count_blocks(query.shape[2], block_size) - bias.shape[1]
+    if missing <= 0:
+        return bias[:, : bias.shape[1] + missing]
+    return torch.cat([bias, bias[:, -1:].expand(-1, missing)], dim=1)
+
+
+def _fast_attention(
+    impl, query, key, value, token_mask, selection, bias, settings, arguments
+) -> Tensor:
     """Attention by an implementation of `FAST`."""
-    _refuse_forward_mode(query, key, value)
+    _refuse_forward_mode(query, key, value, *(() if bias is None else (bias,)))
     shared = {"impl": impl}
     # Neither operator has a gradient: the backward pass holds the gradient of the coarse part.
     detached = [x.detach() for x in (query, key, value)]
@@ -326,8 +364,11 @@ def _fast_attention(impl, query, key, value, token_mask, selection, settings, ar
             largest_budget = n_blocks * settings["block_per_row"]
         blocks = None  # every live pair, whatever the values
         if largest_budget < n_blocks**2:
-            blocks = ops.mra2_select(*detached[:2], token_mask, **settings, **shared)
-    arguments = arguments | shared | {"largest_budget": largest_budget}
+            selection_bias = None if bias is None else bias.detach()
+            blocks = ops.mra2_select(
+                *detached[:2], token_mask, **settings, **shared, distance_bias=selection_bias
+            )
+    arguments = arguments | shared | {"largest_budget": largest_budget, "distance_bias": bias}
     output, _ = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)
     return output.to(query.dtype)
 
@@ -343,27 +384,30 @@ def _refuse_forward_mode(*inputs: Tensor) -> None:
         )
 
 
-def _reference_blocks(query, key, token_mask, selection, settings, traceable=False) -> Tensor:
+def _reference_blocks(query, key, token_mask, selection, bias, settings, traceable=False) -> Tensor:
     """The selected pairs `[B, H, R, R]` bool: of a ready selection, or chosen by torch."""
     if isinstance(selection, BlockSelection):
         return selection.blocks
-    return select(query, key, token_mask, **settings, traceable=traceable)
+    return select(query, key, token_mask, **settings, distance_bias=bias, traceable=traceable)
 
 
-def _traceable_attention(query, key, value, token_mask, selection, settings, arguments) -> Tensor:
+def _traceable_attention(
+    query, key, value, token_mask, selection, bias, settings, arguments
+) -> Tensor:
     """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
     if token_mask is None:
         sizes = (query.shape[0], query.shape[2])
         token_mask = torch.ones(sizes, dtype=torch.bool, device=query.device)
-    blocks = _reference_blocks(query, key, token_mask, selection, settings, traceable=True)
+    blocks = _reference_blocks(query, key, token_mask, selection, bias, settings, traceable=True)
     with torch.autocast(query.device.type, enabled=False):
-        return reference.attention(query, key, value, token_mask, blocks, **arguments)
+        return reference.attention(query, key, value, token_mask, blocks, bias, **arguments)
 
 
-def _reference_attention(query, key, value, token_mask, blocks, arguments) -> Tensor:
+def _reference_attention(query, key, value, token_mask, blocks, bias, arguments) -> Tensor:
+    tensors = (query, key, value, token_mask, blocks, bias)
     if torch.is_autocast_enabled(query.device.type):
-        return _ReferenceUnderAutocast.apply(query, key, value, token_mask, blocks, arguments)
-    return reference.attention(query, key, value, token_mask, blocks, **arguments)
+        return _ReferenceUnderAutocast.apply(*tensors, arguments)
+    return reference.attention(*tensors, **arguments)
 
 
 class _ReferenceUnderAutocast(torch.autograd.Function):
@@ -372,17 +416,21 @@ class _ReferenceUnderAutocast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, token_mask, blocks, arguments):
-        ctx.save_for_backward(query, key, value, token_mask, blocks)
+    def forward(ctx, query, key, value, token_mask, blocks, bias, arguments):
+        ctx.save_for_backward(query, key, value, token_mask, blocks, bias)
         ctx.arguments = arguments
         with torch.autocast(query.device.type, enabled=False):
-            return reference.attention(query, key, value, token_mask, blocks, **arguments)
+            return reference.attention(query, key, value, token_mask, blocks, bias, **arguments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, token_mask, blocks = ctx.saved_tensors
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+        query, key, value, token_mask, blocks, bias = ctx.saved_tensors
+        given = (query, key, value) if bias is None else (query, key, value, bias)
+        inputs = [x.detach().requires_grad_() for x in given]
         with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-            output = reference.attention(*inputs, token_mask, blocks, **ctx.arguments)
-            return *torch.autograd.grad(output, inputs, grad_output), None, None, None
+            arguments = (*inputs[:3], token_mask, blocks, *inputs[3:])
+            output = reference.attention(*arguments, **ctx.arguments)
+            grads = torch.autograd.grad(output, inputs, grad_output)
+        grad_bias = None if bias is None else grads[3]
+        return *grads[:3], None, None, grad_bias, None

@@ -127,6 +127,31 @@ def block_means(
     return block_sums(blocks, real, dtype) / counts.clamp_min(1)[:, None, :, None].to(dtype)
 
 
+def bias_of_pairs(distance_bias: Tensor, live: Tensor, initial_prior_first_n_blocks: int) -> Tensor:
+    """The bias of every block pair, `[B, H, R, R]` (B = 1 where samples do not differ).
+
+    Args:
+        distance_bias: `[H, K]`; entry `[h, min(abs(x - y), K - 1)]` is the bias of the pair (x, y).
+        live: `[B, R]` bool, blocks that hold a real token.
+        initial_prior_first_n_blocks: pairs in the first n live block rows and columns are global:
+            their bias is 0.
+    """
+    place = torch.arange(live.shape[1], device=live.device)
+    distance = (place[:, None] - place).abs().clamp_max(distance_bias.shape[1] - 1)
+    biases = distance_bias[:, distance][None]
+    if initial_prior_first_n_blocks:
+        biases = biases.masked_fill(global_pairs(live, initial_prior_first_n_blocks), 0)
+    return biases
+
+
+def global_pairs(live: Tensor, initial_prior_first_n_blocks: int) -> Tensor:
+    """Pairs in the first n live block rows and columns, and in dead ones before them,
+    `[B, 1, R, R]` bool; `live` is `[B, R]`.
+    """
+    first = live.cumsum(-1) <= initial_prior_first_n_blocks
+    return first[:, None, :, None] | first[:, None, None, :]
+
+
 def chunks(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
     """Cut `[B, H, N, D]` into chunks of (samples, heads), to be worked on in turn; on any device
     but a CPU one chunk holds everything.

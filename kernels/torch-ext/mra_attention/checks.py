@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blocks import count_blocks, is_exporting
+from .blocks import compute_dtype, count_blocks, is_exporting
 from .scheme import Scheme, fit_scales
 from .selection import MAX_BLOCK_ROWS, SCHEME_RULES, SELECTION_RULES, BlockSelection
 
@@ -108,6 +108,44 @@ def to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None
             "move it to the device of query."
         )
     return attention_mask.bool()
+
+
+def check_distance_bias(distance_bias: Tensor | None, query: Tensor) -> Tensor | None:
+    """Check the bias of block distances and return it in the compute dtype. No value is read."""
+    if distance_bias is None:
+        return None
+    if not isinstance(distance_bias, Tensor):
+        raise ValueError(
+            "distance_bias must be a torch.Tensor [heads, distances] or None, "
+            f"got {type(distance_bias).__name__}."
+        )
+    heads, shape = query.shape[1], tuple(distance_bias.shape)
+    if len(shape) != 2 or shape[0] != heads or shape[1] < 1:
+        raise ValueError(
+            f"distance_bias must be [heads, distances] = ({heads}, K) with K of at least 1, got "
+            f"{shape}: one row per head, one column per distance in blocks; the last column is for "
+            "all larger distances too."
+        )
+    if not distance_bias.is_floating_point():
+        raise ValueError(
+            f"distance_bias must be floating-point, got {distance_bias.dtype}; it is added to the "
+            "logits: cast it with .float()."
+        )
+    if distance_bias.device != query.device:
+        raise ValueError(
+            f"distance_bias is on {distance_bias.device}, query on {query.device}; "
+            "move it to the device of query."
+        )
+    return distance_bias.to(compute_dtype(query.dtype))
+
+
+def refuse_distance_bias(distance_bias: Tensor | None, resolutions: tuple[int, ...]) -> None:
+    """Raise where scales other than (block_size, 1) are given a bias."""
+    if distance_bias is not None:
+        raise ValueError(
+            f"distance_bias is for two scales that end in 1, got resolutions={resolutions}; use "
+            "resolutions=(32, 1), or pass distance_bias=None."
+        )
 
 
 def check_settings(query: Tensor, block_size, budgets, priors, selection, scale) -> dict:

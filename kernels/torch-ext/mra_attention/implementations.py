@@ -4,11 +4,13 @@ Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its fi
 
     summarize(query, key, value, token_mask) -> Summaries | None
     select(query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
-           initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale) -> blocks
+           initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
+           distance_bias) -> blocks
     forward(query, key, value, token_mask, blocks, *, summaries, scale, sparse, block_size,
-            largest_budget) -> (output, lse)
+            largest_budget, distance_bias, initial_prior_first_n_blocks) -> (output, lse)
     backward(grad_output, query, key, value, output, lse, token_mask, blocks, *, summaries, scale,
-             sparse, block_size, largest_budget) -> (grad_query, grad_key, grad_value)
+             sparse, block_size, largest_budget, distance_bias, initial_prior_first_n_blocks)
+        -> (grad_query, grad_key, grad_value, grad_distance_bias)
 
 with the types and shapes that `ops.py` states.
 """

@@ -10,6 +10,10 @@ off, forward and backward, whatever the context they are called in.
 
 `vectors` and `counts` are what `mra2_summarize` returned for the same inputs; where they are None,
 an operator whose implementation needs them computes them for itself.
+
+`distance_bias` is `[H, R]` in the compute dtype, entry `[h, abs(x - y)]` for the block pair (x, y),
+or None for 0. Pairs in the first `initial_prior_first_n_blocks` live block rows and columns take
+none.
 """
 
 import importlib
@@ -80,6 +84,7 @@ def mra2_select(
     impl: str = "torch",
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> Tensor:
     """The pairs that are chosen, `[B, H, R, R]` bool, by a rule of `selection.RULES`. Torch ranks
     by the rules that kernels do not.
@@ -99,6 +104,7 @@ def mra2_select(
             initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
             rule=rule,
             scale=scale,
+            distance_bias=distance_bias,
         )
 
 
@@ -122,6 +128,8 @@ def mra2_forward(
     largest_budget: int | None = None,
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
+    distance_bias: Tensor | None = None,
+    initial_prior_first_n_blocks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The output `[B, H, N, D]` and its log-sum-exp `[B, H, N]`, +inf at padding and where there is
     nothing to attend to.
@@ -133,6 +141,10 @@ def mra2_forward(
     of the pairs selected per head, None where there is no such bound.
     """
     settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
+    settings |= {
+        "distance_bias": distance_bias,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+    }
     package = _implementation(impl)
     with _without_autocast(query):
         summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
@@ -164,33 +176,52 @@ def mra2_backward(
     largest_budget: int | None = None,
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, each `[B, H, N, D]` in the input dtype; `output` and
-    `lse` are what `mra2_forward` returned.
+    distance_bias: Tensor | None = None,
+    initial_prior_first_n_blocks: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of the
+    distance bias, `[H, R]` in the compute dtype (`[0]` where that is None); `output` and `lse` are
+    what `mra2_forward` returned.
     """
     settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
+    settings |= {
+        "distance_bias": distance_bias,
+        "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+    }
     package = _implementation(impl)
     with _without_autocast(query):
         summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
         settings |= {"summaries": summaries, "largest_budget": largest_budget}
         tensors = (grad_output, query, key, value, output, lse, token_mask, blocks)
-        return package.backward(*tensors, **settings)
+        *grads, grad_bias = package.backward(*tensors, **settings)
+    if grad_bias is None:
+        grad_bias = query.new_empty(0, dtype=compute_dtype(query.dtype))
+    return *grads, grad_bias
 
 
 @mra2_backward.register_fake
-def _(grad_output, query, *_):
-    return tuple(query.new_empty(query.shape) for _ in range(3))
+def _(
+    grad_output, query, key, value, output, lse, token_mask, blocks, scale, sparse, block_size,
+    impl="torch", largest_budget=None, vectors=None, counts=None, distance_bias=None, *_,
+):  # fmt: skip
+    bias_shape = (0,) if distance_bias is None else distance_bias.shape
+    grad_bias = query.new_empty(bias_shape, dtype=compute_dtype(query.dtype))
+    return *(query.new_empty(query.shape) for _ in range(3)), grad_bias
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, token_mask, blocks, *ctx.settings, vectors, counts = inputs
-    ctx.save_for_backward(query, key, value, *output, token_mask, blocks, vectors, counts)
+    query, key, value, token_mask, blocks, *settings, vectors, counts, distance_bias, first = inputs
+    ctx.settings, ctx.initial_prior_first_n_blocks = settings, first
+    tensors = (token_mask, blocks, vectors, counts, distance_bias)
+    ctx.save_for_backward(query, key, value, *output, *tensors)
 
 
 def _backward(ctx, grad_output, grad_lse):
-    *saved, vectors, counts = ctx.saved_tensors
-    grads = mra2_backward(grad_output, *saved, *ctx.settings, vectors, counts)
-    return *grads, *(None for _ in range(9))
+    *saved, vectors, counts, distance_bias = ctx.saved_tensors
+    of_bias = (distance_bias, ctx.initial_prior_first_n_blocks)
+    *grads, grad_bias = mra2_backward(grad_output, *saved, *ctx.settings, vectors, counts, *of_bias)
+    grad_bias = None if distance_bias is None else grad_bias
+    return *grads, *(None for _ in range(9)), grad_bias, None
 
 
 def _refuse_double_backward(ctx, *grads):

@@ -6,12 +6,15 @@ MRA-2 is softmax attention whose logit for a token pair (i, j) is
     scale * mean(q in x) . mean(k in y)          otherwise.
 
 MRA-2-s leaves the second kind out. (ICML 2022, section 4, R = {32, 1}.)
+
+A distance bias adds b_|x - y| to both: it is the same for all token pairs of a block pair, so that
+the low resolution loses nothing of it.
 """
 
 import torch
 from torch import Tensor
 
-from .blocks import block_means, compute_dtype, mask_to_blocks, to_blocks
+from .blocks import bias_of_pairs, block_means, compute_dtype, mask_to_blocks, to_blocks
 
 
 def attention_matrix(
@@ -19,10 +22,12 @@ def attention_matrix(
     key: Tensor,
     token_mask: Tensor | None,
     blocks: Tensor,
+    distance_bias: Tensor | None = None,
     *,
     scale: float,
     sparse: bool,
     block_size: int,
+    initial_prior_first_n_blocks: int = 0,
 ) -> Tensor:
     """Return the row-normalised matrix A-hat `[B, H, N, N]`, float32 (float64 for float64).
 
@@ -31,9 +36,11 @@ def attention_matrix(
         token_mask: `[B, N]` bool, or None when every token is real.
         blocks: `[B, H, R, R]` bool, the pairs in high resolution; R may exceed
             ceil(N / block_size).
+        distance_bias: `[H, K]`, or None for 0; see `blocks.bias_of_pairs`.
         scale: factor of the logits.
         sparse: True for MRA-2-s.
         block_size: M, tokens per block.
+        initial_prior_first_n_blocks: live block rows and columns that take no bias.
 
     Rows of padding, and rows that have nothing to attend to, are zero.
     """
@@ -47,6 +54,11 @@ def attention_matrix(
 
     exact = scale * query_blocks.flatten(2, 3) @ key_blocks.flatten(2, 3).mT  # [B, H, R * M, R * M]
     high = upsample(blocks, block_size)
+    if distance_bias is not None:
+        bias = bias_of_pairs(
+            distance_bias.to(dtype), real.any(-1), initial_prior_first_n_blocks
+        )  # [B, H, R, R]
+        exact = exact + upsample(bias, block_size)
     if sparse:
         logits = exact.masked_fill(~high, -torch.inf)
     else:
@@ -54,6 +66,8 @@ def attention_matrix(
         coarse = (
             scale * block_means(query_blocks, counts) @ block_means(key_blocks, counts).mT
         )  # [B, H, R, R]
+        if distance_bias is not None:
+            coarse = coarse + bias
         logits = torch.where(high, exact, upsample(coarse, block_size))
 
     return softmax_over_real(logits, real.flatten(1), length)
@@ -70,12 +84,18 @@ def softmax_over_real(logits: Tensor, real_tokens: Tensor, length: int) -> Tenso
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, blocks: Tensor, **settings
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None,
+    blocks: Tensor,
+    distance_bias: Tensor | None = None,
+    **settings,
 ) -> Tensor:
     """Return A-hat @ value, `[B, H, N, D]` in the dtype of `value`. Arguments and settings as in
     `attention_matrix`.
     """
-    matrix = attention_matrix(query, key, token_mask, blocks, **settings)
+    matrix = attention_matrix(query, key, token_mask, blocks, distance_bias, **settings)
     return apply_matrix(matrix, value, token_mask)
 
 

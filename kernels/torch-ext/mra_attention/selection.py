@@ -1,6 +1,7 @@
 """Which blocks of the attention matrix are computed exactly.
 
-The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`. A rule, one row
+The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`, plus the distance
+bias of the pair. A rule, one row
 of `RULES`, turns such logits into scores. Per (batch, head) the `budget` best pairs of the whole
 matrix are chosen; equal scores go to the pair nearest the diagonal, then to the lowest row, then to
 the lowest column. Nothing here has a gradient.
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from .blocks import (
+    bias_of_pairs,
     block_means,
     chunks,
     count_blocks,
     drop_trivial_mask,
+    global_pairs,
     is_exporting,
     mask_to_blocks,
     to_blocks,
@@ -62,12 +65,15 @@ class Means(NamedTuple):
         query, key: `[B, H, P, D]` float64 (float32 where the device has no float64).
         counts: `[B, P]` int64, real tokens of each sub-block.
         n_blocks: R.
+        bias: `[B, H, R, R]` in the dtype of query, B = 1 where samples do not differ, or None: the
+            distance bias of block pairs.
     """
 
     query: Tensor
     key: Tensor
     counts: Tensor
     n_blocks: int
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,14 @@ class SelectionRule:
 
 
 def coarse_logits(means: Means, scale: float) -> Tensor:
-    """Scaled products of the means of blocks, `[B, H, R, R]` float32.
+    """Scaled products of the means of blocks, plus their bias, `[B, H, R, R]` float32.
 
     They are computed in float64 and rounded to float32 before anything is compared. What is equal
     by definition (constant queries, repeated text) then ties exactly, instead of being ranked by
     the rounding of blocks of different sizes.
     """
-    return (means.query @ means.key.mT * scale).float()
+    logits = means.query @ means.key.mT * scale
+    return (logits if means.bias is None else logits + means.bias).float()
 
 
 def refined_mass(means: Means, scale: float) -> Tensor:
@@ -112,21 +119,25 @@ def refined_mass(means: Means, scale: float) -> Tensor:
     The error of leaving a pair out depends on its mass. Few large logits make it up, and the mean
     logit of 32 x 32 token pairs hides them; the means of 8 x 8 pairs hide fewer.
     """
-    query, key, counts, n_blocks = means
+    query, key, counts, n_blocks, bias = means
     per_block = counts.shape[-1] // n_blocks
     log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
+    if bias is not None:
+        bias = bias.float().repeat_interleave(per_block, -1).repeat_interleave(per_block, -2)
     masses = []
     if is_exporting():  # sizes stay symbolic
-        strips = [(query, counts)]
+        strips = [slice(None)]
     else:
         row_scores = max(1, counts.shape[-1] * query.shape[:2].numel())
         rows = per_block * max(1, _REFINED_SCORES // (row_scores * per_block))
-        strips = zip(query.split(rows, dim=2), counts.split(rows, dim=1), strict=True)
-    for strip, strip_counts in strips:
-        logits = (strip @ key.mT * scale).float() + log_counts
+        strips = [slice(first, first + rows) for first in range(0, counts.shape[-1], rows)]
+    for strip in strips:
+        logits = (query[:, :, strip] @ key.mT * scale).float() + log_counts
+        if bias is not None:
+            logits = logits + bias[:, :, strip]
         shares = logits.softmax(-1).nan_to_num_()  # NaN in a sample without a real token
         shares = shares.unflatten(-1, (n_blocks, per_block)).sum(-1)
-        mass = shares * strip_counts[:, None, :, None]
+        mass = shares * counts[:, None, strip, None]
         masses.append(mass.unflatten(2, (-1, per_block)).sum(3))
     return torch.cat(masses, dim=2)
 
@@ -169,14 +180,19 @@ def coarse_scores(
     n_blocks: int,
     scale: float,
     rule: str,
+    distance_bias: Tensor | None = None,
+    initial_prior_first_n_blocks: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the scores `[B, H, R, R]` float32 that rank block pairs by a rule of `RULES`, and the
-    live blocks `[B, R]` bool.
+    live blocks `[B, R]` bool. `distance_bias` is `[H, K]`; see `blocks.bias_of_pairs`.
     """
     ranking = RULES[rule]
     per_block = math.gcd(block_size, ranking.sub_blocks)
     means = _means(query, key, token_mask, block_size, n_blocks, per_block)
     live = means.counts.unflatten(-1, (n_blocks, per_block)).any(-1)
+    if distance_bias is not None:
+        bias = distance_bias.to(means.query.dtype)
+        means = means._replace(bias=bias_of_pairs(bias, live, initial_prior_first_n_blocks))
     scores = ranking.score(means, scale)
     if ranking.row_normalized:
         row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
@@ -270,8 +286,7 @@ def choose_blocks(
     live_pairs = live[:, None, :, None] & live[:, None, None, :]
     sort_key = sort_keys(scores, row, column, rows)
     if initial_prior_first_n_blocks or initial_prior_diagonal_n_blocks:
-        first = live.cumsum(-1) <= initial_prior_first_n_blocks  # [B, R]
-        prior = (first[:, None, :, None] | first[:, None, None, :]) & live_pairs
+        prior = global_pairs(live, initial_prior_first_n_blocks) & live_pairs
         if initial_prior_diagonal_n_blocks:
             prior = prior | (distance <= initial_prior_diagonal_n_blocks // 2)
         sort_key = sort_key + (prior.long() << (_TIE_BITS + 32))
@@ -299,12 +314,14 @@ def select(
     initial_prior_diagonal_n_blocks: int,
     rule: str,
     scale: float,
+    distance_bias: Tensor | None = None,
     traceable: bool = False,
     reads_mask: bool = True,
 ) -> Tensor:
     """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool.
 
-    Takes checked arguments of `mra2_attention`; `rule` is a name in `RULES`.
+    Takes checked arguments of `mra2_attention`; `rule` is a name in `RULES`. `distance_bias` is
+    `[H, K]`.
 
     `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
     instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
@@ -320,9 +337,19 @@ def select(
             n_blocks * block_per_row if block_budget is None else block_budget, n_blocks**2
         )
 
-    def choose(query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
+    def choose(
+        query: Tensor, key: Tensor, token_mask: Tensor | None, distance_bias: Tensor | None
+    ) -> Tensor:
         scores, live = coarse_scores(
-            query, key, token_mask, block_size=block_size, n_blocks=n_blocks, scale=scale, rule=rule
+            query,
+            key,
+            token_mask,
+            block_size=block_size,
+            n_blocks=n_blocks,
+            scale=scale,
+            rule=rule,
+            distance_bias=distance_bias,
+            initial_prior_first_n_blocks=initial_prior_first_n_blocks,
         )
         return choose_blocks(
             scores,
@@ -335,11 +362,12 @@ def select(
 
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         if traceable:
-            return choose(query, key, token_mask)
+            return choose(query, key, token_mask, distance_bias)
         if reads_mask:
             token_mask = drop_trivial_mask(token_mask)
         blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
         for chunk in chunks(query.shape, query.device.type):
             chunk_mask = None if token_mask is None else token_mask[chunk[0]]
-            blocks[chunk] = choose(query[chunk], key[chunk], chunk_mask)
+            chunk_bias = None if distance_bias is None else distance_bias[chunk[1]]
+            blocks[chunk] = choose(query[chunk], key[chunk], chunk_mask, chunk_bias)
         return blocks

@@ -13,7 +13,8 @@ and backward, with L_i the merged log-sum-exp, delta_i = dO_i . O_i and w_i = ex
     G_x = sum_i w_i dO_i        g_x = sum_i w_i delta_i
     dS_xy = E_xy (G_x . V_y - c_y g_x)        dV_y = sum_x E_xy G_x
 
-while the exact part is the backward of softmax attention fed the merged output and log-sum-exp.
+while the exact part is the backward of softmax attention fed the merged output and log-sum-exp. The
+bias of a pair is added to its logits in both parts; its gradient is the sum of their gradients.
 
 Query blocks are sorted by their number of selected blocks, and blocks with about the same number
 form one batched attention (`batched.py`). Its keys are gathered, on a CPU into buffers
@@ -27,18 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import (
+    bias_of_pairs,
     block_sums,
     chunks,
     compute_dtype,
     count_blocks,
     drop_trivial_mask,
     fill_padding_,
+    global_pairs,
     mask_to_blocks,
     to_blocks,
     zero_unsafe_padding,
 )
 from ..selection import select as select_pairs
-from .batched import attend, attend_backward, operand_dtype
+from .batched import LOG2_E, attend, attend_backward, operand_dtype
 from .dense import dense_backward, dense_forward, flash_is_available
 from .scratch import convert, scratch, take
 
@@ -57,7 +60,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 
 def select(
     query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
-    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
+    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
 ) -> Tensor:  # fmt: skip
     """The chosen pairs `[B, H, R, R]` bool, by `selection.select`."""
     return select_pairs(
@@ -71,12 +74,14 @@ def select(
         initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         rule=rule,
         scale=scale,
+        distance_bias=distance_bias,
     )
 
 
 def forward(
     query, key, value, token_mask, blocks, *,
-    summaries, scale, sparse, block_size, largest_budget,
+    summaries, scale, sparse, block_size, largest_budget, distance_bias,
+    initial_prior_first_n_blocks,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both in
     the compute dtype.
@@ -84,14 +89,15 @@ def forward(
     `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, R]` bool, None for every live
     pair. Neither `summaries` nor `largest_budget` is needed here.
     """
-    if blocks is None and flash_is_available(query.device.type):
+    if blocks is None and distance_bias is None and flash_is_available(query.device.type):
         return dense_forward(query, key, value, token_mask, scale)
     token_mask = drop_trivial_mask(token_mask)
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    settings = (scale, sparse, block_size)
-    for where, chunk in _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+    settings = (scale, sparse, block_size, initial_prior_first_n_blocks)
+    tensors = (query, key, value, token_mask, blocks, distance_bias)
+    for where, chunk in _chunks_in_blocks(*tensors, *settings):
         _forward_chunk(chunk, output[where], lse[where])
     return output, lse
 
@@ -115,21 +121,29 @@ def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
 
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
-    summaries, scale, sparse, block_size, largest_budget,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
-    if blocks is None and flash_is_available(query.device.type):
-        return dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
+    summaries, scale, sparse, block_size, largest_budget, distance_bias,
+    initial_prior_first_n_blocks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of
+    the distance bias `[H, R]`.
+    """
+    if blocks is None and distance_bias is None and flash_is_available(query.device.type):
+        grads = dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
+        return *grads, None
     token_mask = drop_trivial_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
-    settings = (scale, sparse, block_size)
-    for where, chunk in _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+    grad_bias = None if distance_bias is None else torch.zeros_like(distance_bias)
+    settings = (scale, sparse, block_size, initial_prior_first_n_blocks)
+    tensors = (query, key, value, token_mask, blocks, distance_bias)
+    for where, chunk in _chunks_in_blocks(*tensors, *settings):
         chunk_grads = [grad[where] for grad in grads]
         _backward_chunk(chunk, grad_output[where], output[where], lse[where], chunk_grads)
+        if grad_bias is not None:
+            grad_bias[where[1]] += chunk.bias_gradient()
     if token_mask is not None:
         for grad in grads:
             fill_padding_(grad, token_mask, 0)
-    return grads
+    return *grads, grad_bias
 
 
 def _backward_chunk(
@@ -144,10 +158,11 @@ def _backward_chunk(
     names = ("grad_query", "grad_key", "grad_value")
     results = list(map(chunk.result_blocks, grads, names))
     if chunk.coarse is None:
+        chunk.grad_pairs = torch.zeros_like(chunk.selected, dtype=chunk.dtype)
         for result in results:
             result.zero_()
     else:
-        coarse_grads = chunk.coarse.backward(grad_blocks, delta, block_lse)
+        *coarse_grads, chunk.grad_pairs = chunk.coarse.backward(grad_blocks, delta, block_lse)
         for result, coarse_grad in zip(results, coarse_grads, strict=True):
             result.copy_(coarse_grad)  # the same for every token of a block
     chunk.add_exact_backward_(*results, grad_blocks, delta, block_lse)
@@ -155,13 +170,14 @@ def _backward_chunk(
         chunk.copy_result(result, grad)
 
 
-def _chunks_in_blocks(query, key, value, token_mask, blocks, *settings):
+def _chunks_in_blocks(query, key, value, token_mask, blocks, distance_bias, *settings):
     """Yield where each chunk lies, (samples, heads) as slices, and the chunk laid out in blocks."""
     for where in chunks(query.shape, query.device.type):
         chunk_mask = None if token_mask is None else token_mask[where[0]]
         chunk_blocks = None if blocks is None else blocks[where]
+        chunk_bias = None if distance_bias is None else distance_bias[where[1]]
         inputs = (query[where], key[where], value[where])
-        yield where, _Chunk(*inputs, chunk_mask, chunk_blocks, *settings)
+        yield where, _Chunk(*inputs, chunk_mask, chunk_blocks, chunk_bias, *settings)
 
 
 class _Chunk:
@@ -171,7 +187,10 @@ class _Chunk:
     block among them, a "column" the index of a key block.
     """
 
-    def __init__(self, query, key, value, token_mask, blocks, scale, sparse, block_size):
+    def __init__(
+        self, query, key, value, token_mask, blocks, distance_bias, scale, sparse, block_size,
+        initial_prior_first_n_blocks,
+    ):  # fmt: skip
         batch, heads, length, _ = query.shape
         self.shape, self.block_size, self.scale = query.shape, block_size, scale
         self.token_mask, self.dtype = token_mask, compute_dtype(query.dtype)
@@ -194,6 +213,12 @@ class _Chunk:
             padding = ~real[:, None].expand(-1, heads, -1, -1).reshape(-1, block_size)
             self.key_bias = torch.zeros(padding.shape, dtype=self.dtype, device=query.device)
             self.key_bias.masked_fill_(padding, -torch.inf)  # [G * R, M]
+        self.biases = None  # of all pairs, [G * R, R]
+        self.grad_pairs = None  # the sums of the gradients of their logits, [G, R, R]
+        self.live, self.initial_prior_first_n_blocks = live, initial_prior_first_n_blocks
+        if distance_bias is not None:
+            biases = bias_of_pairs(distance_bias, live, initial_prior_first_n_blocks)
+            self.biases = biases.expand(batch, -1, -1, -1).reshape(-1, self.n_blocks)
         self.coarse = None if sparse or blocks is None else _CoarsePart(self, real, live_pairs)
 
     def cut(self, x: Tensor) -> Tensor:
@@ -259,22 +284,25 @@ class _Chunk:
                 yield rows, lists[batch], None if filler is None else filler[batch]
 
     def gather(
-        self, columns: Tensor, filler: Tensor | None
+        self, rows: Tensor, columns: Tensor, filler: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]`
-        that hides padding and filler.
+        """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]`, to
+        base 2, of their distances from the rows `[n]`, which also hides padding and filler.
         """
         n, flat = columns.shape[0], columns.flatten()
         shape = (n, -1, self.shape[-1])
         keys = self.take("keys", self.keys, flat).view(shape)
         values = self.take("values", self.values, flat).view(shape)
         padded = self.key_bias is not None and bool(self.partial.index_select(0, flat).any())
-        if not padded and filler is None:
+        if not padded and filler is None and self.biases is None:
             return keys, values, None
         if padded:
             bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.block_size)
         else:
             bias = keys.new_zeros((*columns.shape, self.block_size), dtype=self.dtype)
+        if self.biases is not None:
+            of_pairs = self.biases[rows[:, None], columns % self.n_blocks]
+            bias += of_pairs[..., None] * LOG2_E
         if filler is not None:
             bias.masked_fill_(filler[..., None], -torch.inf)
         return keys, values, bias.view(n, 1, -1)
@@ -290,7 +318,7 @@ class _Chunk:
         shape, device = self.queries.shape[:2], self.queries.device
         lse = torch.full(shape, -torch.inf, dtype=self.dtype, device=device)
         for rows, columns, filler in self.batches():
-            keys, values, bias = self.gather(columns, filler)
+            keys, values, bias = self.gather(rows, columns, filler)
             query = self.take("query", self.queries, rows)
             batch_output, batch_lse = attend(query, keys, values, bias, self.scale)
             output.index_copy_(0, rows, batch_output)
@@ -309,14 +337,15 @@ class _Chunk:
         delta: Tensor,
         lse: Tensor,
     ) -> None:
-        """Add the gradients through the selected blocks to the first three arguments.
+        """Add the gradients through the selected blocks to the first three arguments, and to those
+        of the biases of pairs.
 
         Gradients are `[G * R, M, D]`, `delta` and `lse` `[G * R, M]`, all in the compute dtype.
         """
         block = grad_output.shape[1:]
         for rows, columns, filler in self.batches():
-            keys, values, bias = self.gather(columns, filler)
-            d_query, d_keys, d_values = attend_backward(
+            keys, values, bias = self.gather(rows, columns, filler)
+            d_query, d_keys, d_values, grad_logits = attend_backward(
                 take("grad", grad_output, rows),
                 self.take("query", self.queries, rows),
                 keys,
@@ -327,9 +356,24 @@ class _Chunk:
                 self.scale,
             )
             flat = columns.flatten()
+            if self.biases is not None:
+                sums = grad_logits.sum(1).view(*columns.shape, self.block_size).sum(-1)
+                # Equal columns of a row are filler, whose gradients are 0: any order will do.
+                of_rows = sums.new_zeros((len(rows), self.n_blocks))
+                of_rows.scatter_add_(1, columns % self.n_blocks, sums)
+                self.grad_pairs.view(-1, self.n_blocks)[rows] += of_rows
             add_blocks_(grad_query, rows, d_query)
             add_blocks_(grad_key, flat, d_keys.view(-1, *block))
             add_blocks_(grad_value, flat, d_values.view(-1, *block))
+
+    def bias_gradient(self) -> Tensor:
+        """The gradient of the distance bias of the heads of this chunk, `[heads, R]`."""
+        batch, heads, _, _ = self.shape
+        grad_pairs = self.grad_pairs.view(batch, heads, self.n_blocks, self.n_blocks)
+        if self.initial_prior_first_n_blocks:
+            is_global = global_pairs(self.live, self.initial_prior_first_n_blocks)
+            grad_pairs = grad_pairs.masked_fill(is_global, 0)
+        return sum_by_distance(grad_pairs.sum(0))
 
 
 def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
@@ -378,6 +422,8 @@ class _CoarsePart:
         self.counts = counts_by_head.reshape(-1, 1, self.n_blocks).to(chunk.dtype)  # [G, 1, R]
         coarse = live_pairs.reshape(chunk.selected.shape) & ~chunk.selected
         logits = self.scale * torch.bmm(self.query_means, self.key_means.mT)
+        if chunk.biases is not None:
+            logits += chunk.biases.view(logits.shape)
         logits = logits.masked_fill_(~coarse, -torch.inf)
         row_max = logits.amax(-1)  # [G, R], -inf where everything is selected
         self.row_max = row_max.view(-1, 1)
@@ -397,9 +443,12 @@ class _CoarsePart:
         output.addcmul_(coarse_weight, numerator.view(-1, 1, output.shape[-1]))
         return lse
 
-    def backward(self, grad: Tensor, delta: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, grad: Tensor, delta: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value, the same for every token of a block (the
-        mean spreads them evenly): `[G * R, 1, D]` each.
+        mean spreads them evenly): `[G * R, 1, D]` each; and the gradients of the logits `[G, R, R]`,
+        summed over the tokens of a pair.
         """
         dim = grad.shape[-1]
         weight = (self.row_max - lse).exp_()  # w: [G * R, M], 0 at padding and without coarse part
@@ -413,7 +462,8 @@ class _CoarsePart:
         per_token = self.scale / self.counts.mT.clamp_min(1)  # [G, R, 1]
         grad_query = torch.bmm(grad_logits, self.key_means).mul_(per_token)
         grad_keys = torch.bmm(grad_logits.mT, self.query_means).mul_(per_token)
-        return grad_query.view(-1, 1, dim), grad_keys.view(-1, 1, dim), grad_values.view(-1, 1, dim)
+        of_tokens = (x.view(-1, 1, dim) for x in (grad_query, grad_keys, grad_values))
+        return *of_tokens, grad_logits
 
 
 def _row_dots(x: Tensor, y: Tensor) -> Tensor:
@@ -421,6 +471,17 @@ def _row_dots(x: Tensor, y: Tensor) -> Tensor:
     size = max(1, _GATHER_BYTES // (x[0].numel() * x.dtype.itemsize))
     strips = zip(x.split(size), y.split(size), strict=True)
     return torch.cat([(a * b).sum(-1) for a, b in strips])
+
+
+def sum_by_distance(pairs: Tensor) -> Tensor:
+    """Sum `[H, R, R]` over the pairs (x, y) at each distance abs(x - y): `[H, R]`, in a fixed order."""
+    heads, rows, _ = pairs.shape
+    # Rows of the mirrored matrix, each shifted by one more: column R - 1 + x - y.
+    shifted = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, :-rows].view(heads, rows, -1)
+    by_offset = shifted.sum(1)
+    sums = by_offset[:, rows - 1 :].clone()
+    sums[:, 1:] += by_offset[:, : rows - 1].flip(-1)
+    return sums
 
 
 def add_blocks_(target: Tensor, index: Tensor, source: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Softmax attention of many small problems at once: n query blocks, each with K keys of its own.
 
-Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]` or None, the log-sum-exp
-`[n, M]`. The softmax takes powers of 2, not of e, which CPUs compute several times faster. Operands
+Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]`, to base 2, or None, the
+log-sum-exp `[n, M]`. The softmax takes powers of 2, not of e, which CPUs compute several times faster. Operands
 are multiplied in their own dtype; logits, softmax and log-sum-exp are always in the compute dtype.
 Outputs and gradients lie in scratch memory: they are valid until the next call in the same thread.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..blocks import compute_dtype
 from .scratch import convert, scratch
 
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 
 
 def operand_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -34,14 +34,14 @@ def attend(
     total = weights.sub_(largest).exp2_().sum(-1, keepdim=True)
     output = scratch("output", query.shape, values.dtype, query.device)
     torch.bmm(convert("operand", weights, values.dtype), values, out=output)
-    lse = total.log2().add_(largest).div_(_LOG2_E)[..., 0]
+    lse = total.log2().add_(largest).div_(LOG2_E)[..., 0]
     return convert("wide output", output, wide).div_(total), lse
 
 
 def attend_backward(
     grad, query, keys, values, bias: Tensor | None, delta, lse, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, keys and values in the compute dtype.
+    """Return the gradients of query, keys, values and logits in the compute dtype.
 
     `grad`, `delta` (the row sums of grad times output) and `lse` are in the compute dtype. They may
     belong to a softmax over more keys than these.
@@ -63,7 +63,7 @@ def attend_backward(
     d_keys = scratch("d_keys", keys.shape, dtype, device)
     d_keys.baddbmm_(operand.mT, query, beta=0, alpha=scale)
     gradients = {"d_query": d_query, "d_keys": d_keys, "d_values": d_values}
-    return tuple(convert(f"wide {name}", x, wide) for name, x in gradients.items())
+    return *(convert(f"wide {name}", x, wide) for name, x in gradients.items()), grad_logits
 
 
 def _logits(query, keys, bias, wide: torch.dtype, scale: float, lse: Tensor | None) -> Tensor:
@@ -74,8 +74,8 @@ def _logits(query, keys, bias, wide: torch.dtype, scale: float, lse: Tensor | No
     logits = scratch("logits", shape, wide, query.device)
     factors = (convert("wide query", query, wide), convert("wide", keys, wide).mT)
     if lse is None:
-        logits.baddbmm_(*factors, beta=0, alpha=scale * _LOG2_E)
+        logits.baddbmm_(*factors, beta=0, alpha=scale * LOG2_E)
     else:
-        lse = lse[..., None] * _LOG2_E
-        torch.baddbmm(lse, *factors, beta=-1, alpha=scale * _LOG2_E, out=logits)
+        lse = lse[..., None] * LOG2_E
+        torch.baddbmm(lse, *factors, beta=-1, alpha=scale * LOG2_E, out=logits)
     return logits if bias is None else logits.add_(bias)
