@@ -474,7 +474,7 @@ def _row_dots(x: Tensor, y: Tensor) -> Tensor:
 
 
 def sum_by_distance(pairs: Tensor) -> Tensor:
-    """Sum `[H, R, R]` over the pairs (x, y) at each distance abs(x - y): `[H, R]`, in a fixed order."""
+    """`[H, R, R]` summed over the pairs (x, y) at each distance abs(x - y): `[H, R]`, in order."""
     heads, rows, _ = pairs.shape
     # Rows of the mirrored matrix, each shifted by one more: column R - 1 + x - y.
     shifted = F.pad(pairs.flip(-1), (0, rows)).flatten(1)[:, :-rows].view(heads, rows, -1)

@@ -1,9 +1,10 @@
 """Softmax attention of many small problems at once: n query blocks, each with K keys of its own.
 
 Query is `[n, M, D]`, keys and values `[n, K, D]`, the bias `[n, 1, K]`, to base 2, or None, the
-log-sum-exp `[n, M]`. The softmax takes powers of 2, not of e, which CPUs compute several times faster. Operands
-are multiplied in their own dtype; logits, softmax and log-sum-exp are always in the compute dtype.
-Outputs and gradients lie in scratch memory: they are valid until the next call in the same thread.
+log-sum-exp `[n, M]`. The softmax takes powers of 2, not of e, which CPUs compute several times
+faster. Operands are multiplied in their own dtype; logits, softmax and log-sum-exp are always in
+the compute dtype. Outputs and gradients lie in scratch memory: they are valid until the next call
+in the same thread.
 """
 
 import math
