@@ -287,12 +287,15 @@ def _attend(name, module, query, key, value, attention_mask, **kwargs):
     attend, matrix_of = mra2_attention, mra2_attention_matrix
     if settings.resolutions is not None:
         attend, matrix_of = multiresolution_attention, multiresolution_attention_matrix
-    arguments = settings.for_operator() | {"scale": scaling}
+    shared = {"scale": scaling}
+    if getattr(module, "distance_bias", None) is not None:
+        shared["distance_bias"] = module.distance_bias(query)
+    arguments = settings.for_operator() | shared
     matrices = None
     if output_attentions:
         if settings.resolutions is None:  # choose once, for the matrices and the output
             arguments["selection"] = select_blocks(
-                query, key, attention_mask, scale=scaling, **settings.for_selection()
+                query, key, attention_mask, **settings.for_selection(), **shared
             )
         matrices = matrix_of(query, key, attention_mask, **arguments)
     impl = getattr(module, "mra_impl", "auto")
@@ -333,11 +336,17 @@ def _has_config(module: nn.Module) -> bool:
 
 @cache
 def _calls_attention_interface(module_class: type[nn.Module]) -> bool:
-    """Whether the code of `module_class` looks up the attention function (by its source)."""
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module_class)
-    except (OSError, TypeError):  # a built-in, or a class without source
-        return False
+    """Whether the code of `module_class`, or of a module that it extends, looks up the attention
+    function (by its source).
+    """
+    bases = [x for x in module_class.__mro__[1:] if not issubclass(x, PreTrainedModel)]
+    for owner in (module_class, *bases):
+        try:
+            if "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(owner):
+                return True
+        except (OSError, TypeError):  # a built-in, or a class without source
+            continue
+    return False
 
 
 def _remove_attention_dropout(attention_modules: list[nn.Module], configs) -> None:

@@ -320,6 +320,10 @@ class MraConfig(RobertaConfig):
             the coarsest scale, and block_per_row, block_budget and block_size are None.
         block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
             last (default None).
+        distance_bias_window: every layer and head gets a learned bias on the distance of blocks:
+            one for each distance of up to so many blocks, which starts at 0, and one for each of
+            some ranges beyond (default None: no bias).
+        distance_bias_far: where the bias starts beyond the window (default -8: closed).
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
             follows their sum (the papers' small models). None: `hidden_size`.
         sparse_prediction: masked-LM training computes logits at labelled positions only.
@@ -348,6 +352,8 @@ class MraConfig(RobertaConfig):
     selection: str = "row_normalized"
     resolutions: list[int] | tuple[int, ...] | None = None
     block_budgets: list[int] | tuple[int, ...] | None = None
+    distance_bias_window: int | None = None
+    distance_bias_far: float | int = -8.0
     embedding_size: int | None = None
     sparse_prediction: bool = False
     candidate_pooling: str = "marker"
@@ -387,6 +393,7 @@ class MraConfig(RobertaConfig):
             raise ValueError(
                 f"sparse_prediction must be True or False, got {self.sparse_prediction!r}."
             )
+        self._check_distance_bias()
         check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()
         settings.check_priors_at(self.max_tokens)
@@ -395,6 +402,20 @@ class MraConfig(RobertaConfig):
                 raise ValueError(
                     f"{name} must be False, got True: MRA is attention of an encoder to itself."
                 )
+
+    def _check_distance_bias(self) -> None:
+        far = self.distance_bias_far
+        if isinstance(far, bool) or not isinstance(far, (int, float)) or not math.isfinite(far):
+            raise ValueError(f"distance_bias_far must be a finite number, got {far!r}.")
+        if self.distance_bias_window is None:
+            return
+        check_int("distance_bias_window", self.distance_bias_window, 0)
+        if self.resolutions is not None:
+            raise ValueError(
+                f"distance_bias_window={self.distance_bias_window} is for the scales "
+                f"(block_size, 1), got resolutions={list(self.resolutions)}; set block_size "
+                "instead, or distance_bias_window to None."
+            )
 
     def _check_positions(self) -> None:
         if not isinstance(self.pad_token_id, int):

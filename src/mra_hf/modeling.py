@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -42,6 +43,7 @@ from transformers.utils import logging
 
 from mra_hf.candidate_choice import CandidateChoiceOutput, candidate_logits
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
+from mra_hf.distance_bias import DistanceBias, MraSelfAttention
 from mra_hf.sparse_prediction import output_at_labels
 
 logger = logging.get_logger(__name__)
@@ -74,6 +76,12 @@ class MraPreTrainedMixin:
         return super()._check_and_adjust_attn_implementation(
             attn_implementation or "mra2", *args, **kwargs
         )
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DistanceBias):
+            module.reset_parameters()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -183,6 +191,9 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
         self.gradient_checkpointing = False
         self.embeddings = MraEmbeddings(config)
         self.encoder = RobertaEncoder(config)
+        if config.distance_bias_window is not None:
+            for index, layer in enumerate(self.encoder.layer):
+                layer.attention.self = MraSelfAttention(config, layer_idx=index)
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
         logger.info(

@@ -50,6 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         text = f"{meaning} (default: 0; {source_default})"
         parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
     parser.add_argument(
+        "--distance-bias",
+        action=argparse.BooleanOptionalAction,
+        help="give every head a trainable bias on the distance of blocks: 0 where no two tokens "
+        "share a row of the position table, --far-bias beyond. Without it, repeated positions make "
+        "far tokens look adjacent (default: where --max-length exceeds SOURCE's positions)",
+    )
+    parser.add_argument(
+        "--far-bias",
+        type=float,
+        metavar="X",
+        help="where that bias starts; -8 closes far pairs until training opens them (default: -8)",
+    )
+    parser.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to score masked tokens of source and result on"
     )
     parser.add_argument(

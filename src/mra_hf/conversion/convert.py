@@ -7,6 +7,7 @@ everything at once (`files`) and say what was done (`report`).
 import dataclasses
 import functools
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ _RESULT_FIELDS = {
     *("transformers_version", "architectures", "dtype", "output_hidden_states", "return_dict"),
     *("is_encoder_decoder", "is_decoder", "add_cross_attention", "embedding_size"),
     *("max_position_embeddings", "attention_probs_dropout_prob"),
+    *("distance_bias_window", "distance_bias_far"),
 }
 
 
@@ -61,6 +63,8 @@ def convert_checkpoint(
     approx_mode: str | None = None,
     initial_prior_first_n_blocks: int | None = None,
     initial_prior_diagonal_n_blocks: int | None = None,
+    distance_bias: bool | None = None,
+    far_bias: float | None = None,
     text: "str | os.PathLike[str] | Sequence[str] | None" = None,
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -79,6 +83,11 @@ def convert_checkpoint(
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
             as in `MraConfig`. None: 8, "full", 0, 0; for a source of type mra or mra_hf its own.
+        distance_bias: whether every layer and head gets a trainable bias on the distance of blocks:
+            0 up to a window in which no two tokens share a row of the position table, `far_bias`
+            beyond. None: where `max_length` exceeds the positions of the source. The bias of a
+            source that has one is kept.
+        far_bias: None: -8, which closes pairs beyond the window until training opens them.
         text: a UTF-8 text file, or texts, on which the masked-token scores of source and result are
             taken (at most 32768 tokens, or one chunk).
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
@@ -95,6 +104,7 @@ def convert_checkpoint(
         OSError: the source, its weights or its tokenizer cannot be read, or nothing can be written.
     """
     _check_arguments(source, output_dir, tokenizer, max_length, progress)
+    bias = _BiasRequest(distance_bias, far_bias)
     dtype = _as_dtype(dtype)
     texts = None if text is None else read_texts(text)
     output = _check_output(output_dir, source, force)
@@ -108,7 +118,7 @@ def convert_checkpoint(
     say(f"finding {os.fspath(source)}")
     checkpoint = read_source(source)
     saved_tokenizer = open_tokenizer(checkpoint, tokenizer)
-    config, notes = _result_config(checkpoint, changes, max_length, saved_tokenizer)
+    config, notes = _result_config(checkpoint, changes, bias, max_length, saved_tokenizer)
     say(f"reading the weights of {checkpoint.label}")
     weights = read_source_weights(checkpoint)
     head = find_head(checkpoint, weights, notes)
@@ -143,6 +153,60 @@ def _check_arguments(source, output_dir, tokenizer, max_length, progress) -> Non
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _BiasRequest:
+    """What was asked of the distance bias; None where nothing was said."""
+
+    wanted: bool | None
+    far: float | None
+
+    def __post_init__(self):
+        if self.wanted not in (None, True, False):
+            raise ValueError(f"distance_bias must be True, False or None, got {self.wanted!r}.")
+        if self.far is None:
+            return
+        if isinstance(self.far, bool) or not isinstance(self.far, (int, float)):
+            raise ValueError(f"far_bias must be a number, got {self.far!r}.")
+        if not math.isfinite(self.far):
+            raise ValueError(f"far_bias must be finite, got {self.far!r}; -8 closes far pairs.")
+        if self.wanted is False:
+            raise ValueError(
+                f"far_bias={self.far} is for a distance bias, and distance_bias is False "
+                "(--no-distance-bias); leave one of them out."
+            )
+
+    def fields(self, source: Source, settings: AttentionSettings, max_length: int) -> dict:
+        """The fields of `MraConfig` for a result of `max_length` tokens.
+
+        Raises:
+            ValueError: the source has a bias, and another start is asked for.
+        """
+        if self.wanted is False:
+            return {}
+        window = getattr(source.config, "distance_bias_window", None)
+        if window is not None:  # it may be trained: keep it as it is
+            if self.far is not None:
+                raise ValueError(
+                    f"far_bias={self.far} is where a new bias starts, but SOURCE has a distance "
+                    "bias already; leave far_bias out to keep it."
+                )
+            far = source.config.distance_bias_far
+            return {"distance_bias_window": window, "distance_bias_far": far}
+        is_repeated = max_length > source.learned_rows and settings.resolutions is None
+        if not (is_repeated if self.wanted is None else self.wanted):
+            if self.far is not None:
+                raise ValueError(
+                    f"far_bias={self.far} is for a distance bias, which this conversion has not: "
+                    "no position is repeated; pass distance_bias=True (--distance-bias)."
+                )
+            return {}
+        size = settings.block_size or 1  # a config with other scales refuses the bias by name
+        # Texts of L - size tokens lie inside, and no two tokens inside are L apart, or nearly so.
+        window = max(0, (source.learned_rows - 1) // size - 1)
+        far = MraConfig.distance_bias_far if self.far is None else float(self.far)
+        return {"distance_bias_window": window, "distance_bias_far": far}
+
+
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
@@ -172,7 +236,11 @@ def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBa
 
 
 def _result_config(
-    source: Source, changes: dict[str, Any], max_length: int, tokenizer: PreTrainedTokenizerBase
+    source: Source,
+    changes: dict[str, Any],
+    bias: _BiasRequest,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[MraConfig, list[str]]:
     """The result's config, and notes; sets `model_max_length` of the tokenizer."""
     notes: list[str] = []
@@ -183,6 +251,7 @@ def _result_config(
         if field.name not in _RESULT_FIELDS and hasattr(source.config, field.name)
     }
     fields |= {name: getattr(source.config, name) for name in source.type.kept_fields}
+    fields |= bias.fields(source, settings, max_length)
     if source.type.borders_from_tokenizer:
         fields["bos_token_id"] = tokenizer.cls_token_id
         fields["eos_token_id"] = tokenizer.sep_token_id
@@ -258,6 +327,8 @@ def _report(
         blocks_per_head=settings.blocks_per_head(length),
         tensors=tuple(state.records),
         notes=tuple(notes),
+        distance_bias_window=model.config.distance_bias_window,
+        distance_bias_far=model.config.distance_bias_far,
     )
 
 

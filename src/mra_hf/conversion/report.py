@@ -55,6 +55,7 @@ class ConversionReport:
         tensors: every tensor of the result and every tensor dropped from the source.
         notes: what else the reader should know, as sentences.
         scores: masked-token scores, empty unless the caller passed a text.
+        distance_bias_window, distance_bias_far: as in `MraConfig`.
     """
 
     source: str
@@ -71,6 +72,8 @@ class ConversionReport:
     tensors: tuple[TensorRecord, ...]
     notes: tuple[str, ...] = ()
     scores: tuple[ScoreRow, ...] = ()
+    distance_bias_window: int | None = None
+    distance_bias_far: float = -8.0
 
     @property
     def source_name(self) -> str:
@@ -121,6 +124,7 @@ class ConversionReport:
             f"  tokens     {self.source_length} -> {self.max_length}, {self.dtype}",
             f"  attention  {_budget(self)}",
             f"             dense up to {self.dense_length} tokens",
+            *([f"             {_bias_summary(self)}"] if _has_bias(self) else []),
             "  tensors    " + ", ".join(f"{n} {action}" for action, n in self.counts().items()),
         ]
         lines += [f"    {action:<8} {text}" for action, text in _groups(self.tensors)]
@@ -211,6 +215,7 @@ def _attention_section(report: ConversionReport) -> list[str]:
         "every block pair is exact.",
         f"- Settings: {settings}.",
         f"- Positions: {_position_note(report.tensors)}.",
+        *([f"- Distance bias: {_bias_in_words(report)}"] if _has_bias(report) else []),
         *([f"- {cost}"] if cost else []),
         "",
     ]
@@ -277,7 +282,8 @@ def _budget(report: ConversionReport) -> str:
 
 def _cost(report: ConversionReport) -> str:
     """A sentence on what costs accuracy until training continues; empty if nothing does."""
-    is_tiled, is_sparse = report.max_length > report.source_length, report.density < 1
+    is_tiled = report.max_length > report.source_length and not _has_bias(report)
+    is_sparse = report.density < 1
     if is_tiled and is_sparse:
         cause = "Tiled positions and a small budget cost"
     elif is_tiled:
@@ -287,6 +293,26 @@ def _cost(report: ConversionReport) -> str:
     else:
         return ""
     return f"{cause} accuracy until training continues."
+
+
+def _has_bias(report: ConversionReport) -> bool:
+    return report.distance_bias_window is not None
+
+
+def _bias_summary(report: ConversionReport) -> str:
+    window, far = report.distance_bias_window, report.distance_bias_far
+    return f"distance bias: starts at 0 up to {window} blocks, {far:g} beyond"
+
+
+def _bias_in_words(report: ConversionReport) -> str:
+    size = AttentionSettings(**report.settings).block_size
+    tokens = (report.distance_bias_window + 1) * size
+    return (
+        "every head adds a learned number to its logits, one for each distance in blocks; it "
+        f"starts at 0 up to {report.distance_bias_window} blocks (texts of {tokens} tokens) and at "
+        f"{report.distance_bias_far:g} beyond. This hides tokens that would share a row of the "
+        "position table, until training opens the distances that help."
+    )
 
 
 def _position_note(tensors: tuple[TensorRecord, ...]) -> str:

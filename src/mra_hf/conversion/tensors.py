@@ -4,6 +4,9 @@ Weights keep their values; only names and the position table change. With p rese
 (`pad_token_id + 1`) and L learned rows, row r < p of the new table is kept and row r >= p is
 learned row (r - p) mod L; the table has `max_length + p` rows. BERT counts positions from row 0,
 so p rows of zeros are put in front, and it becomes a RoBERTa that computes the same.
+
+A distance bias that the source has not is new; one that it has is kept, and distances beyond its
+last bucket share that bucket.
 """
 
 import re
@@ -21,6 +24,7 @@ from mra_hf.modeling import MraForMaskedLM, MraModel
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORDS = "roberta.embeddings.word_embeddings.weight"
 _POSITIONS = "roberta.embeddings.position_embeddings.weight"
+_DISTANCE_BIAS = ".distance_bias.weight"
 _DECODER = "lm_head.decoder.weight"
 #: Tensors that are one parameter under two names, when words and decoder are tied.
 _TIED = {
@@ -73,10 +77,18 @@ def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) ->
                 tensor, tiling = _tile(tensor, source, model.config.max_tokens)
                 if tiling:
                     action, note = "tiled", tiling
+            elif name.endswith(_DISTANCE_BIAS):
+                tensor, widening = _widen(source_name, tensor, fresh)
+                if widening:
+                    action, note = "tiled", widening
             else:
                 _check_tensor(source_name, tensor, tuple(fresh.shape))
             tensors[name] = tensor
             records.append(TensorRecord(name, action, source_name, tuple(tensor.shape), note))
+        elif name.endswith(_DISTANCE_BIAS):
+            tensors[name] = fresh
+            note = _start_note(model.config)
+            records.append(TensorRecord(name, "new", None, tuple(fresh.shape), note))
         elif is_bare and name.startswith("pooler."):
             tensors[name] = fresh
             note = "the source has no pooler; random until trained"
@@ -150,15 +162,35 @@ def _tile(old_table: Tensor, source: Source, max_length: int) -> tuple[Tensor, s
     return table, f"{front_note}, then row r is learned row (r - {p}) mod {len(learned)}"
 
 
+def _widen(source_name: str, bias: Tensor, fresh: Tensor) -> tuple[Tensor, str]:
+    """The bias of a source for the buckets of the result, and a note unless it is the same."""
+    heads, buckets = fresh.shape
+    known = min(bias.shape[-1], buckets)
+    _check_tensor(source_name, bias, (heads, bias.shape[-1]))
+    if known == buckets == bias.shape[-1]:
+        return bias, ""
+    bias = torch.cat([bias[:, :known], bias[:, -1:].expand(-1, buckets - known)], dim=1)
+    return bias, f"{known} buckets kept, {buckets - known} more as the last one"
+
+
+def _start_note(config: MraConfig) -> str:
+    """Where a new distance bias starts."""
+    window = config.distance_bias_window
+    return f"0 up to {window} blocks, {config.distance_bias_far:g} beyond"
+
+
 def _dropped(source_name: str, model: PreTrainedModel, weights: SourceWeights) -> TensorRecord:
     """The record of a tensor that is not used; refuses to drop a layer."""
-    if re.search(r"encoder\.layer\.\d+\.", source_name):
+    in_layer = re.search(r"encoder\.layer\.\d+\.", source_name)
+    if in_layer and not source_name.endswith(_DISTANCE_BIAS):
         raise ValueError(
             f"the tensor {source_name} of the source belongs to a layer beyond its "
             f"num_hidden_layers {model.config.num_hidden_layers} in config.json; "
             "raise that, or remove the layer from the weights."
         )
-    if source_name == weights.names.get("lm_head.bias"):
+    if source_name.endswith(_DISTANCE_BIAS):
+        note = "the result has no distance bias"
+    elif source_name == weights.names.get("lm_head.bias"):
         note = "the decoder adds lm_head.decoder.bias, which differs"
     else:
         reasons = (text for pattern, text in _DROP_NOTES.items() if re.search(pattern, source_name))

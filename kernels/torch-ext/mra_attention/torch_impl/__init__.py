@@ -447,8 +447,8 @@ class _CoarsePart:
         self, grad: Tensor, delta: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value, the same for every token of a block (the
-        mean spreads them evenly): `[G * R, 1, D]` each; and the gradients of the logits `[G, R, R]`,
-        summed over the tokens of a pair.
+        mean spreads them evenly): `[G * R, 1, D]` each; and the gradients of the logits, summed
+        over the tokens of a pair: `[G, R, R]`.
         """
         dim = grad.shape[-1]
         weight = (self.row_max - lse).exp_()  # w: [G * R, M], 0 at padding and without coarse part
