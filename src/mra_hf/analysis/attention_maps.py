@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mra_attention import mra2_attention_matrix, select_blocks
+from mra_attention import BlockSelection, mra2_attention_matrix, select_blocks
 from mra_hf.attention import attention_settings
+from mra_hf.distance_bias import MraSelfAttention
 from mra_hf.results.drawing import new_figure, save_figure
 
 
@@ -17,8 +18,8 @@ class HeadMatrices:
     """One head of one layer.
 
     Attributes:
-        exact: `[N, N]` softmax attention.
-        approximate: `[N, N]` MRA-2 of the same queries and keys, rows normalised.
+        exact: `[N, N]` softmax attention, with the model's distance bias if it has one.
+        approximate: `[N, N]` MRA-2 of the same queries, keys and bias, rows normalised.
         blocks: `[R, R]` bool, the block pairs in high resolution.
         block_size: tokens per block.
         layer, head: numbers of the layer and the head, from 0.
@@ -84,16 +85,17 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             recorded[name].unflatten(-1, (heads, -1)).transpose(1, 2).float()
             for name in ("query", "key")
         )
-        exact = torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, dim=-1)[0]
-        selection = select_blocks(query, key, **settings.for_layer(layer).for_selection())
+        attention = encoder.encoder.layer[layer].attention.self
+        arguments = settings.for_layer(layer).for_operator()
+        if isinstance(attention, MraSelfAttention):
+            arguments["distance_bias"] = attention.distance_bias(query)
+        approx_mode = arguments.pop("approx_mode")
+        selection = select_blocks(query, key, **arguments)
         blocks, block_size = selection.blocks[0], selection.block_size
-        approximate = mra2_attention_matrix(
-            query,
-            key,
-            selection=selection,
-            block_size=block_size,
-            approx_mode=settings.approx_mode,
-        )[0]
+        arguments["selection"] = selection
+        approximate = mra2_attention_matrix(query, key, **arguments, approx_mode=approx_mode)[0]
+        arguments["selection"] = BlockSelection(torch.ones_like(selection.blocks), block_size)
+        exact = mra2_attention_matrix(query, key, **arguments)[0]
         matrices += [
             HeadMatrices(exact[head], approximate[head], blocks[head], block_size, layer, head)
             for head in range(heads)

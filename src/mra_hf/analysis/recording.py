@@ -15,6 +15,7 @@ from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.attention import supported_attention_modules
 from mra_hf.baselines.measures import dense_attention
 from mra_hf.data.mlm import load_documents, pack
+from mra_hf.distance_bias import MraSelfAttention
 from mra_hf.loading import check_length
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def record_heads(model: PreTrainedModel, texts: Sequence[Tensor], source: str) -
     Raises:
         ValueError: a model whose attention cannot be recorded, or texts of several lengths.
     """
+    if any(isinstance(module, MraSelfAttention) for module in model.modules()):
+        raise ValueError(
+            "this model has a distance bias, and queries and keys alone would not show it; record "
+            "the source of the conversion at its own length, or a conversion without bias "
+            "(mra-hf convert --no-distance-bias)."
+        )
     if len({len(ids) for ids in texts}) != 1:
         raise ValueError("texts must have one length; cut them with mra_hf.data.mlm.pack.")
     model.eval()
