@@ -69,11 +69,13 @@ class DistanceBias(nn.Module):
         """
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         biases = self.weight.to(dtype) * BIAS_PER_WEIGHT
-        near, far = biases[:, : self.n_near], biases[:, self.n_near :]
-        widths = self.widths[self.n_near :]
         # Not by an index: its gradient would be summed by atomics on a GPU.
-        repeated = [x.expand(-1, n) for x, n in zip(far.split(1, dim=1), widths, strict=True)]
-        return torch.cat([near, *repeated], dim=1)
+        repeated = [
+            biases[:, bucket : bucket + 1].expand(-1, width)
+            for bucket, width in enumerate(self.widths)
+            if bucket >= self.n_near
+        ]
+        return torch.cat([biases[:, : self.n_near], *repeated], dim=1)
 
     def extra_repr(self) -> str:
         return f"heads={self.weight.shape[0]}, buckets={self.weight.shape[1]}"
