@@ -171,7 +171,7 @@ def test_it_is_saved_and_loaded(model, tmp_path):
     ):
         assert torch.equal(opened(ids).logits, expected)
     name = "roberta.encoder.layer.0.attention.self.distance_bias.weight"
-    assert model.state_dict()[name].shape == (2, WINDOW + 1 + 4)
+    assert model.state_dict()[name].shape == (2, WINDOW + 1 + 3)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     for x, y in zip(bias_modules(classifier), bias_modules(model), strict=True):
         assert torch.equal(x.weight, y.weight)
