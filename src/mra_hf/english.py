@@ -1,7 +1,7 @@
-"""The embedded default: a small English RoBERTa, its continuation to 4096 tokens, a long text.
+"""The embedded default: a small English RoBERTa, its continuation to 4096 tokens, long texts.
 
 Both checkpoints were trained by this package on public-domain text
-(`docs/experiments/english/README.md`); the sample is from a novel that neither has seen. Weights
+(`docs/experiments/english/README.md`); the texts are from a novel that neither has seen. Weights
 are stored in half precision and load in float32.
 """
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _ASSETS = Path(__file__).parent / "assets"
 
-#: Positions -> folder: RoBERTa with dense attention, and MRA-2-s after continued training.
+#: Positions -> folder: RoBERTa with dense attention, and MRA-2 after continued training.
 _CHECKPOINTS = {512: _ASSETS / "english", 4096: _ASSETS / "english-4096"}
 
 #: What `english_checkpoint` accepts.
@@ -27,7 +27,7 @@ def english_checkpoint(length: int = 512) -> Path:
     """Return the folder of the embedded checkpoint with `length` positions.
 
     512 is a `RobertaForMaskedLM` with dense attention, a source to convert; 4096 is the same model
-    converted to MRA-2-s and trained further on long documents.
+    converted to MRA-2 with a distance bias and trained further on long documents.
 
     Raises:
         ValueError: another length.
@@ -40,6 +40,11 @@ def english_checkpoint(length: int = 512) -> Path:
 def english_sample() -> str:
     """Return the first 4000 tokens of Jane Austen's "Persuasion" (1817), held out of training."""
     return (_ASSETS / "sample.txt").read_text(encoding="utf-8")
+
+
+def english_passage() -> str:
+    """Return the first 32,000 tokens of "Persuasion", long enough to compare models on."""
+    return (_ASSETS / "passage.txt").read_text(encoding="utf-8")
 
 
 def write_half(source: "str | os.PathLike[str]", output: "str | os.PathLike[str]") -> None:

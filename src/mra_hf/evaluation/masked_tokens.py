@@ -49,8 +49,48 @@ class MaskedTokenScores:
     n_tokens: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class MaskedTokenLosses:
+    """Result of `masked_token_losses`: one entry per masked token, in the order of the text.
+
+    Args:
+        nll: `[masked]` float64, negative log-likelihood of the right token, in nats.
+        correct: `[masked]` bool, whether the highest logit is the right token's.
+        n_chunks, length, n_tokens: as in `MaskedTokenScores`.
+    """
+
+    nll: Tensor
+    correct: Tensor
+    n_chunks: int
+    length: int
+    n_tokens: int
+
+    def scores(self) -> MaskedTokenScores:
+        """The means."""
+        return MaskedTokenScores(
+            accuracy=self.correct.double().mean().item(),
+            nll=self.nll.mean().item(),
+            n_masked=len(self.nll),
+            n_chunks=self.n_chunks,
+            length=self.length,
+            n_tokens=self.n_tokens,
+        )
+
+
 def masked_token_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: "str | Sequence[str]",
+    *,
+    length: int,
+    **options,
+) -> MaskedTokenScores:
+    """Accuracy and mean loss of the tokens that `masked_token_losses` hides; its arguments."""
+    return masked_token_losses(model, tokenizer, texts, length=length, **options).scores()
+
+
+@torch.no_grad()
+def masked_token_losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: "str | Sequence[str]",
@@ -61,8 +101,11 @@ def masked_token_scores(
     batch_size: int | None = None,
     max_chunks: int | None = None,
     max_tokens: int | None = None,
-) -> MaskedTokenScores:
+) -> MaskedTokenLosses:
     """Hide tokens of `texts` behind the mask token and score what `model` puts there.
+
+    The same tokens are hidden at every length and for every model with this tokenizer, so that the
+    losses of two models can be compared token by token.
 
     Args:
         model: a masked language model; it is put into evaluation mode for the call.
@@ -77,7 +120,7 @@ def masked_token_scores(
             `max_chunks` this scores the same tokens at every `length`.
 
     Returns:
-        Accuracy and negative log-likelihood over all masked tokens, computed in float32.
+        The loss of every masked token, computed in float32.
 
     Raises:
         ValueError: no mask token, no text, a fraction outside (0, 1], or a length that leaves no
@@ -99,8 +142,8 @@ def masked_token_scores(
     per_chunk = length - len(before) - len(after)
     chunks = _pack(ends, len(stream), per_chunk)[:max_chunks]
     batch_size = batch_size or max(1, BATCH_TOKENS // length)
-    correct = scored = 0
-    loss = 0.0
+    correct: list[Tensor] = []
+    nll: list[Tensor] = []
     was_training = model.training
     model.eval()
     try:
@@ -108,15 +151,14 @@ def masked_token_scores(
             rows = [(stream[start:end], masked[start:end]) for start, end in group]
             for logits, targets in _predictions(model, tokenizer, rows, before, after):
                 log_probabilities = logits.float().log_softmax(-1)  # [masked, vocabulary]
-                correct += (log_probabilities.argmax(-1) == targets).sum().item()
-                loss -= log_probabilities.gather(1, targets[:, None]).double().sum().item()
-                scored += len(targets)
+                correct.append((log_probabilities.argmax(-1) == targets).cpu())
+                nll.append(-log_probabilities.gather(1, targets[:, None])[:, 0].double().cpu())
     finally:
         model.train(was_training)
-    if not scored:
+    if not nll:
         raise ValueError(f"the first {max_chunks} chunks hold no masked token; raise max_chunks.")
-    return MaskedTokenScores(
-        correct / scored, loss / scored, scored, len(chunks), length, n_tokens=chunks[-1][1]
+    return MaskedTokenLosses(
+        torch.cat(nll), torch.cat(correct), len(chunks), length, n_tokens=chunks[-1][1]
     )
 
 
