@@ -326,8 +326,8 @@ def _time_attention(repeats: int = 5) -> dict:
         )
     else:
         print(
-            f"No ratio: this process got {min(shares):.0%} of the time of {threads} cores; the rest "
-            "went to\nother programs. Run it again on an idle machine."
+            f"No ratio: this process got {min(shares):.0%} of the time of {threads} cores, the "
+            "rest went to\nother programs. Run it again on an idle machine."
         )
     return {"milliseconds": measured, "share_of_cores": round(min(shares), 3), "load": load}
 
