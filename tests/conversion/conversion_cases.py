@@ -130,7 +130,9 @@ def assert_same_outputs(source, result, inputs, n_outputs=None):
 
 
 def convert(source, output, **arguments):
-    return convert_checkpoint(source, output, **({"max_length": 300} | arguments))
+    """Convert to 300 tokens without a distance bias, which would hide tokens of short sources."""
+    defaults = {"max_length": 300, "distance_bias": False}
+    return convert_checkpoint(source, output, **(defaults | arguments))
 
 
 def open_result(folder):

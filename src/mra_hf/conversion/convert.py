@@ -320,7 +320,8 @@ def _build_result(
         model = head.model_class(config)
     state = new_state(model, source, weights)
     if dtype is None:
-        dtypes = [tensor.dtype for tensor in state.tensors.values()]
+        taken = {record.name for record in state.records if record.source is not None}
+        dtypes = [tensor.dtype for name, tensor in state.tensors.items() if name in taken]
         dtype = functools.reduce(torch.promote_types, dtypes)
     model.to(dtype).load_state_dict(state.tensors, strict=True)
     return model.eval(), state
