@@ -56,11 +56,15 @@ class MaskedTokenLosses:
     Args:
         nll: `[masked]` float64, negative log-likelihood of the right token, in nats.
         correct: `[masked]` bool, whether the highest logit is the right token's.
+        places: `[masked]` int64, which tokens of `stream` were hidden.
+        stream: `[T]` int64, the tokens that were read.
         n_chunks, length, n_tokens: as in `MaskedTokenScores`.
     """
 
     nll: Tensor
     correct: Tensor
+    places: Tensor
+    stream: Tensor
     n_chunks: int
     length: int
     n_tokens: int
@@ -157,9 +161,10 @@ def masked_token_losses(
         model.train(was_training)
     if not nll:
         raise ValueError(f"the first {max_chunks} chunks hold no masked token; raise max_chunks.")
-    return MaskedTokenLosses(
-        torch.cat(nll), torch.cat(correct), len(chunks), length, n_tokens=chunks[-1][1]
-    )
+    read = chunks[-1][1]
+    places = masked[:read].nonzero()[:, 0]
+    by_token = (torch.cat(nll), torch.cat(correct), places, stream[:read])
+    return MaskedTokenLosses(*by_token, len(chunks), length, n_tokens=read)
 
 
 def read_texts(text: "str | os.PathLike[str] | Sequence[str]") -> list[str]:
