@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from mra_hf.commands.quickstart import WORD_STARTS
 from mra_hf.data.mlm import load_documents
 from mra_hf.evaluation import MaskedTokenLosses, masked_token_losses
 from mra_hf.loading import load_masked_lm
@@ -45,8 +46,9 @@ def groups_of(losses: MaskedTokenLosses, tokenizer, example: int) -> dict[str, T
     for place in losses.places.tolist():
         name = names[place]
         following = names[place + 1][:1] if place + 1 < len(names) else ""
-        is_word = name[:1] == "\u0120" and name[1:].isalpha() and len(name) > LETTERS
-        is_word = is_word and not following.isalpha()  # the word has no second token
+        is_word = name[:1] in WORD_STARTS and name[1:].isalpha() and len(name) > LETTERS
+        if following.isalpha() and following not in WORD_STARTS:
+            is_word = False  # a second token completes it
         token = int(losses.stream[place])
         same = [x for x in where.get(token, ()) if x // example == place // example]
         stands_near = any(abs(x - place) <= NEAR for x in same)

@@ -1,8 +1,8 @@
 """Words that can be looked up far away only."""
 
 import torch
-from benchmarks.far_words import groups_of
 
+from benchmarks.far_words import groups_of
 from mra_hf.evaluation import MaskedTokenLosses
 
 

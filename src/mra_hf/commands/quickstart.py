@@ -282,7 +282,8 @@ def _words(ids: list[int], tokenizer, count: int) -> list[int]:
         if ids[i] not in special
         and token[:1] in WORD_STARTS
         and token[1:].isalpha()
-        and not tokens[i + 1][:1].isalpha()  # the word has no second token
+        # The word has no second token. The marks themselves count as letters.
+        and (tokens[i + 1][:1] in WORD_STARTS or not tokens[i + 1][:1].isalpha())
     ]
     if len(words) < count:
         words = [i for i, token in enumerate(ids) if token not in special]
