@@ -127,20 +127,6 @@ def test_a_new_start_for_an_old_bias_is_refused(tmp_path):
         convert(tmp_path / "first", tmp_path / "out", far_bias=-4.0)
 
 
-def test_the_diagonal_is_exact_with_a_new_bias_where_the_budget_has_room(tmp_path):
-    make_source(tmp_path / "source", max_position_embeddings=146)
-
-    def diagonal(name, **arguments):
-        report = convert(tmp_path / "source", tmp_path / name, **arguments)
-        return report.settings["initial_prior_diagonal_n_blocks"]
-
-    assert diagonal("default") == diagonal("four", block_per_row=4) == 3
-    assert diagonal("three", block_per_row=3) == 0
-    assert diagonal("first", block_per_row=5, initial_prior_first_n_blocks=1) == 0
-    assert diagonal("asked", initial_prior_diagonal_n_blocks=0) == 0
-    assert diagonal("plain", distance_bias=False) == 0
-
-
 def test_a_source_in_half_precision_stays_so(tmp_path):
     source = make_source(tmp_path / "source", max_position_embeddings=146)
     source.to(torch.bfloat16).save_pretrained(tmp_path / "source")

@@ -76,15 +76,15 @@ def test_sorted_scatter_adds_what_index_add_adds(seed):
     source = torch.randn(40, 4, 3, generator=generator, dtype=torch.float64)
     start = torch.randn(11, 4, 3, generator=generator, dtype=torch.float64)
     result, expected = start.clone(), start.clone()
-    torch_impl.add_sorted_blocks_(result, index, source)
-    torch_impl.add_blocks_(expected, index, source)
+    sums.add_sorted_blocks_(result, index, source)
+    sums.add_blocks_(expected, index, source)
     assert not torch.equal(expected, start)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_through_the_sorted_scatter_agree(mode, without_flash, monkeypatch):
-    monkeypatch.setattr(torch_impl, "add_blocks_", torch_impl.add_sorted_blocks_)
+    monkeypatch.setattr(torch_impl, "add_blocks_", sums.add_sorted_blocks_)
     inputs, mask = make_inputs(2, 2, 257, 16, dtype=torch.float64), make_mask("holes", 2, 257)
     assert_agrees(TORCH, inputs, mask, approx_mode=mode, block_per_row=3)
 

@@ -44,7 +44,7 @@ OPERATOR_IMPORTS = {
 #: Rooms of the family from the bottom up: a room imports its own layer and those below.
 FAMILY_LAYERS = (
     {
-        *("configuration", "attention", "modeling", "candidate_choice"),
+        *("configuration", "distance_bias", "attention", "modeling", "candidate_choice"),
         *("sparse_prediction", "loading", "english"),
     },
     {"baselines", "encoders", "evaluation", "data"},

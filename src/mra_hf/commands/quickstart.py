@@ -48,6 +48,8 @@ _PICTURE_TOKENS = 1024
 _SCORED_TOKENS = 32768
 #: Exact blocks per row of a conversion that is used without training.
 _UNTRAINED_BLOCKS = 16
+#: Blocks of the diagonal that such a conversion keeps exact.
+_DIAGONAL_BLOCKS = 3
 
 #: The marks of byte-level BPE and SentencePiece before a token that begins a word.
 WORD_STARTS = ("\u0120", "\u2581")
@@ -99,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint,
         max_length=args.max_length,
         block_per_row=args.block_per_row,
+        initial_prior_diagonal_n_blocks=_DIAGONAL_BLOCKS if args.block_per_row > 3 else None,
         force=(checkpoint / REPORT_NAME).exists(),  # left by an earlier quickstart
     )
     print(report.summary())

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 MAX_LENGTH = MAX_BLOCK_ROWS * AttentionSettings().block_size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "conversion_report.json"
-#: Blocks of the diagonal that are always exact in a conversion with a new distance bias.
-_DIAGONAL_BLOCKS = 3
 #: Most tokens of a text that are scored, unless a single chunk is longer.
 SCORED_TOKENS = 32768
 
@@ -84,9 +82,7 @@ def convert_checkpoint(
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
-            as in `MraConfig`. None: 8, "full", 0, and a diagonal of 3 blocks with a new distance
-            bias where the budget has room for it (else 0); for a source of type mra or mra_hf its
-            own.
+            as in `MraConfig`. None: 8, "full", 0, 0; for a source of type mra or mra_hf its own.
         distance_bias: whether every layer and head gets a trainable bias on the distance of blocks:
             0 up to a window in which no two tokens share a row of the position table, `far_bias`
             beyond. None: where `max_length` exceeds the positions of the source. The bias of a
@@ -249,16 +245,13 @@ def _result_config(
     """The result's config, and notes; sets `model_max_length` of the tokenizer."""
     notes: list[str] = []
     settings = _result_settings(source, changes, max_length, notes)
-    bias_fields = bias.fields(source, settings, max_length)
-    if bias_fields and source.type.attention is None:
-        settings = _with_diagonal(settings, changes)
     fields = {
         field.name: getattr(source.config, field.name)
         for field in dataclasses.fields(MraConfig)
         if field.name not in _RESULT_FIELDS and hasattr(source.config, field.name)
     }
     fields |= {name: getattr(source.config, name) for name in source.type.kept_fields}
-    fields |= bias_fields
+    fields |= bias.fields(source, settings, max_length)
     if source.type.borders_from_tokenizer:
         fields["bos_token_id"] = tokenizer.cls_token_id
         fields["eos_token_id"] = tokenizer.sep_token_id
@@ -293,17 +286,6 @@ def _result_settings(
         )
         settings = settings.replace(block_budget=None)
     return settings.replace(**{name: value for name, value in changes.items() if value is not None})
-
-
-def _with_diagonal(settings: AttentionSettings, changes: dict[str, Any]) -> AttentionSettings:
-    """Each block exact with its neighbours, unless something else was asked for, or the budget has
-    no room. Masked-token loss and retrieval are better for it (docs/experiments/long_positions).
-    """
-    needed = 2 * settings.initial_prior_first_n_blocks + _DIAGONAL_BLOCKS + 1
-    asked = changes["initial_prior_diagonal_n_blocks"] is not None
-    if asked or min(settings.layer_budgets) < needed:
-        return settings
-    return settings.replace(initial_prior_diagonal_n_blocks=_DIAGONAL_BLOCKS)
 
 
 def _build_result(
