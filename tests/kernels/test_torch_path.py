@@ -18,6 +18,7 @@ from attention_cases import (
 )
 
 from mra_attention import mra2_attention, torch_impl
+from mra_attention.torch_impl import sums
 from mra_attention.torch_impl.dense import flash_is_available
 from mra_attention.torch_impl.scratch import _kept
 from pairwise import pairwise
