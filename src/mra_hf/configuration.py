@@ -320,10 +320,8 @@ class MraConfig(RobertaConfig):
             the coarsest scale, and block_per_row, block_budget and block_size are None.
         block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
             last (default None).
-        distance_bias_window: every layer and head gets a learned bias on the distance of blocks:
-            one for each distance of up to so many blocks, which starts at 0, and one for each of
-            some ranges beyond (default None: no bias).
-        distance_bias_far: where the bias starts beyond the window (default -8: closed).
+        distance_bias_window: every head learns a bias for each distance of up to so many blocks,
+            from 0, and for ranges beyond, from distance_bias_far, -8 (default None: no bias).
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
             follows their sum (the papers' small models). None: `hidden_size`.
         sparse_prediction: masked-LM training computes logits at labelled positions only.
@@ -387,48 +385,40 @@ class MraConfig(RobertaConfig):
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}."
             )
-        if self.embedding_size is not None:
-            check_int("embedding_size", self.embedding_size, 1)
+        check_int("embedding_size", 1 if self.embedding_size is None else self.embedding_size, 1)
         if not isinstance(self.sparse_prediction, bool):
-            raise ValueError(
-                f"sparse_prediction must be True or False, got {self.sparse_prediction!r}."
-            )
+            given = self.sparse_prediction
+            raise ValueError(f"sparse_prediction must be True or False, got {given!r}.")
         self._check_distance_bias()
         check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()
         settings.check_priors_at(self.max_tokens)
-        for name in ("is_decoder", "add_cross_attention"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name} must be False, got True: MRA is attention of an encoder to itself."
-                )
+        decoding = [name for name in ("is_decoder", "add_cross_attention") if getattr(self, name)]
+        if decoding:
+            raise ValueError(f"{decoding[0]} must be False, got True: MRA is for encoders only.")
 
     def _check_distance_bias(self) -> None:
-        far = self.distance_bias_far
+        far, window, scales = self.distance_bias_far, self.distance_bias_window, self.resolutions
         if isinstance(far, bool) or not isinstance(far, (int, float)) or not math.isfinite(far):
             raise ValueError(f"distance_bias_far must be a finite number, got {far!r}.")
-        if self.distance_bias_window is None:
-            return
-        check_int("distance_bias_window", self.distance_bias_window, 0)
-        if self.resolutions is not None:
+        check_int("distance_bias_window", 0 if window is None else window, 0)
+        if window is not None and scales is not None:
             raise ValueError(
-                f"distance_bias_window={self.distance_bias_window} is for the scales "
-                f"(block_size, 1), got resolutions={list(self.resolutions)}; set block_size "
-                "instead, or distance_bias_window to None."
+                f"distance_bias_window={window} is for the scales (block_size, 1), got "
+                f"resolutions={list(scales)}; leave resolutions out, or set the window to None."
             )
 
     def _check_positions(self) -> None:
         if not isinstance(self.pad_token_id, int):
             raise ValueError(
-                f"pad_token_id must be an integer, got {self.pad_token_id!r}: "
-                "positions are counted from pad_token_id + 1, as in RoBERTa."
+                f"pad_token_id must be an integer, got {self.pad_token_id!r}: positions count "
+                "from pad_token_id + 1, as in RoBERTa."
             )
         check_int("max_position_embeddings", self.max_position_embeddings, 1)
         if self.max_tokens < 1:
             raise ValueError(
                 f"max_position_embeddings must exceed pad_token_id + 1 = {self.pad_token_id + 1}, "
-                f"got {self.max_position_embeddings}; "
-                "it counts table rows: tokens + pad_token_id + 1."
+                f"got {self.max_position_embeddings}; it counts rows: tokens + pad_token_id + 1."
             )
 
     @property
@@ -453,8 +443,8 @@ class MraConfig(RobertaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As the base class; another type is translated, or refused where that would be wrong."""
-        source_type = config_dict.get("model_type", cls.model_type)
         config_dict = dict(config_dict)
+        source_type = config_dict.get("model_type", cls.model_type)
         if source_type in (BUILTIN_TYPE, *ROBERTA_TYPES):
             config_dict = _translate(config_dict, source_type)
         elif source_type != cls.model_type:
