@@ -11,6 +11,7 @@ so two runs give the same bits. Logits are to base 2 inside the kernels.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,11 +20,15 @@ from . import launching
 from .block_lists import OwnerLists, listed_blocks, visible_pairs
 from .call import KernelCall
 from .coarse import CoarseGradients, RowSums
+from .distance_bias import PairBias
 from .primitives import (
+    LOG2_E,
     SIZES,
+    add_bias,
     add_gathered,
     as_rows,
     empty_sums,
+    first_biased,
     is_real,
     load_own_summaries,
     load_tokens,
@@ -32,8 +37,6 @@ from .primitives import (
     store_tokens,
     tile_product,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -73,7 +76,7 @@ class Upstream(NamedTuple):
     lse: Tensor
     delta: Tensor
 
-    def of_pairs(self, call: KernelCall) -> dict:
+    def of_pairs(self, call: KernelCall, bias: PairBias) -> dict:
         """Arguments of kernels that go through selected pairs."""
         return {
             "GRAD": self.grad,
@@ -82,6 +85,7 @@ class Upstream(NamedTuple):
             "scale": call.scale,
             "scale_log2": call.scale_log2,
             "HAS_COARSE": call.has_coarse,
+            **bias.arguments,
         }
 
 
@@ -126,12 +130,13 @@ def _store_gradient(
 @triton.jit(do_not_specialize=SIZES)
 def exact_query_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, COARSE_QUERY, GRAD_QUERY, PART_SUMS,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_QUERY, GRAD_QUERY, PART_SUMS,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per work item of a bundle of query blocks: its query gradients."""
     OWN: tl.constexpr = QUERY_BLOCKS * M
@@ -156,6 +161,7 @@ def exact_query_kernel(
     delta = tl.load(DELTA + head * length + tokens, mask=real, other=0.0)
     key_start = sample * key_batch + of_sample * key_head
     value_start = sample * value_batch + of_sample * value_head
+    biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     sums = empty_sums(OWN, D_PAD, SWAPPED)
     slots = tl.arange(0, GROUP * M) // M
@@ -163,11 +169,17 @@ def exact_query_kernel(
     for first in range(begin, end, GROUP):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
-        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
+        blocks = listed_blocks(entries, QUERY_BLOCKS)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
+        if HAS_BIAS:
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                QUERY_BLOCKS, M, SWAPPED,
+            )  # fmt: skip
         weights = tl.exp2(logits - of_own(lse, SWAPPED))
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
         weights = tl.where(visible, weights, 0.0)
@@ -198,7 +210,11 @@ def exact_query_kernel(
 
 
 def query_gradient(
-    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
+    call: KernelCall,
+    lists: OwnerLists,
+    bias: PairBias,
+    upstream: Upstream,
+    coarse: CoarseGradients,
 ) -> Tensor:
     """The gradient of the query, `[B, H, N, D]`."""
     grad_query = call.empty(call.shape, call.dtype)
@@ -207,7 +223,7 @@ def query_gradient(
         exact_query_kernel,
         call.all_heads * lists.max_items,
         **lists.of_items(call, "query_gradient"),
-        **upstream.of_pairs(call),
+        **upstream.of_pairs(call, bias),
         COARSE_QUERY=coarse.query,
         GRAD_QUERY=grad_query,
         PART_SUMS=parts,
@@ -218,17 +234,50 @@ def query_gradient(
     return grad_query
 
 
+@triton.jit
+def _store_pair_sums(
+    PAIR_SUMS, PAIR_DISTANCES,
+    rows, list_start, first, end, column, biased_from, real, grad_logits,
+    GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile over the token pairs of each of its `GROUP` block pairs, and their distances;
+    -1 for global pairs.
+    """
+    sums = tl.where(of_own(real, SWAPPED), grad_logits, 0.0)
+    sums = tl.sum(sums, 1 if SWAPPED else 0)
+    sums = tl.sum(tl.reshape(sums, [GROUP, M]), 1)
+    slots = first + tl.arange(0, GROUP)
+    listed = slots < end
+    blocks = tl.load(rows + slots, mask=listed, other=0)
+    biased = tl.minimum(blocks, column) >= biased_from
+    tl.store(PAIR_SUMS + list_start + slots, sums, mask=listed)
+    distances = tl.where(biased, tl.abs(blocks - column), -1)
+    tl.store(PAIR_DISTANCES + list_start + slots, distances, mask=listed)
+
+
+class PairGradients(NamedTuple):
+    """Of every listed pair, the sum of the gradients of its logits, float32, and its distance,
+    int32; -1 for global pairs. Both `[G, capacity]`, in the order of the lists of key blocks.
+    """
+
+    sums: Tensor
+    distances: Tensor
+
+
 @triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PART_KEYS, PART_VALUES,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PAIR_SUMS,
+    PAIR_DISTANCES, PART_KEYS, PART_VALUES,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per work item of a key block: its key and value gradients."""
+    """One program per work item of a key block: its key and value gradients, and with a bias, the
+    sums of the gradients of the logits of every pair.
+    """
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
@@ -238,7 +287,8 @@ def exact_key_kernel(
     size = tl.load(SIZES + line)
     begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
     end = tl.minimum(begin + ITEM_BLOCKS, size)
-    rows = LISTS + head * capacity + tl.load(STARTS + line)
+    list_start = head * capacity + tl.load(STARTS + line)
+    rows = LISTS + list_start
 
     sample, of_sample = head // heads, head % heads
     tokens = column * M + tl.arange(0, M)
@@ -248,6 +298,7 @@ def exact_key_kernel(
     start = sample * value_batch + of_sample * value_head
     values = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD)
     query_start = sample * query_batch + of_sample * query_head
+    biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     key_sums = empty_sums(M, D_PAD, SWAPPED)
     value_sums = empty_sums(M, D_PAD, SWAPPED)
@@ -255,7 +306,8 @@ def exact_key_kernel(
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        gathered = tl.load(rows + first + slots, mask=listed, other=0) * M + within
+        blocks = tl.load(rows + first + slots, mask=listed, other=0)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         query = load_tokens(QUERY, query_start, gathered, query_token, seen, D, D_PAD)
         grad = load_tokens(GRAD, head * length * D, gathered, D, seen, D, D_PAD)
@@ -263,9 +315,19 @@ def exact_key_kernel(
         lse = tl.load(LSE + at, mask=seen, other=float("inf")) * LOG2_E
         delta = tl.load(DELTA + at, mask=seen, other=0.0)
         logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
+        if HAS_BIAS:
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, column, blocks, n_blocks, 1, M, SWAPPED
+            )
         weights = tl.exp2(logits - of_gathered(lse, SWAPPED))
         products = tile_product(values, grad, SWAPPED, WIDEN, PRECISION)
-        grad_logits = (weights * (products - of_gathered(delta, SWAPPED))).to(query.dtype)
+        grad_logits = weights * (products - of_gathered(delta, SWAPPED))
+        if HAS_BIAS:
+            _store_pair_sums(
+                PAIR_SUMS, PAIR_DISTANCES, rows, list_start, first, end, column, biased_from, real,
+                grad_logits, GROUP, M, SWAPPED,
+            )  # fmt: skip
+        grad_logits = grad_logits.to(query.dtype)
         weights = weights.to(grad.dtype)
         value_sums = add_gathered(value_sums, weights, grad, SWAPPED, WIDEN, PRECISION)
         key_sums = add_gathered(key_sums, grad_logits, query, SWAPPED, WIDEN, PRECISION)
@@ -311,27 +373,37 @@ def exact_key_kernel(
 
 
 def key_gradients(
-    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
-) -> tuple[Tensor, Tensor]:
-    """The gradients of key and value, `[B, H, N, D]`."""
+    call: KernelCall,
+    lists: OwnerLists,
+    bias: PairBias,
+    upstream: Upstream,
+    coarse: CoarseGradients,
+) -> tuple[Tensor, Tensor, PairGradients]:
+    """The gradients of key and value, `[B, H, N, D]`, and of the logits of listed pairs, which are
+    unwritten if there is no bias.
+    """
     grad_key, grad_value = (call.empty(call.shape, call.dtype) for _ in range(2))
+    of_pairs = (call.all_heads, lists.capacity if bias.is_given else 0)
+    pairs = PairGradients(call.empty(of_pairs), call.empty(of_pairs, torch.int32))
     part_keys, part_values = (lists.empty_parts(call, call.padded_dim) for _ in range(2))
     launching.launch(
         exact_key_kernel,
         call.all_heads * lists.max_items,
         **lists.of_items(call, "key_gradient"),
-        **upstream.of_pairs(call),
+        **upstream.of_pairs(call, bias),
         COARSE_KEY=coarse.key,
         COARSE_VALUE=coarse.value,
         GRAD_KEY=grad_key,
         GRAD_VALUE=grad_value,
+        PAIR_SUMS=pairs.sums,
+        PAIR_DISTANCES=pairs.distances,
         PART_KEYS=part_keys,
         PART_VALUES=part_values,
     )
     if lists.may_split:
         _merge(call, lists, grad_key, part_keys, coarse.key)
         _merge(call, lists, grad_value, part_values, coarse.value)
-    return grad_key, grad_value
+    return grad_key, grad_value, pairs
 
 
 @triton.jit(do_not_specialize=SIZES)
