@@ -311,7 +311,7 @@ def digit_kernel(
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
     query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS and not STORED)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     sizes = tl.zeros([_DIGITS], tl.int32)
     for start in range(0, tl.where(wanted > 0, n_blocks, 0), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -347,7 +347,7 @@ def mark_kernel(
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
     query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS and not STORED)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     for start in range(0, n_blocks, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
@@ -378,6 +378,7 @@ def choose_by_radix(ranking: Ranking) -> Tensor:
         "all_heads": call.all_heads,
         "half_diagonal": diagonal // 2 if diagonal else -1,
         "TIE_BITS": tie_bits,
+        "HAS_BIAS": ranking.arguments["HAS_BIAS"] and not ranking.is_stored,
     }
     for level in range(levels):
         launching.launch(
