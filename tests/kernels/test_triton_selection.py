@@ -171,7 +171,7 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
     call = KernelCall(*inputs, inputs[1], mask, scale=0.2)
     summaries = pool(call)
     candidates = kernels.flag_blocks(call, summaries.counts, **numbers, **priors)
-    bias = pair_bias(call, summaries.counts, None, 0)
+    bias = pair_bias(call, summaries, None, 0)
     ranking = kernels.score_pairs(call, summaries, candidates, bias, row_normalized=True)
     values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=TRITON.device)
     for seed in range(3):

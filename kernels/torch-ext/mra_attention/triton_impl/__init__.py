@@ -46,7 +46,7 @@ def select(
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
             initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         )
-        bias = pair_bias(call, summaries.counts, distance_bias, initial_prior_first_n_blocks)
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         is_normalized = RULES[rule].row_normalized
         ranking = score_pairs(call, summaries, candidates, bias, row_normalized=is_normalized)
         if ranking.is_stored and call.n_blocks <= launching.table().topk_up_to_rows:
@@ -69,7 +69,7 @@ def forward(
         call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
-        bias = pair_bias(call, summaries.counts, distance_bias, initial_prior_first_n_blocks)
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         lists = build_lists(
             call,
             summaries.counts,
@@ -94,7 +94,7 @@ def backward(
         call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
-        bias = pair_bias(call, summaries.counts, distance_bias, initial_prior_first_n_blocks)
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         lists = build_lists(
             call,
             summaries.counts,
@@ -105,7 +105,7 @@ def backward(
         )
         upstream, row_sums = reduce_rows(call, grad_output, output, lse)
         coarse = coarse_gradients(call, summaries, blocks, bias, row_sums)
-        grad_query = query_gradient(call, lists.by_query, bias, upstream, coarse)
-        grad_key, grad_value, pairs = key_gradients(call, lists.by_key, bias, upstream, coarse)
-        grad_bias = bias_gradient(call, summaries, blocks, bias, row_sums, lists.by_key, pairs)
+        grad_query, pairs = query_gradient(call, lists.by_query, bias, upstream, coarse)
+        grad_key, grad_value = key_gradients(call, lists.by_key, bias, upstream, coarse)
+        grad_bias = bias_gradient(call, summaries, blocks, bias, row_sums, lists.by_query, pairs)
         return grad_query, grad_key, grad_value, grad_bias

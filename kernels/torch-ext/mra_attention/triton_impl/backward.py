@@ -30,6 +30,7 @@ from .primitives import (
     empty_sums,
     first_biased,
     is_real,
+    load_bias,
     load_own_summaries,
     load_tokens,
     of_gathered,
@@ -127,10 +128,45 @@ def _store_gradient(
     store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
 
 
+@triton.jit
+def _store_pair_sums(
+    PAIR_SUMS, PAIR_DISTANCES,
+    columns, list_start, first, end, own, biased_from, grad_logits,
+    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile over the token pairs of each of its block pairs, and their distances; -1 for
+    global pairs.
+    """
+    slots = first + tl.arange(0, GROUP)
+    listed = slots < end
+    blocks = listed_blocks(tl.load(columns + slots, mask=listed, other=0), QUERY_BLOCKS)
+    for i in tl.static_range(QUERY_BLOCKS):
+        of_block = grad_logits
+        if QUERY_BLOCKS == 2:
+            of_block = tl.where(of_own(tl.arange(0, 2 * M) // M == i, SWAPPED), grad_logits, 0.0)
+        sums = tl.sum(of_block, 1 if SWAPPED else 0)
+        sums = tl.sum(tl.reshape(sums, [GROUP, M]), 1)
+        row = own * QUERY_BLOCKS + i
+        distances = tl.where(tl.minimum(blocks, row) >= biased_from, tl.abs(blocks - row), -1)
+        to = (list_start + slots) * QUERY_BLOCKS + i
+        tl.store(PAIR_SUMS + to, sums, mask=listed)
+        tl.store(PAIR_DISTANCES + to, distances, mask=listed)
+
+
+class PairGradients(NamedTuple):
+    """Of every listed pair, the sum of the gradients of its logits, float32, and its distance,
+    int32; -1 for global pairs. Both `[G, capacity, query blocks of an owner]`, in the order of the
+    lists of query blocks; a query block that did not select what its neighbour did has 0.
+    """
+
+    sums: Tensor
+    distances: Tensor
+
+
 @triton.jit(do_not_specialize=SIZES)
 def exact_query_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_QUERY, GRAD_QUERY, PART_SUMS,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_QUERY, GRAD_QUERY, PAIR_SUMS, PAIR_DISTANCES, PART_SUMS,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
     HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -138,7 +174,9 @@ def exact_query_kernel(
     ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per work item of a bundle of query blocks: its query gradients."""
+    """One program per work item of a bundle of query blocks: its query gradients, and with a bias,
+    the sums of the gradients of the logits of every pair.
+    """
     OWN: tl.constexpr = QUERY_BLOCKS * M
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
@@ -149,7 +187,8 @@ def exact_query_kernel(
     size = tl.load(SIZES + line)
     begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
     end = tl.minimum(begin + ITEM_BLOCKS, size)
-    columns = LISTS + head * capacity + tl.load(STARTS + line)
+    list_start = head * capacity + tl.load(STARTS + line)
+    columns = LISTS + list_start
 
     sample, of_sample = head // heads, head % heads
     tokens = own * OWN + tl.arange(0, OWN)
@@ -184,7 +223,13 @@ def exact_query_kernel(
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
         weights = tl.where(visible, weights, 0.0)
         products = tile_product(grad, values, SWAPPED, WIDEN, PRECISION)
-        grad_logits = (weights * (products - of_own(delta, SWAPPED))).to(keys.dtype)
+        grad_logits = weights * (products - of_own(delta, SWAPPED))
+        if HAS_BIAS:
+            _store_pair_sums(
+                PAIR_SUMS, PAIR_DISTANCES, columns, list_start, first, end, own, biased_from,
+                grad_logits, QUERY_BLOCKS, GROUP, M, SWAPPED,
+            )  # fmt: skip
+        grad_logits = grad_logits.to(keys.dtype)
         sums = add_gathered(sums, grad_logits, keys, SWAPPED, WIDEN, PRECISION)
 
     rows = as_rows(sums, SWAPPED) * scale
@@ -215,9 +260,13 @@ def query_gradient(
     bias: PairBias,
     upstream: Upstream,
     coarse: CoarseGradients,
-) -> Tensor:
-    """The gradient of the query, `[B, H, N, D]`."""
+) -> tuple[Tensor, PairGradients]:
+    """The gradient of the query, `[B, H, N, D]`, and of the logits of listed pairs, unwritten if
+    there is no bias.
+    """
     grad_query = call.empty(call.shape, call.dtype)
+    of_pairs = (call.all_heads, lists.capacity if bias.is_given else 0, lists.own_blocks)
+    pairs = PairGradients(call.empty(of_pairs), call.empty(of_pairs, torch.int32))
     parts = lists.empty_parts(call, call.padded_dim)
     launching.launch(
         exact_query_kernel,
@@ -226,58 +275,28 @@ def query_gradient(
         **upstream.of_pairs(call, bias),
         COARSE_QUERY=coarse.query,
         GRAD_QUERY=grad_query,
+        PAIR_SUMS=pairs.sums,
+        PAIR_DISTANCES=pairs.distances,
         PART_SUMS=parts,
         QUERY_BLOCKS=lists.own_blocks,
     )
     if lists.may_split:
         _merge(call, lists, grad_query, parts, coarse.query)
-    return grad_query
-
-
-@triton.jit
-def _store_pair_sums(
-    PAIR_SUMS, PAIR_DISTANCES,
-    rows, list_start, first, end, column, biased_from, real, grad_logits,
-    GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
-):  # fmt: skip
-    """Sums of a tile over the token pairs of each of its `GROUP` block pairs, and their distances;
-    -1 for global pairs.
-    """
-    sums = tl.where(of_own(real, SWAPPED), grad_logits, 0.0)
-    sums = tl.sum(sums, 1 if SWAPPED else 0)
-    sums = tl.sum(tl.reshape(sums, [GROUP, M]), 1)
-    slots = first + tl.arange(0, GROUP)
-    listed = slots < end
-    blocks = tl.load(rows + slots, mask=listed, other=0)
-    biased = tl.minimum(blocks, column) >= biased_from
-    tl.store(PAIR_SUMS + list_start + slots, sums, mask=listed)
-    distances = tl.where(biased, tl.abs(blocks - column), -1)
-    tl.store(PAIR_DISTANCES + list_start + slots, distances, mask=listed)
-
-
-class PairGradients(NamedTuple):
-    """Of every listed pair, the sum of the gradients of its logits, float32, and its distance,
-    int32; -1 for global pairs. Both `[G, capacity]`, in the order of the lists of key blocks.
-    """
-
-    sums: Tensor
-    distances: Tensor
+    return grad_query, pairs
 
 
 @triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PAIR_SUMS,
-    PAIR_DISTANCES, PART_KEYS, PART_VALUES,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PART_KEYS,
+    PART_VALUES,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
     HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per work item of a key block: its key and value gradients, and with a bias, the
-    sums of the gradients of the logits of every pair.
-    """
+    """One program per work item of a key block: its key and value gradients."""
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
@@ -287,8 +306,7 @@ def exact_key_kernel(
     size = tl.load(SIZES + line)
     begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
     end = tl.minimum(begin + ITEM_BLOCKS, size)
-    list_start = head * capacity + tl.load(STARTS + line)
-    rows = LISTS + list_start
+    rows = LISTS + head * capacity + tl.load(STARTS + line)
 
     sample, of_sample = head // heads, head % heads
     tokens = column * M + tl.arange(0, M)
@@ -313,21 +331,13 @@ def exact_key_kernel(
         grad = load_tokens(GRAD, head * length * D, gathered, D, seen, D, D_PAD)
         at = head * length + gathered
         lse = tl.load(LSE + at, mask=seen, other=float("inf")) * LOG2_E
+        if HAS_BIAS:  # here it takes fewer registers than on the logits
+            lse -= load_bias(BIAS, biased_from, of_sample, blocks, column, n_blocks) * LOG2_E
         delta = tl.load(DELTA + at, mask=seen, other=0.0)
         logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
-        if HAS_BIAS:
-            logits = add_bias(
-                logits, BIAS, biased_from, of_sample, column, blocks, n_blocks, 1, M, SWAPPED
-            )
         weights = tl.exp2(logits - of_gathered(lse, SWAPPED))
         products = tile_product(values, grad, SWAPPED, WIDEN, PRECISION)
-        grad_logits = weights * (products - of_gathered(delta, SWAPPED))
-        if HAS_BIAS:
-            _store_pair_sums(
-                PAIR_SUMS, PAIR_DISTANCES, rows, list_start, first, end, column, biased_from, real,
-                grad_logits, GROUP, M, SWAPPED,
-            )  # fmt: skip
-        grad_logits = grad_logits.to(query.dtype)
+        grad_logits = (weights * (products - of_gathered(delta, SWAPPED))).to(query.dtype)
         weights = weights.to(grad.dtype)
         value_sums = add_gathered(value_sums, weights, grad, SWAPPED, WIDEN, PRECISION)
         key_sums = add_gathered(key_sums, grad_logits, query, SWAPPED, WIDEN, PRECISION)
@@ -378,13 +388,9 @@ def key_gradients(
     bias: PairBias,
     upstream: Upstream,
     coarse: CoarseGradients,
-) -> tuple[Tensor, Tensor, PairGradients]:
-    """The gradients of key and value, `[B, H, N, D]`, and of the logits of listed pairs, which are
-    unwritten if there is no bias.
-    """
+) -> tuple[Tensor, Tensor]:
+    """The gradients of key and value, `[B, H, N, D]`."""
     grad_key, grad_value = (call.empty(call.shape, call.dtype) for _ in range(2))
-    of_pairs = (call.all_heads, lists.capacity if bias.is_given else 0)
-    pairs = PairGradients(call.empty(of_pairs), call.empty(of_pairs, torch.int32))
     part_keys, part_values = (lists.empty_parts(call, call.padded_dim) for _ in range(2))
     launching.launch(
         exact_key_kernel,
@@ -395,15 +401,13 @@ def key_gradients(
         COARSE_VALUE=coarse.value,
         GRAD_KEY=grad_key,
         GRAD_VALUE=grad_value,
-        PAIR_SUMS=pairs.sums,
-        PAIR_DISTANCES=pairs.distances,
         PART_KEYS=part_keys,
         PART_VALUES=part_values,
     )
     if lists.may_split:
         _merge(call, lists, grad_key, part_keys, coarse.key)
         _merge(call, lists, grad_value, part_values, coarse.value)
-    return grad_key, grad_value, pairs
+    return grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -76,7 +76,7 @@ def diagonal_kernel(
 def bias_gradient_kernel(
     DIAGONALS, SIZES, STARTS, PAIR_SUMS, PAIR_DISTANCES, GRAD_BIAS,
     n_blocks, capacity,
-    HAS_COARSE: tl.constexpr, SIDE: tl.constexpr, ENTRIES: tl.constexpr,
+    HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, SIDE: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """One program per head and `SIDE` distances: their gradients, in `[G, R]`."""
     strips = tl.cdiv(n_blocks, SIDE)
@@ -85,11 +85,11 @@ def bias_gradient_kernel(
     within = tl.arange(0, SIDE)
     distances = strip * SIDE + within
     last = head * n_blocks + n_blocks - 1
-    total = tl.minimum(tl.load(STARTS + last) + tl.load(SIZES + last), capacity)
+    total = tl.minimum(tl.load(STARTS + last) + tl.load(SIZES + last), capacity) * QUERY_BLOCKS
     sums = tl.zeros([ENTRIES, SIDE], tl.float32)
     for first in range(0, total, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
-        at = head * capacity + entries
+        at = head * capacity * QUERY_BLOCKS + entries
         of_entries = tl.load(PAIR_DISTANCES + at, mask=entries < total, other=-1)
         pair_sums = tl.load(PAIR_SUMS + at, mask=entries < total, other=0.0)
         sums += tl.where(of_entries[:, None] == distances[None, :], pair_sums[:, None], 0.0)
@@ -112,7 +112,7 @@ def bias_gradient(
     lists: OwnerLists,
     pairs: PairGradients,
 ) -> Tensor | None:
-    """The gradient of the bias, `[H, R]`; None where there is no bias. `lists` are those of key
+    """The gradient of the bias, `[H, R]`; None where there is no bias. `lists` are those of query
     blocks, in whose order `pairs` are.
     """
     if not bias.is_given:
@@ -147,6 +147,7 @@ def bias_gradient(
         n_blocks=call.n_blocks,
         capacity=lists.capacity,
         HAS_COARSE=call.has_coarse,
+        QUERY_BLOCKS=lists.own_blocks,
         SIDE=_SIDE,
         ENTRIES=128,
     )

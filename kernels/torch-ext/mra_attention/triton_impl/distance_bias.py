@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..implementations import Summaries
 from . import launching
 from .call import KernelCall
 from .primitives import SIZES
@@ -52,13 +53,14 @@ class PairBias(NamedTuple):
 
 def pair_bias(
     call: KernelCall,
-    counts: Tensor,
+    summaries: Summaries,
     distance_bias: Tensor | None,
     initial_prior_first_n_blocks: int,
 ) -> PairBias:
-    """The bias of the pairs of a call, from the real tokens of the blocks, `[B, R]` int32."""
+    """The bias of the pairs of a call."""
+    counts = summaries.counts
     if distance_bias is None:
-        return PairBias(counts, counts, False)  # never read
+        return PairBias(summaries.vectors, counts, False)  # of the same types, and never read
     bias = PairBias(distance_bias.contiguous(), call.empty((call.batch,), counts.dtype), True)
     launching.launch(
         biased_from_kernel,
