@@ -64,11 +64,13 @@ SPILL_ALLOWANCES: dict[tuple[str, str, str, int], int] = {
     ("sm_80", "exact_key_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 16): 8,
     ("sm_80", "exact_kernel", "fp32", 64): 24,
+    ("sm_80", "exact_kernel", "fp32", 128): 8,
     ("sm_80", "exact_query_kernel", "fp32", 32): 8,
     ("sm_80", "exact_query_kernel", "fp32", 64): 24,
     ("sm_80", "exact_query_kernel", "fp32", 128): 8,
     ("sm_90", "exact_kernel", "fp32", 128): 16,
     ("sm_90", "exact_query_kernel", "fp32", 32): 8,
+    ("sm_90", "exact_query_kernel", "fp32", 128): 32,
 }
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..implementations import BLOCK_SIZE
 from . import launching
 from .call import KernelCall
-from .primitives import SIZES, of_gathered, of_own
+from .distance_bias import PairBias
+from .primitives import LOG2_E, SIZES, load_bias, of_gathered, of_own
 
 
 @triton.jit
@@ -84,6 +85,45 @@ def visible_pairs(
         bits = of_own(1 + tl.arange(0, 2 * M) // M, SWAPPED)
         visible = visible & ((of_gathered(entries, SWAPPED) & bits) != 0)
     return visible
+
+
+@triton.jit
+def listed_bias(
+    BIAS, biased_from, of_sample, own, entries, first, end, n_blocks,
+    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """The bias to base 2 of block `own` and the block of each gathered token, `[GROUP * M]`; loaded
+    one by one, because a number that all threads share takes fewer registers.
+    """
+    slots = tl.arange(0, GROUP * M) // M
+    bias = tl.zeros([GROUP * M], tl.float32)
+    for i in tl.static_range(GROUP):
+        entry = tl.load(entries + first + i, mask=first + i < end, other=0)
+        block = listed_blocks(entry, QUERY_BLOCKS)
+        of_block = load_bias(BIAS, biased_from, of_sample, own, block, n_blocks)
+        bias = tl.where(slots == i, of_block * LOG2_E, bias)
+    return bias
+
+
+@triton.jit
+def bias_of_tile(
+    BIAS, biased_from, of_sample, own, entries, first, end, n_blocks,
+    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """The bias to base 2 of a tile of direction 0, in a shape that broadcasts to it."""
+    bias = listed_bias(
+        BIAS, biased_from, of_sample, own * QUERY_BLOCKS, entries, first, end, n_blocks,
+        QUERY_BLOCKS, GROUP, M,
+    )  # fmt: skip
+    bias = of_gathered(bias, SWAPPED)
+    if QUERY_BLOCKS == 2:
+        second = listed_bias(
+            BIAS, biased_from, of_sample, own * 2 + 1, entries, first, end, n_blocks,
+            QUERY_BLOCKS, GROUP, M,
+        )  # fmt: skip
+        is_second = of_own(tl.arange(0, 2 * M) >= M, SWAPPED)
+        bias = tl.where(is_second, of_gathered(second, SWAPPED), bias)
+    return bias
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -189,18 +229,21 @@ class OwnerLists(NamedTuple):
     item_blocks: int
     may_split: bool
 
-    def of_items(self, call: KernelCall, kernel: str) -> dict:
+    def of_items(self, call: KernelCall, kernel: str, bias: PairBias) -> dict:
         """Arguments and launch configuration of a kernel that runs over work items."""
         config = call.config_of(kernel)
+        # A bias takes registers that gradients do not leave; swapped tiles need their 64 rows.
+        halved = bias.is_given and kernel != "forward" and not config.swapped
         return {
             **self.of_owners(call),
             **call.inputs,
+            **bias.arguments,
             "STARTS": self.starts,
             "LISTS": self.entries,
             "ITEMS": self.items,
             "ITEM_COUNTS": self.item_counts,
             "capacity": self.capacity,
-            "GROUP": config.group,
+            "GROUP": 1 if halved else config.group,
             "SWAPPED": config.swapped,
             "WIDEN": launching.is_interpreted() and call.dtype == torch.bfloat16,
             "PRECISION": launching.float32_precision(),

@@ -262,6 +262,8 @@ def coarse_gradients(
             "scale_log2": call.scale_log2,
         }
         tile = _tile_of_rows(call)
+        if bias.is_given and call.padded_dim == 128:
+            tile["num_warps"] = 4  # more registers for each thread
         launching.launch(
             coarse_query_kernel,
             call.strips(tile["ROWS"]),
@@ -280,7 +282,7 @@ def coarse_gradients(
             COARSE_VALUE=grads.value,
             ROWS=side,
             COLUMNS=side,
-            num_warps=4 if call.padded_dim == 16 else 8,
+            num_warps=4 if call.padded_dim == 16 or (bias.is_given and side == 32) else 8,
             num_stages=1,
         )
     return grads
