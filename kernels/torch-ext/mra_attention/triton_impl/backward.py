@@ -17,18 +17,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .block_lists import OwnerLists, bias_of_tile, listed_bias, listed_blocks, visible_pairs
+from .block_lists import OwnerLists, listed_blocks, visible_pairs
 from .call import KernelCall
 from .coarse import CoarseGradients, RowSums
 from .distance_bias import PairBias
 from .primitives import (
     LOG2_E,
     SIZES,
+    add_bias,
     add_gathered,
     as_rows,
     empty_sums,
     first_biased,
     is_real,
+    load_bias,
     load_own_summaries,
     load_tokens,
     of_gathered,
@@ -205,15 +207,16 @@ def exact_query_kernel(
     for first in range(begin, end, GROUP):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
-        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
+        blocks = listed_blocks(entries, QUERY_BLOCKS)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
         if HAS_BIAS:
-            logits += bias_of_tile(
-                BIAS, biased_from, of_sample, own, columns, first, end, n_blocks,
-                QUERY_BLOCKS, GROUP, M, SWAPPED,
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                QUERY_BLOCKS, M, SWAPPED,
             )  # fmt: skip
         weights = tl.exp2(logits - of_own(lse, SWAPPED))
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
@@ -320,16 +323,15 @@ def exact_key_kernel(
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        gathered = tl.load(rows + first + slots, mask=listed, other=0) * M + within
+        blocks = tl.load(rows + first + slots, mask=listed, other=0)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         query = load_tokens(QUERY, query_start, gathered, query_token, seen, D, D_PAD)
         grad = load_tokens(GRAD, head * length * D, gathered, D, seen, D, D_PAD)
         at = head * length + gathered
         lse = tl.load(LSE + at, mask=seen, other=float("inf")) * LOG2_E
         if HAS_BIAS:  # here it takes fewer registers than on the logits
-            lse -= listed_bias(
-                BIAS, biased_from, of_sample, column, rows, first, end, n_blocks, 1, GROUP, M
-            )
+            lse -= load_bias(BIAS, biased_from, of_sample, blocks, column, n_blocks) * LOG2_E
         delta = tl.load(DELTA + at, mask=seen, other=0.0)
         logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
         weights = tl.exp2(logits - of_gathered(lse, SWAPPED))

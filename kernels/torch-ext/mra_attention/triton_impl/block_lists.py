@@ -23,7 +23,7 @@ from ..implementations import BLOCK_SIZE
 from . import launching
 from .call import KernelCall
 from .distance_bias import PairBias
-from .primitives import LOG2_E, SIZES, load_bias, of_gathered, of_own
+from .primitives import SIZES, of_gathered, of_own
 
 
 @triton.jit
@@ -85,45 +85,6 @@ def visible_pairs(
         bits = of_own(1 + tl.arange(0, 2 * M) // M, SWAPPED)
         visible = visible & ((of_gathered(entries, SWAPPED) & bits) != 0)
     return visible
-
-
-@triton.jit
-def listed_bias(
-    BIAS, biased_from, of_sample, own, entries, first, end, n_blocks,
-    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """The bias to base 2 of block `own` and the block of each gathered token, `[GROUP * M]`; loaded
-    one by one, because a number that all threads share takes fewer registers.
-    """
-    slots = tl.arange(0, GROUP * M) // M
-    bias = tl.zeros([GROUP * M], tl.float32)
-    for i in tl.static_range(GROUP):
-        entry = tl.load(entries + first + i, mask=first + i < end, other=0)
-        block = listed_blocks(entry, QUERY_BLOCKS)
-        of_block = load_bias(BIAS, biased_from, of_sample, own, block, n_blocks)
-        bias = tl.where(slots == i, of_block * LOG2_E, bias)
-    return bias
-
-
-@triton.jit
-def bias_of_tile(
-    BIAS, biased_from, of_sample, own, entries, first, end, n_blocks,
-    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
-):  # fmt: skip
-    """The bias to base 2 of a tile of direction 0, in a shape that broadcasts to it."""
-    bias = listed_bias(
-        BIAS, biased_from, of_sample, own * QUERY_BLOCKS, entries, first, end, n_blocks,
-        QUERY_BLOCKS, GROUP, M,
-    )  # fmt: skip
-    bias = of_gathered(bias, SWAPPED)
-    if QUERY_BLOCKS == 2:
-        second = listed_bias(
-            BIAS, biased_from, of_sample, own * 2 + 1, entries, first, end, n_blocks,
-            QUERY_BLOCKS, GROUP, M,
-        )  # fmt: skip
-        is_second = of_own(tl.arange(0, 2 * M) >= M, SWAPPED)
-        bias = tl.where(is_second, of_gathered(second, SWAPPED), bias)
-    return bias
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -12,13 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launching
-from .block_lists import OwnerLists, bias_of_tile, listed_blocks, visible_pairs
+from .block_lists import OwnerLists, listed_blocks, visible_pairs
 from .call import KernelCall
 from .coarse import CoarseState
 from .distance_bias import PairBias
 from .primitives import (
     LOWEST,
     SIZES,
+    add_bias,
     add_gathered,
     as_rows,
     empty_sums,
@@ -103,15 +104,16 @@ def exact_kernel(
     for first in range(begin, end, GROUP):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
-        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
+        blocks = listed_blocks(entries, QUERY_BLOCKS)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
         if HAS_BIAS:
-            logits += bias_of_tile(
-                BIAS, biased_from, of_sample, own, columns, first, end, n_blocks,
-                QUERY_BLOCKS, GROUP, M, SWAPPED,
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                QUERY_BLOCKS, M, SWAPPED,
             )  # fmt: skip
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
         logits = tl.where(visible, logits, LOWEST)

@@ -199,6 +199,21 @@ def load_bias(BIAS, biased_from, of_sample, rows, columns, n_blocks):
 
 
 @triton.jit
+def add_bias(
+    logits, BIAS, biased_from, of_sample, own, gathered, n_blocks,
+    OWN_BLOCKS: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """Add the bias to a tile of logits to base 2; `gathered` are the blocks of gathered tokens."""
+    bias = load_bias(BIAS, biased_from, of_sample, own * OWN_BLOCKS, gathered, n_blocks) * LOG2_E
+    bias = of_gathered(bias, SWAPPED)
+    if OWN_BLOCKS == 2:
+        second = load_bias(BIAS, biased_from, of_sample, own * 2 + 1, gathered, n_blocks) * LOG2_E
+        is_second = of_own(tl.arange(0, 2 * M) >= M, SWAPPED)
+        bias = tl.where(is_second, of_gathered(second, SWAPPED), bias)
+    return logits + bias
+
+
+@triton.jit
 def coarse_logits(
     query, keys, factor, BIAS, biased_from, of_sample, rows, columns, n_blocks,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
