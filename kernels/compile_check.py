@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import itertools
 import multiprocessing
 import os
 import re
@@ -63,11 +64,13 @@ SPILL_ALLOWANCES: dict[tuple[str, str, str, int], int] = {
     ("sm_80", "exact_key_kernel", "fp32", 128): 8,
     ("sm_80", "exact_key_kernel", "fp32", 16): 8,
     ("sm_80", "exact_kernel", "fp32", 64): 24,
+    ("sm_80", "exact_kernel", "fp32", 128): 8,
     ("sm_80", "exact_query_kernel", "fp32", 32): 8,
     ("sm_80", "exact_query_kernel", "fp32", 64): 24,
     ("sm_80", "exact_query_kernel", "fp32", 128): 8,
     ("sm_90", "exact_kernel", "fp32", 128): 16,
     ("sm_90", "exact_query_kernel", "fp32", 32): 8,
+    ("sm_90", "exact_query_kernel", "fp32", 128): 32,
 }
 
 
@@ -95,6 +98,7 @@ class Result:
     dtype: str
     dim: int
     form: str
+    bias: str
     query_blocks: int
     group: int
     warps: int
@@ -120,9 +124,11 @@ _TYPES = {
 }
 
 
-def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) -> list[Launch]:
-    """The launches of a selection, a forward and a backward pass, with `changes` to the
-    configurations of kernels whose tiles belong to query blocks.
+def _recorded(
+    target, dtype, dim, sparse, masked, precision, length, biased=False, **changes
+) -> list[Launch]:
+    """The launches of a selection, a forward and a backward pass, with a distance bias or without,
+    and with `changes` to the configurations of kernels whose tiles belong to query blocks.
     """
     launches = []
     table = launching.table()
@@ -160,6 +166,7 @@ def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) 
         torch.empty(shape, dtype=DTYPES[dtype], device="meta").transpose(1, 2) for _ in range(4)
     )
     mask = torch.empty(shape[:2], dtype=torch.bool, device="meta") if masked else None
+    bias = torch.empty((12, length // 32), device="meta") if biased else None
     patches = {
         "launch": record,
         "architecture": lambda device: target,
@@ -172,9 +179,10 @@ def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) 
         scale = dim**-0.5
         summaries = triton_impl.summarize(query, key, value, mask)
         settings = {"summaries": summaries, "scale": scale, "block_size": 32}
+        settings |= {"distance_bias": bias, "initial_prior_first_n_blocks": 1}
         choice = {"block_per_row": 8, "block_budget": None, "rule": "row_normalized"}
-        priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 3}
-        blocks = triton_impl.select(query, key, mask, **settings, **choice, **priors)
+        choice["initial_prior_diagonal_n_blocks"] = 3
+        blocks = triton_impl.select(query, key, mask, **settings, **choice)
         settings["sparse"] = sparse
         settings["largest_budget"] = 8 * length // 32  # as of the selection above
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
@@ -185,7 +193,8 @@ def _recorded(target, dtype, dim, sparse, masked, precision, length, **changes) 
 def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -> list[Launch]:
     """Every launch worth compiling, once: kernels with a shipped configuration in all dtypes and
     head dims, other kernels at all head dims. Every head dim and every dtype meets all of the
-    further modes, but not in every combination.
+    further modes, but not in every combination. With a distance bias, which is no wider in fp16
+    than in bf16: the other two dtypes, masked.
     """
     recorded: dict[Launch, None] = {}
     for target in targets:
@@ -204,18 +213,29 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                 for launch in _recorded(target, dtype, padded, False, True, "ieee", 4096):
                     if "D" in dict(launch.constants):  # others see the padded one only
                         recorded[launch] = None
+            for dtype in (x for x in ("bf16", "fp32") if x in dtypes):
+                for sparse in (False, True):
+                    call = (target, dtype, dim, sparse, True, "ieee", 4096)
+                    for launch in _recorded(*call, biased=True):
+                        if _is_biased(launch) and (not sparse or dtype == "bf16"):
+                            recorded[launch] = None
             # Longer sequences: more digits, and scores that every pass computes anew.
             for length in (16384, 65536) if dim >= 64 else ():
-                for launch in _recorded(target, "bf16", dim, False, True, "ieee", length):
-                    if launch.kernel not in ITEM_KERNELS:
-                        recorded[launch] = None
+                for biased in (False, True):
+                    call = (target, "bf16", dim, False, True, "ieee", length)
+                    for launch in _recorded(*call, biased=biased):
+                        if launch.kernel not in ITEM_KERNELS:
+                            recorded[launch] = None
         for dim in {64} & set(dims):
-            for launch in _recorded(target, "fp32", dim, False, True, "tf32", 4096):
-                recorded[replace(launch, dtype="tf32")] = None
+            for biased in (False, True):
+                call = (target, "fp32", dim, False, True, "tf32", 4096)
+                for launch in _recorded(*call, biased=biased):
+                    recorded[replace(launch, dtype="tf32")] = None
             for dtype in (x for x in ("bf16", "fp16") if x in dtypes):
-                for swapped in (False, True) if target == "sm_90" else (False,):
+                forms = (False, True) if target == "sm_90" else (False,)
+                for swapped, biased in itertools.product(forms, (False, True)):
                     changes = {"query_blocks": 2, "swapped": swapped}
-                    call = (target, dtype, dim, False, True, "ieee", 4096)
+                    call = (target, dtype, dim, False, True, "ieee", 4096, biased)
                     for launch in _recorded(*call, **changes):
                         if _query_blocks(launch) == 2 and (
                             launch.kernel in ITEM_KERNELS or dtype == "bf16"
@@ -225,6 +245,11 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
     for launch in recorded:  # many kernels do not depend on the dtype or the precision
         unique.setdefault(replace(launch, dtype="", dim=0), launch)
     return list(unique.values())
+
+
+def _is_biased(launch: Launch) -> bool:
+    """Whether a kernel adds a distance bias, or is launched for its sake only."""
+    return dict(launch.constants).get("HAS_BIAS", launch.kernel == "biased_from_kernel")
 
 
 def _query_blocks(launch: Launch) -> int:
@@ -258,7 +283,9 @@ def compile_launch(launch: Launch) -> Result:
         registers, spills = _amd_number(text, "vgpr_count"), _amd_number(text, "vgpr_spill_count")
         census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
     described = (launch.target, launch.kernel, launch.dtype, launch.dim)
-    tile = (_form(launch.kernel, constants), _query_blocks(launch), constants.get("GROUP", 0))
+    bias = "yes" if _is_biased(launch) else ""
+    tile = (_form(launch.kernel, constants), bias, _query_blocks(launch))
+    tile += (constants.get("GROUP", 0),)
     tensor_core = "+".join(name for name, count in census.items() if count)
     used = (registers, spills, compiled.metadata.shared, tensor_core)
     result = Result(*described, *tile, launch.num_warps, launch.num_stages, *used, finding="")
@@ -361,15 +388,16 @@ def main() -> int:
     results = compile_all(launches, args.processes)
     print(f"Triton {triton.__version__}, {len(results)} compiled launches")
     print(
-        f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'queries':>8}{'group':>6}"
-        f"{'warps':>6}{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  {'tensor cores':<13}"
-        "finding"
+        f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'bias':<5}{'queries':>8}"
+        f"{'group':>6}{'warps':>6}{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  "
+        f"{'tensor cores':<13}finding"
     )
     for r in results:
         print(
             f"{r.target:<7}{r.kernel.removesuffix('_kernel'):<24}{r.dtype:<6}{r.dim:>4} "
-            f"{r.form:<8}{r.query_blocks or '':>8}{r.group or '':>6}{r.warps:>6}{r.stages:>7}"
-            f"{r.registers:>6}{r.spills:>7}{r.shared_bytes:>8}  {r.tensor_core:<13}{r.finding}"
+            f"{r.form:<8}{r.bias:<5}{r.query_blocks or '':>8}{r.group or '':>6}{r.warps:>6}"
+            f"{r.stages:>7}{r.registers:>6}{r.spills:>7}{r.shared_bytes:>8}  "
+            f"{r.tensor_core:<13}{r.finding}"
         )
     if args.csv is not None:
         with args.csv.open("w", newline="") as file:

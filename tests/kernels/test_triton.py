@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import (
     INTERPRETED,
+    MASK_KINDS,
     MODES,
     NAMES,
     REFERENCE,
@@ -21,11 +22,14 @@ from triton_cases import (
     TOLERANCES,
     TRITON,
     assert_right,
+    assert_right_with_bias,
+    attend_with_bias,
+    make_bias,
     needs_triton,
     only_on_a_gpu,
 )
 
-from mra_attention import BlockSelection, implementations, ops, select_blocks
+from mra_attention import BlockSelection, blocks, implementations, ops, select_blocks
 from mra_attention.triton_impl import launching
 from pairwise import pairwise
 
@@ -117,6 +121,132 @@ def test_two_runs_of_the_radix_selection_give_the_same_bits(table):
     assert_all_equal(first, second)
 
 
+# -- distance bias
+
+
+@pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"], query_blocks=[1, 2])
+def test_a_bias_in_every_dtype_mode_and_form(dtype, mode, form_name, query_blocks, form, tiles):
+    form(form_name)
+    tiles(query_blocks)
+    inputs = TRITON.inputs(1, 2, 150, 64, dtype=dtype)
+    mask = TRITON.mask("holes", 1, 150)
+    assert_right_with_bias(inputs, make_bias(2, 5), mask, block_per_row=2, approx_mode=mode)
+
+
+@pairwise(item_blocks=[1, 2, 3], mode=MODES, query_blocks=[1, 2], form_name=["plain", "swapped"])
+def test_a_bias_with_several_work_items(item_blocks, mode, query_blocks, form_name, form, tiles):
+    form(form_name)
+    tiles(query_blocks, item_blocks=item_blocks)
+    inputs = TRITON.inputs(1, 1, 200, 16)
+    mask = TRITON.mask("right", 1, 200)
+    settings = {"first": 1, "block_per_row": 4, "approx_mode": mode}
+    assert_right_with_bias(inputs, make_bias(1, 7), mask, **settings)
+
+
+@pairwise(
+    length=[1, 33, 65, 200], mask_kind=MASK_KINDS, mode=MODES, first=[0, 1, 2], query_blocks=[1, 2]
+)
+def test_a_bias_at_ragged_lengths_and_with_masks(
+    length, mask_kind, mode, first, query_blocks, tiles
+):
+    """Global blocks are the first live ones, wherever padding lies."""
+    tiles(query_blocks)
+    inputs = TRITON.inputs(2, 1, length, 16)
+    mask = TRITON.mask(mask_kind, 2, length)
+    settings = {"first": first, "block_per_row": 2, "approx_mode": mode}
+    assert_right_with_bias(inputs, make_bias(1, 7), mask, **settings)
+
+
+def test_a_bias_of_more_blocks_than_a_tile(table):
+    """And of more selected pairs than are summed at a time."""
+    table(item_blocks=4)
+    inputs = TRITON.inputs(1, 1, 1100, 16)
+    mask = TRITON.mask("holes", 1, 1100)
+    assert_right_with_bias(inputs, make_bias(1, 35), mask, first=1, block_per_row=5)
+
+
+@pytest.mark.parametrize("length", [33, 512, 545])
+def test_the_gradient_of_every_distance_is_there(length):
+    """Where the last tile of block rows is full, and where it is not; all of it coarse."""
+    rows = blocks.count_blocks(length, 32)
+    nothing = torch.zeros(1, 1, rows, rows, dtype=torch.bool, device=TRITON.device)
+    inputs = TRITON.inputs(1, 1, length, 16)
+    settings = {"first": 0, "selection": BlockSelection(nothing, 32)}
+    assert_right_with_bias(inputs, make_bias(1, rows), None, **settings)
+
+
+@pytest.mark.parametrize("distances", [1, 3, 4, 9])
+def test_a_bias_of_fewer_or_more_distances_than_blocks(distances):
+    """Its last column is for all larger distances, and sums their gradients."""
+    inputs = TRITON.inputs(1, 2, 100, 16)
+    bias = make_bias(4, 2 * distances)[::2, 1::2]  # not contiguous
+    results = assert_right_with_bias(inputs, bias, None, first=1, block_per_row=2)
+    assert not results[4][:, 4:].any()
+
+
+def test_every_live_pair_with_a_bias():
+    """More per row than there are blocks: no selection is made, and lists have room for all."""
+    inputs = TRITON.inputs(2, 1, 130, 16)
+    mask = TRITON.mask("left", 2, 130)
+    bias = make_bias(1, 5)
+    settings = {"block_per_row": 8, "initial_prior_first_n_blocks": 1}
+    results = attend_with_bias(TRITON, inputs, bias, mask, **settings)
+    expected = attend_with_bias(REFERENCE, inputs, bias, mask, **settings)
+    for x, y in zip(results, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("query_blocks", [1, 2])
+def test_with_a_bias_what_padding_and_scratch_hold_reaches_no_result(
+    query_blocks, tiles, monkeypatch
+):
+    from mra_attention.triton_impl.call import KernelCall
+
+    tiles(query_blocks, item_blocks=1)
+    inputs = TRITON.inputs(1, 1, 150, 16)
+    mask = TRITON.mask("holes", 1, 150)
+    bias = make_bias(1, 5)
+    settings = {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
+    expected = attend_with_bias(TRITON, inputs, bias, mask, **settings)
+    dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    original = KernelCall.empty
+
+    def filled(self, shape, dtype=torch.float32):
+        x = original(self, shape, dtype)
+        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
+
+    monkeypatch.setattr(KernelCall, "empty", filled)
+    results = attend_with_bias(TRITON, dirty, bias, mask, **settings)
+    assert all(map(torch.equal, results, expected))
+
+
+def test_two_runs_with_a_bias_give_the_same_bits(table):
+    table(item_blocks=2, topk_up_to_rows=0, recompute_from_length=0)
+    inputs = TRITON.inputs(2, 1, 100, 32, dtype=torch.bfloat16)
+    bias, settings = make_bias(1, 4), {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
+    first, second = (attend_with_bias(TRITON, inputs, bias, **settings) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_kernels_for_the_bias_are_launched_where_there_is_one(monkeypatch):
+    inputs = TRITON.inputs(1, 1, 100, 16)
+    launched = []
+    launch = launching.launch
+
+    def counted(kernel, *arguments, **settings):
+        launched.append(kernel.__name__ if INTERPRETED else kernel.fn.__name__)
+        return launch(kernel, *arguments, **settings)
+
+    monkeypatch.setattr(launching, "launch", counted)
+    TRITON.attend(inputs, block_per_row=2)
+    without = launched[:]
+    launched.clear()
+    attend_with_bias(TRITON, inputs, make_bias(1, 4), block_per_row=2)
+    of_bias = ("biased_from_kernel", "diagonal_kernel", "bias_gradient_kernel")
+    assert [launched.count(name) for name in of_bias] == [3, 1, 1]
+    assert [name for name in launched if name not in of_bias] == without
+
+
 # -- operators
 
 
@@ -139,6 +269,24 @@ def test_opcheck():
     torch.library.opcheck(ops.mra2_backward, arguments, test_utils=utilities)
 
 
+def test_opcheck_with_a_distance_bias():
+    query, key, value, grad = TRITON.inputs(1, 1, 70, 16)
+    mask = TRITON.mask("left", 1, 70)
+    bias = make_bias(1, 3)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    numbers = (2, None, 32, 1, 0, "row_normalized", 0.3, "triton", None, None, bias)
+    torch.library.opcheck(ops.mra2_select, (query, key, mask, *numbers), test_utils=utilities)
+    blocks = ops.mra2_select(query, key, mask, *numbers)
+    settings = (mask, blocks, 0.3, False, 32, "triton", 6, None, None)
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    with_bias = (*inputs, *settings, bias.requires_grad_(), 1)
+    torch.library.opcheck(ops.mra2_forward, with_bias, test_utils=utilities)
+    results = [x.detach() for x in ops.mra2_forward(*with_bias)]
+    inputs = [x.detach() for x in inputs]
+    arguments = (grad, *inputs, *results, *settings, bias.detach(), 1)
+    torch.library.opcheck(ops.mra2_backward, arguments, test_utils=utilities)
+
+
 def test_summaries_are_computed_once_and_change_nothing(monkeypatch):
     """For selection, forward and backward of a call; an operator without them computes its own."""
     query, key, value, grad = TRITON.inputs(2, 2, 130, 40)
@@ -158,7 +306,7 @@ def test_summaries_are_computed_once_and_change_nothing(monkeypatch):
     blocks = ops.mra2_select(query, key, mask, *numbers)
     settings = (mask, blocks, 40**-0.5, False, 32, "triton", 10)
     results = ops.mra2_forward(query, key, value, *settings)
-    grads = ops.mra2_backward(grad, query, key, value, *results, *settings)
+    *grads, _ = ops.mra2_backward(grad, query, key, value, *results, *settings)
     assert launched.count("pool_kernel") == 4
     assert_all_equal((results[0], *grads), expected)
 

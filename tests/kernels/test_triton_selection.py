@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import MASK_KINDS, MODES
-from triton_cases import BEYOND_A_TILE, TRITON, assert_right, needs_triton
+from triton_cases import BEYOND_A_TILE, TRITON, assert_right, make_bias, needs_triton
 
 from mra_attention import BlockSelection, selection
 from pairwise import pairwise
@@ -97,6 +97,7 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
 DEFAULTS = {
     **{"block_size": 32, "block_per_row": 2, "block_budget": None, "rule": "row_normalized"},
     **{"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0, "scale": 0.2},
+    "distance_bias": None,
 }
 SELECTIONS = {
     "plain": {},
@@ -107,6 +108,10 @@ SELECTIONS = {
     "fewer than rows": {"block_budget": 3},
     "negative scale": {"scale": -0.2},
     "everything": {"block_budget": 1000},
+    "bias": {"distance_bias": make_bias(1, 7)},
+    "bias and priors": {"distance_bias": make_bias(1, 7), "initial_prior_first_n_blocks": 2},
+    "bias, global": {"distance_bias": make_bias(1, 7), "rule": "global"},
+    "bias, negative scale": {"distance_bias": make_bias(1, 7), "scale": -0.2},
 }
 
 
@@ -131,8 +136,8 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
         assert torch.equal(actual, expected), entries
 
 
-@pytest.mark.parametrize("length", BEYOND_A_TILE)
-def test_selection_among_more_blocks_than_a_tile(length, table):
+@pairwise(length=BEYOND_A_TILE, biased=[False, True])
+def test_selection_among_more_blocks_than_a_tile(length, biased, table):
     """By radix, with stored and with recomputed scores, as by top-k; and nearly as in torch."""
     from mra_attention import triton_impl
 
@@ -140,6 +145,8 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
     mask = TRITON.mask("right", 2, length)
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
     settings = DEFAULTS | {"block_per_row": 4, "scale": 0.25} | priors
+    if biased:
+        settings["distance_bias"] = make_bias(1, -(-length // 32))
     table(topk_up_to_rows=1000)
     by_topk = triton_impl.select(*inputs, mask, summaries=None, **settings)
     for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
@@ -154,6 +161,7 @@ def test_selection_among_more_blocks_than_a_tile(length, table):
 def test_radix_ranks_equal_scores_like_choose_blocks(table):
     from mra_attention.triton_impl import selection as kernels
     from mra_attention.triton_impl.call import KernelCall
+    from mra_attention.triton_impl.distance_bias import pair_bias
     from mra_attention.triton_impl.pooling import pool
 
     inputs = TRITON.inputs(2, 2, 150, 16)[:2]
@@ -163,13 +171,34 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
     call = KernelCall(*inputs, inputs[1], mask, scale=0.2)
     summaries = pool(call)
     candidates = kernels.flag_blocks(call, summaries.counts, **numbers, **priors)
-    ranking = kernels.score_pairs(call, summaries, candidates, row_normalized=True)
+    bias = pair_bias(call, summaries, None, 0)
+    ranking = kernels.score_pairs(call, summaries, candidates, bias, row_normalized=True)
     values = torch.tensor([0.0, -0.0, -1.5, 2.0**-140, -torch.inf], device=TRITON.device)
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(0, len(values), ranking.scores.shape, generator=generator)
         ranking.scores.copy_(values[picks.to(TRITON.device)])
         assert torch.equal(kernels.choose_by_radix(ranking), kernels.choose_by_topk(ranking))
+
+
+@pairwise(rule=["row_normalized", "global"], first=[0, 1], recompute_from_length=[0, 10**6])
+def test_scores_that_differ_by_their_bias_only_tie_where_it_is_equal(
+    rule, first, recompute_from_length, table
+):
+    """Constant inputs, whose products are exact: pairs at one distance have one score."""
+    from mra_attention import triton_impl
+
+    query, key, *_ = TRITON.inputs(1, 2, 384, 16)
+    query, key = (x[:, :, :1].round().expand_as(x) for x in (query, key))
+    mask = torch.arange(384, device=TRITON.device)[None] >= 64  # whole blocks, whose means agree
+    bias = make_bias(2, 12)
+    bias[:, 2:6] = bias[:, 2:3]
+    settings = DEFAULTS | {"rule": rule, "distance_bias": bias, "block_budget": 37, "scale": 0.25}
+    settings |= {"initial_prior_first_n_blocks": first}
+    expected = selection.select(query, key, mask, **settings)
+    table(topk_up_to_rows=0, recompute_from_length=recompute_from_length)
+    actual = triton_impl.select(query, key, mask, summaries=None, **settings)
+    assert torch.equal(actual, expected)
 
 
 def test_digits_after_the_one_that_decides_are_not_counted(table, monkeypatch):

@@ -72,14 +72,15 @@ def test_summaries_of_float32_inputs_are_multiplied_exactly(target, dtype, dim, 
     import compile_check as check
 
     found = {}
-    for length in (4096, 65536):
-        for launch in check._recorded(target, dtype, dim, False, True, "ieee", length):
+    for length, biased in itertools.product((4096, 65536), (False, True)):
+        for launch in check._recorded(target, dtype, dim, False, True, "ieee", length, biased):
             if launch.kernel not in check.ITEM_KERNELS:
                 found.setdefault(launch.kernel, set()).add(dict(launch.constants).get("PRECISION"))
-    coarse = (*check.RANKING_KERNELS, "coarse_kernel", "coarse_query_kernel", "coarse_key_kernel")
+    coarse = ["coarse_kernel", "coarse_query_kernel", "coarse_key_kernel", "diagonal_kernel"]
+    coarse += check.RANKING_KERNELS
     for kernel, precisions in found.items():
         is_exact = target == "gfx942" or dtype == "fp32"
-        is_exact |= kernel == "coarse_key_kernel" and dim == 128
+        is_exact |= kernel in ("coarse_key_kernel", "diagonal_kernel") and dim == 128
         expected = ("ieee" if is_exact else "tf32x3") if kernel in coarse else None
         assert precisions == {expected}, kernel
     assert found.keys() > set(coarse)
@@ -112,6 +113,9 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     two = {(row["kernel"], row["form"]) for row in rows if row["query_blocks"] == "2"}
     forms = itertools.product(("exact_kernel", "exact_query_kernel"), ("plain", "swapped"))
     assert two >= {*forms, ("merge_kernel", ""), ("merge_gradient_kernel", ""), ("fill_kernel", "")}
+    biased = {row["kernel"] for row in rows if row["bias"]}
+    items = {"exact_kernel", "exact_query_kernel", "exact_key_kernel"}
+    assert biased >= items | {"diagonal_kernel", "bias_gradient_kernel"}
 
 
 def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monkeypatch):
@@ -119,7 +123,7 @@ def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monk
     import compile_check as check
 
     good = check.Result(
-        "sm_90", "exact_kernel", "bf16", 64, "swapped", 1, 2, 4, 3, 128, 0, 1, "", ""
+        "sm_90", "exact_kernel", "bf16", 64, "swapped", "", 1, 2, 4, 3, 128, 0, 1, "", ""
     )
     good.tensor_core = "HGMMA"
     assert check._findings(good, 100) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cases import INTERPRETED, NAMES, REFERENCE, Implementation
 
-from mra_attention import select_blocks
+from mra_attention import mra2_attention, select_blocks
 
 TRITON = Implementation("triton", "cpu" if INTERPRETED else "cuda", is_general=False)
 ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -28,6 +28,43 @@ needs_triton = [
     ),
 ]
 only_on_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="needs a CUDA or ROCm device")
+
+
+def make_bias(heads, distances, seed=0):
+    """A distance bias `[H, K]`, values of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(heads, distances, generator=generator).to(TRITON.device)
+
+
+def attend_with_bias(impl, inputs, bias, mask=None, **settings):
+    """Output and gradients of query, key, value and the distance bias."""
+    *inputs, grad = inputs
+    inputs = [x.detach().requires_grad_() for x in (*inputs, bias)]
+    settings |= {"distance_bias": inputs[3], "impl": impl.name}
+    output = mra2_attention(*inputs[:3], mask, **settings)
+    return output.detach(), *torch.autograd.grad(output, inputs, grad)
+
+
+def assert_right_with_bias(inputs, bias, mask=None, first=0, block_per_row=3, **settings):
+    """As `assert_right`; the gradient of the bias, too. `first` live block rows and columns are
+    global.
+    """
+    settings["initial_prior_first_n_blocks"] = first
+    if "selection" not in settings:
+        choice = {"block_per_row": block_per_row, "initial_prior_first_n_blocks": first}
+        settings["selection"] = select_blocks(*inputs[:2], mask, distance_bias=bias, **choice)
+    results = attend_with_bias(TRITON, inputs, bias, mask, **settings)
+    doubles = [x.double() for x in inputs]
+    expected = attend_with_bias(REFERENCE, doubles, bias.double(), mask, **settings)
+    tolerance = TOLERANCES[inputs[0].dtype]
+    for name, x, y in zip((*NAMES, "grad_bias"), results, expected, strict=True):
+        assert x.dtype == (bias if name == "grad_bias" else inputs[0]).dtype, name
+        assert x.isfinite().all(), f"{name} is not finite"
+        error = (x.double() - y).norm() / y.norm().clamp_min(1.0)
+        # Few numbers, each a sum of terms of both signs.
+        allowed = max(tolerance, 1e-5) if name == "grad_bias" else tolerance
+        assert error <= allowed, f"{name} is off by {error:.1e}"
+    return results
 
 
 def assert_right(inputs, mask=None, **arguments):

@@ -11,9 +11,11 @@ from ..implementations import Summaries
 from ..selection import RULES
 from . import launching
 from .backward import key_gradients, query_gradient, reduce_rows
+from .bias_gradient import bias_gradient
 from .block_lists import build_lists
 from .call import KernelCall
 from .coarse import coarse_gradients, coarse_state
+from .distance_bias import pair_bias
 from .forward import attend
 from .pooling import pool
 from .selection import choose_by_radix, choose_by_topk, flag_blocks, score_pairs
@@ -27,7 +29,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 
 def select(
     query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
-    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
+    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
 ) -> Tensor:  # fmt: skip
     """The selected pairs `[B, H, R, R]` bool, in the order of `selection.choose_blocks`.
 
@@ -44,8 +46,9 @@ def select(
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
             initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         )
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         is_normalized = RULES[rule].row_normalized
-        ranking = score_pairs(call, summaries, candidates, row_normalized=is_normalized)
+        ranking = score_pairs(call, summaries, candidates, bias, row_normalized=is_normalized)
         if ranking.is_stored and call.n_blocks <= launching.table().topk_up_to_rows:
             return choose_by_topk(ranking)
         return choose_by_radix(ranking)
@@ -53,7 +56,8 @@ def select(
 
 def forward(
     query, key, value, token_mask, blocks, *,
-    summaries, scale, sparse, block_size, largest_budget,
+    summaries, scale, sparse, block_size, largest_budget, distance_bias,
+    initial_prior_first_n_blocks,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` in the input dtype, and its log-sum-exp `[B, H, N]` in
     float32 (+inf at padding).
@@ -65,6 +69,7 @@ def forward(
         call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         lists = build_lists(
             call,
             summaries.counts,
@@ -73,19 +78,23 @@ def forward(
             query_blocks=call.config_of("forward").query_blocks,
             largest_budget=largest_budget,
         )
-        state = coarse_state(call, summaries, blocks)
-        return attend(call, lists.by_query, state)
+        state = coarse_state(call, summaries, blocks, bias)
+        return attend(call, lists.by_query, state, bias)
 
 
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
-    summaries, scale, sparse, block_size, largest_budget,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype."""
+    summaries, scale, sparse, block_size, largest_budget, distance_bias,
+    initial_prior_first_n_blocks,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of
+    the distance bias, `[H, R]` float32.
+    """
     with launching.on_device_of(query):
         call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
+        bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
         lists = build_lists(
             call,
             summaries.counts,
@@ -95,7 +104,8 @@ def backward(
             largest_budget=largest_budget,
         )
         upstream, row_sums = reduce_rows(call, grad_output, output, lse)
-        coarse = coarse_gradients(call, summaries, blocks, row_sums)
-        grad_query = query_gradient(call, lists.by_query, upstream, coarse)
-        grad_key, grad_value = key_gradients(call, lists.by_key, upstream, coarse)
-        return grad_query, grad_key, grad_value
+        coarse = coarse_gradients(call, summaries, blocks, bias, row_sums)
+        grad_query, pairs = query_gradient(call, lists.by_query, bias, upstream, coarse)
+        grad_key, grad_value = key_gradients(call, lists.by_key, bias, upstream, coarse)
+        grad_bias = bias_gradient(call, summaries, blocks, bias, row_sums, lists.by_query, pairs)
+        return grad_query, grad_key, grad_value, grad_bias

@@ -11,6 +11,7 @@ so two runs give the same bits. Logits are to base 2 inside the kernels.
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,12 +20,17 @@ from . import launching
 from .block_lists import OwnerLists, listed_blocks, visible_pairs
 from .call import KernelCall
 from .coarse import CoarseGradients, RowSums
+from .distance_bias import PairBias
 from .primitives import (
+    LOG2_E,
     SIZES,
+    add_bias,
     add_gathered,
     as_rows,
     empty_sums,
+    first_biased,
     is_real,
+    load_bias,
     load_own_summaries,
     load_tokens,
     of_gathered,
@@ -32,8 +38,6 @@ from .primitives import (
     store_tokens,
     tile_product,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -123,17 +127,55 @@ def _store_gradient(
     store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
 
 
+@triton.jit
+def _store_pair_sums(
+    PAIR_SUMS, PAIR_DISTANCES,
+    columns, list_start, first, end, own, biased_from, grad_logits,
+    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile over the token pairs of each of its block pairs, and their distances; -1 for
+    global pairs.
+    """
+    slots = first + tl.arange(0, GROUP)
+    listed = slots < end
+    blocks = listed_blocks(tl.load(columns + slots, mask=listed, other=0), QUERY_BLOCKS)
+    for i in tl.static_range(QUERY_BLOCKS):
+        of_block = grad_logits
+        if QUERY_BLOCKS == 2:
+            of_block = tl.where(of_own(tl.arange(0, 2 * M) // M == i, SWAPPED), grad_logits, 0.0)
+        sums = tl.sum(of_block, 1 if SWAPPED else 0)
+        sums = tl.sum(tl.reshape(sums, [GROUP, M]), 1)
+        row = own * QUERY_BLOCKS + i
+        distances = tl.where(tl.minimum(blocks, row) >= biased_from, tl.abs(blocks - row), -1)
+        to = (list_start + slots) * QUERY_BLOCKS + i
+        tl.store(PAIR_SUMS + to, sums, mask=listed)
+        tl.store(PAIR_DISTANCES + to, distances, mask=listed)
+
+
+class PairGradients(NamedTuple):
+    """Of every listed pair, the sum of the gradients of its logits, float32, and its distance,
+    int32; -1 for global pairs. Both `[G, capacity, query blocks of an owner]`, in the order of the
+    lists of query blocks; a query block that did not select what its neighbour did has 0.
+    """
+
+    sums: Tensor
+    distances: Tensor
+
+
 @triton.jit(do_not_specialize=SIZES)
 def exact_query_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, COARSE_QUERY, GRAD_QUERY, PART_SUMS,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_QUERY, GRAD_QUERY, PAIR_SUMS, PAIR_DISTANCES, PART_SUMS,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per work item of a bundle of query blocks: its query gradients."""
+    """One program per work item of a bundle of query blocks: its query gradients, and with a bias,
+    the sums of the gradients of the logits of every pair.
+    """
     OWN: tl.constexpr = QUERY_BLOCKS * M
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
@@ -144,7 +186,8 @@ def exact_query_kernel(
     size = tl.load(SIZES + line)
     begin = (item - tl.load(FIRST_ITEMS + line)) * ITEM_BLOCKS
     end = tl.minimum(begin + ITEM_BLOCKS, size)
-    columns = LISTS + head * capacity + tl.load(STARTS + line)
+    list_start = head * capacity + tl.load(STARTS + line)
+    columns = LISTS + list_start
 
     sample, of_sample = head // heads, head % heads
     tokens = own * OWN + tl.arange(0, OWN)
@@ -156,6 +199,7 @@ def exact_query_kernel(
     delta = tl.load(DELTA + head * length + tokens, mask=real, other=0.0)
     key_start = sample * key_batch + of_sample * key_head
     value_start = sample * value_batch + of_sample * value_head
+    biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     sums = empty_sums(OWN, D_PAD, SWAPPED)
     slots = tl.arange(0, GROUP * M) // M
@@ -163,16 +207,28 @@ def exact_query_kernel(
     for first in range(begin, end, GROUP):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
-        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
+        blocks = listed_blocks(entries, QUERY_BLOCKS)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
+        if HAS_BIAS:
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                QUERY_BLOCKS, M, SWAPPED,
+            )  # fmt: skip
         weights = tl.exp2(logits - of_own(lse, SWAPPED))
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
         weights = tl.where(visible, weights, 0.0)
         products = tile_product(grad, values, SWAPPED, WIDEN, PRECISION)
-        grad_logits = (weights * (products - of_own(delta, SWAPPED))).to(keys.dtype)
+        grad_logits = weights * (products - of_own(delta, SWAPPED))
+        if HAS_BIAS:
+            _store_pair_sums(
+                PAIR_SUMS, PAIR_DISTANCES, columns, list_start, first, end, own, biased_from,
+                grad_logits, QUERY_BLOCKS, GROUP, M, SWAPPED,
+            )  # fmt: skip
+        grad_logits = grad_logits.to(keys.dtype)
         sums = add_gathered(sums, grad_logits, keys, SWAPPED, WIDEN, PRECISION)
 
     rows = as_rows(sums, SWAPPED) * scale
@@ -198,35 +254,46 @@ def exact_query_kernel(
 
 
 def query_gradient(
-    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
-) -> Tensor:
-    """The gradient of the query, `[B, H, N, D]`."""
+    call: KernelCall,
+    lists: OwnerLists,
+    bias: PairBias,
+    upstream: Upstream,
+    coarse: CoarseGradients,
+) -> tuple[Tensor, PairGradients]:
+    """The gradient of the query, `[B, H, N, D]`, and of the logits of listed pairs, unwritten if
+    there is no bias.
+    """
     grad_query = call.empty(call.shape, call.dtype)
+    of_pairs = (call.all_heads, lists.capacity if bias.is_given else 0, lists.own_blocks)
+    pairs = PairGradients(call.empty(of_pairs), call.empty(of_pairs, torch.int32))
     parts = lists.empty_parts(call, call.padded_dim)
     launching.launch(
         exact_query_kernel,
         call.all_heads * lists.max_items,
-        **lists.of_items(call, "query_gradient"),
+        **lists.of_items(call, "query_gradient", bias),
         **upstream.of_pairs(call),
         COARSE_QUERY=coarse.query,
         GRAD_QUERY=grad_query,
+        PAIR_SUMS=pairs.sums,
+        PAIR_DISTANCES=pairs.distances,
         PART_SUMS=parts,
         QUERY_BLOCKS=lists.own_blocks,
     )
     if lists.may_split:
         _merge(call, lists, grad_query, parts, coarse.query)
-    return grad_query
+    return grad_query, pairs
 
 
 @triton.jit(do_not_specialize=SIZES)
 def exact_key_kernel(
     QUERY, KEY, VALUE, MASK, GRAD, LSE, DELTA, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS,
-    ITEM_COUNTS, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PART_KEYS, PART_VALUES,
+    ITEM_COUNTS, BIAS, BIASED_FROM, COARSE_KEY, COARSE_VALUE, GRAD_KEY, GRAD_VALUE, PART_KEYS,
+    PART_VALUES,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr,
-    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per work item of a key block: its key and value gradients."""
     head = (tl.program_id(0) // max_items).to(tl.int64)
@@ -248,6 +315,7 @@ def exact_key_kernel(
     start = sample * value_batch + of_sample * value_head
     values = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD)
     query_start = sample * query_batch + of_sample * query_head
+    biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     key_sums = empty_sums(M, D_PAD, SWAPPED)
     value_sums = empty_sums(M, D_PAD, SWAPPED)
@@ -255,12 +323,15 @@ def exact_key_kernel(
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        gathered = tl.load(rows + first + slots, mask=listed, other=0) * M + within
+        blocks = tl.load(rows + first + slots, mask=listed, other=0)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         query = load_tokens(QUERY, query_start, gathered, query_token, seen, D, D_PAD)
         grad = load_tokens(GRAD, head * length * D, gathered, D, seen, D, D_PAD)
         at = head * length + gathered
         lse = tl.load(LSE + at, mask=seen, other=float("inf")) * LOG2_E
+        if HAS_BIAS:  # here it takes fewer registers than on the logits
+            lse -= load_bias(BIAS, biased_from, of_sample, blocks, column, n_blocks) * LOG2_E
         delta = tl.load(DELTA + at, mask=seen, other=0.0)
         logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
         weights = tl.exp2(logits - of_gathered(lse, SWAPPED))
@@ -311,7 +382,11 @@ def exact_key_kernel(
 
 
 def key_gradients(
-    call: KernelCall, lists: OwnerLists, upstream: Upstream, coarse: CoarseGradients
+    call: KernelCall,
+    lists: OwnerLists,
+    bias: PairBias,
+    upstream: Upstream,
+    coarse: CoarseGradients,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of key and value, `[B, H, N, D]`."""
     grad_key, grad_value = (call.empty(call.shape, call.dtype) for _ in range(2))
@@ -319,7 +394,7 @@ def key_gradients(
     launching.launch(
         exact_key_kernel,
         call.all_heads * lists.max_items,
-        **lists.of_items(call, "key_gradient"),
+        **lists.of_items(call, "key_gradient", bias),
         **upstream.of_pairs(call),
         COARSE_KEY=coarse.key,
         COARSE_VALUE=coarse.value,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..implementations import BLOCK_SIZE
 from . import launching
 from .call import KernelCall
+from .distance_bias import PairBias
 from .primitives import SIZES, of_gathered, of_own
 
 
@@ -189,18 +190,21 @@ class OwnerLists(NamedTuple):
     item_blocks: int
     may_split: bool
 
-    def of_items(self, call: KernelCall, kernel: str) -> dict:
+    def of_items(self, call: KernelCall, kernel: str, bias: PairBias) -> dict:
         """Arguments and launch configuration of a kernel that runs over work items."""
         config = call.config_of(kernel)
+        # A bias takes registers that gradients do not leave; swapped tiles need their 64 rows.
+        halved = bias.is_given and kernel != "forward" and not config.swapped
         return {
             **self.of_owners(call),
             **call.inputs,
+            **bias.arguments,
             "STARTS": self.starts,
             "LISTS": self.entries,
             "ITEMS": self.items,
             "ITEM_COUNTS": self.item_counts,
             "capacity": self.capacity,
-            "GROUP": config.group,
+            "GROUP": 1 if halved else config.group,
             "SWAPPED": config.swapped,
             "WIDEN": launching.is_interpreted() and call.dtype == torch.bfloat16,
             "PRECISION": launching.float32_precision(),

@@ -10,7 +10,7 @@ as in `backward.py`,
 
     E_xy = exp(S_xy - W_x)  dS_xy = E_xy (G_x . V_y - c_y g_x)    dV_y = sum_x E_xy G_x
 
-Logits are to base 2 inside the kernels.
+The bias of a pair is part of S_xy. Logits are to base 2 inside the kernels.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from torch import Tensor
 from ..implementations import Summaries
 from . import launching
 from .call import KernelCall
-from .primitives import LOWEST, SIZES, coarse_logits, load_summaries
+from .distance_bias import PairBias
+from .primitives import LOWEST, SIZES, coarse_logits, first_biased, load_summaries
 
 
 @triton.jit
@@ -36,9 +37,11 @@ def unselected_pairs(BLOCKS, head, rows, columns, row_counts, column_counts, n_b
 
 @triton.jit(do_not_specialize=SIZES)
 def coarse_kernel(
-    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, LARGEST, DENOMINATOR, NUMERATOR,
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, BIAS, BIASED_FROM, LARGEST, DENOMINATOR,
+    NUMERATOR,
     scale_log2, n_blocks, heads,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R and z `[G, R]`, a `[G, R, D_PAD]` of a strip of query blocks."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -47,6 +50,7 @@ def coarse_kernel(
     rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
     row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
     query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     largest = tl.full([ROWS], LOWEST, tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
     numerator = tl.zeros([ROWS, D_PAD], tl.float32)
@@ -55,7 +59,11 @@ def coarse_kernel(
         sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
         keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-        logits = tl.where(pairs, coarse_logits(query, keys, scale_log2, PRECISION), LOWEST)
+        logits = coarse_logits(
+            query, keys, scale_log2, BIAS, biased_from, head % heads, rows, columns, n_blocks,
+            HAS_BIAS, PRECISION,
+        )  # fmt: skip
+        logits = tl.where(pairs, logits, LOWEST)
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         rescale = tl.exp2(largest - new_largest)
         weights = tl.where(pairs, tl.exp2(logits - new_largest[:, None]), 0.0)
@@ -79,7 +87,9 @@ class CoarseState(NamedTuple):
     numerator: Tensor
 
 
-def coarse_state(call: KernelCall, summaries: Summaries, blocks: Tensor) -> CoarseState:
+def coarse_state(
+    call: KernelCall, summaries: Summaries, blocks: Tensor, bias: PairBias
+) -> CoarseState:
     """The state for a selection `[B, H, R, R]` int8; unwritten if there is no coarse part."""
     rows = (call.all_heads, call.n_blocks)
     state = CoarseState(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
@@ -88,7 +98,7 @@ def coarse_state(call: KernelCall, summaries: Summaries, blocks: Tensor) -> Coar
         launching.launch(
             coarse_kernel,
             call.strips(tile["ROWS"]),
-            **_of_pairs(call, summaries, blocks),
+            **of_pairs(call, summaries, blocks, bias),
             LARGEST=state.largest,
             DENOMINATOR=state.denominator,
             NUMERATOR=state.numerator,
@@ -98,7 +108,7 @@ def coarse_state(call: KernelCall, summaries: Summaries, blocks: Tensor) -> Coar
     return state
 
 
-def _of_pairs(call: KernelCall, summaries: Summaries, blocks: Tensor) -> dict:
+def of_pairs(call: KernelCall, summaries: Summaries, blocks: Tensor, bias: PairBias) -> dict:
     """Arguments that all kernels of the coarse part share."""
     query_means, key_means, value_sums = summaries.vectors
     return {
@@ -107,6 +117,7 @@ def _of_pairs(call: KernelCall, summaries: Summaries, blocks: Tensor) -> dict:
         "VALUE_SUMS": value_sums,
         "COUNTS": summaries.counts,
         "BLOCKS": blocks,
+        **bias.arguments,
         **call.coarse_products(),
     }
 
@@ -119,12 +130,28 @@ def _tile_of_rows(call: KernelCall) -> dict:
     return {"ROWS": rows, "COLUMNS": 16, "num_warps": 8, "num_stages": stages}
 
 
+@triton.jit
+def weights_and_gradients(
+    query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS, biased_from,
+    of_sample, rows, columns, n_blocks, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """E and the gradients of the logits, tiles `[rows, columns]`; 0 where not of `pairs`."""
+    logits = coarse_logits(
+        query, keys, scale_log2, BIAS, biased_from, of_sample, rows, columns, n_blocks,
+        HAS_BIAS, PRECISION,
+    )  # fmt: skip
+    weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
+    products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
+    return weights, weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+
+
 @triton.jit(do_not_specialize=SIZES)
 def coarse_query_kernel(
-    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, SMALLEST, GRAD_SUMS, DELTA_SUMS,
-    COARSE_QUERY,
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, BIAS, BIASED_FROM, SMALLEST, GRAD_SUMS,
+    DELTA_SUMS, COARSE_QUERY,
     scale, scale_log2, n_blocks, heads,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient that every query of a block gets from the coarse part, `[G, R, D_PAD]`."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -137,6 +164,7 @@ def coarse_query_kernel(
     grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
     smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=inside, other=0.0)
     delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=inside, other=0.0)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     sums = tl.zeros([ROWS, D_PAD], tl.float32)
     for start in range(0, n_blocks, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
@@ -144,10 +172,10 @@ def coarse_query_kernel(
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
         keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
         values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        logits = coarse_logits(query, keys, scale_log2, PRECISION)
-        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        _, grad_logits = weights_and_gradients(
+            query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS, biased_from,
+            head % heads, rows, columns, n_blocks, HAS_BIAS, PRECISION,
+        )  # fmt: skip
         sums = tl.dot(grad_logits, keys, sums, input_precision=PRECISION)
     sums *= (scale / tl.maximum(row_counts, 1).to(tl.float32))[:, None]
     to = (head * n_blocks + rows)[:, None] * D_PAD + tl.arange(0, D_PAD)[None, :]
@@ -156,10 +184,11 @@ def coarse_query_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def coarse_key_kernel(
-    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, SMALLEST, GRAD_SUMS, DELTA_SUMS,
-    COARSE_KEY, COARSE_VALUE,
+    QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, BIAS, BIASED_FROM, SMALLEST, GRAD_SUMS,
+    DELTA_SUMS, COARSE_KEY, COARSE_VALUE,
     scale, scale_log2, n_blocks, heads,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients that every key and value of a block get from the coarse part."""
     strips = tl.cdiv(n_blocks, COLUMNS)
@@ -170,6 +199,7 @@ def coarse_key_kernel(
     sizes = tl.load(counts + columns, mask=inside, other=0)
     keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
     values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     key_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
     value_sums = tl.zeros([COLUMNS, D_PAD], tl.float32)
     for start in range(0, n_blocks, ROWS):
@@ -180,10 +210,10 @@ def coarse_key_kernel(
         query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
         grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
         pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
-        logits = coarse_logits(query, keys, scale_log2, PRECISION)
-        weights = tl.where(pairs, tl.exp2(logits - smallest[:, None]), 0.0)
-        products = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
-        grad_logits = weights * (products - sizes.to(tl.float32)[None, :] * delta[:, None])
+        weights, grad_logits = weights_and_gradients(
+            query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS, biased_from,
+            head % heads, rows, columns, n_blocks, HAS_BIAS, PRECISION,
+        )  # fmt: skip
         value_sums = tl.dot(tl.trans(weights), grad, value_sums, input_precision=PRECISION)
         key_sums = tl.dot(tl.trans(grad_logits), query, key_sums, input_precision=PRECISION)
     key_sums *= (scale / tl.maximum(sizes, 1).to(tl.float32))[:, None]
@@ -201,6 +231,15 @@ class RowSums(NamedTuple):
     delta_sums: Tensor
     grad_sums: Tensor
 
+    @property
+    def arguments(self) -> dict:
+        """Arguments of all kernels of the coarse part that go backward."""
+        return {
+            "SMALLEST": self.smallest,
+            "DELTA_SUMS": self.delta_sums,
+            "GRAD_SUMS": self.grad_sums,
+        }
+
 
 class CoarseGradients(NamedTuple):
     """What every query, key and value of a block gets from the coarse part, `[G, R, D_PAD]`."""
@@ -211,20 +250,20 @@ class CoarseGradients(NamedTuple):
 
 
 def coarse_gradients(
-    call: KernelCall, summaries: Summaries, blocks: Tensor, row_sums: RowSums
+    call: KernelCall, summaries: Summaries, blocks: Tensor, bias: PairBias, row_sums: RowSums
 ) -> CoarseGradients:
     """The gradients for a selection `[B, H, R, R]` int8; unwritten if there is no coarse part."""
     grads = CoarseGradients(*call.empty((3, call.all_heads, call.n_blocks, call.padded_dim)))
     if call.has_coarse:
         arguments = {
-            **_of_pairs(call, summaries, blocks),
-            "SMALLEST": row_sums.smallest,
-            "DELTA_SUMS": row_sums.delta_sums,
-            "GRAD_SUMS": row_sums.grad_sums,
+            **of_pairs(call, summaries, blocks, bias),
+            **row_sums.arguments,
             "scale": call.scale,
             "scale_log2": call.scale_log2,
         }
         tile = _tile_of_rows(call)
+        if bias.is_given and call.padded_dim == 128:
+            tile["num_warps"] = 4  # more registers for each thread
         launching.launch(
             coarse_query_kernel,
             call.strips(tile["ROWS"]),
@@ -243,7 +282,7 @@ def coarse_gradients(
             COARSE_VALUE=grads.value,
             ROWS=side,
             COLUMNS=side,
-            num_warps=4 if call.padded_dim == 16 else 8,
+            num_warps=4 if call.padded_dim == 16 or (bias.is_given and side == 32) else 8,
             num_stages=1,
         )
     return grads

@@ -15,12 +15,15 @@ from . import launching
 from .block_lists import OwnerLists, listed_blocks, visible_pairs
 from .call import KernelCall
 from .coarse import CoarseState
+from .distance_bias import PairBias
 from .primitives import (
     LOWEST,
     SIZES,
+    add_bias,
     add_gathered,
     as_rows,
     empty_sums,
+    first_biased,
     is_real,
     load_own_summaries,
     load_tokens,
@@ -51,12 +54,13 @@ def _store_results(
 @triton.jit(do_not_specialize=SIZES)
 def exact_kernel(
     QUERY, KEY, VALUE, MASK, SIZES, STARTS, LISTS, FIRST_ITEMS, ITEMS, ITEM_COUNTS, LARGEST,
-    DENOMINATOR, NUMERATOR, OUTPUT, LSE, PART_SUMS, PART_STATES,
+    DENOMINATOR, NUMERATOR, BIAS, BIASED_FROM, OUTPUT, LSE, PART_SUMS, PART_STATES,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, QUERY_BLOCKS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per work item: the queries of a bundle against up to `ITEM_BLOCKS` gathered key
     blocks, `GROUP` of them at a time.
@@ -81,6 +85,7 @@ def exact_kernel(
     query = load_tokens(QUERY, start, tokens, query_token, real, D, D_PAD)
     key_start = sample * key_batch + of_sample * key_head
     value_start = sample * value_batch + of_sample * value_head
+    biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     largest = tl.full([OWN], LOWEST, tl.float32)
     denominator = tl.zeros([OWN], tl.float32)
@@ -99,11 +104,17 @@ def exact_kernel(
     for first in range(begin, end, GROUP):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
-        gathered = listed_blocks(entries, QUERY_BLOCKS) * M + within
+        blocks = listed_blocks(entries, QUERY_BLOCKS)
+        gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
+        if HAS_BIAS:
+            logits = add_bias(
+                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                QUERY_BLOCKS, M, SWAPPED,
+            )  # fmt: skip
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)
         logits = tl.where(visible, logits, LOWEST)
         new_largest = tl.maximum(largest, tl.max(logits, 0 if SWAPPED else 1))
@@ -137,7 +148,9 @@ class Parts(NamedTuple):
     states: Tensor
 
 
-def attend(call: KernelCall, lists: OwnerLists, state: CoarseState) -> tuple[Tensor, Tensor]:
+def attend(
+    call: KernelCall, lists: OwnerLists, state: CoarseState, bias: PairBias
+) -> tuple[Tensor, Tensor]:
     """Go on from `state` over the listed key blocks: output `[B, H, N, D]` and log-sum-exp
     `[B, H, N]`.
     """
@@ -146,7 +159,7 @@ def attend(call: KernelCall, lists: OwnerLists, state: CoarseState) -> tuple[Ten
     launching.launch(
         exact_kernel,
         call.all_heads * lists.max_items,
-        **lists.of_items(call, "forward"),
+        **lists.of_items(call, "forward", bias),
         LARGEST=state.largest,
         DENOMINATOR=state.denominator,
         NUMERATOR=state.numerator,

@@ -34,6 +34,7 @@ SIZES = (
 
 #: Below every logit that can occur; finite, so that differences of two of them are 0, not NaN.
 LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -179,8 +180,51 @@ def load_own_summaries(
 
 
 @triton.jit
-def coarse_logits(rows, columns, factor, PRECISION: tl.constexpr):
-    """`[row blocks, column blocks]` from means in float32, always by the same instructions: passes
-    that compute them anew must see the same bits.
+def first_biased(BIASED_FROM, sample, HAS_BIAS: tl.constexpr):
+    """The first block whose pairs with later blocks take a bias."""
+    if HAS_BIAS:
+        return tl.load(BIASED_FROM + sample)
+    else:
+        return 0
+
+
+@triton.jit
+def load_bias(BIAS, biased_from, of_sample, rows, columns, n_blocks):
+    """The bias of pairs of blocks, whose shapes broadcast; 0 for global pairs and beyond the last
+    block.
     """
-    return tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * factor
+    biased = (tl.minimum(rows, columns) >= biased_from) & (tl.maximum(rows, columns) < n_blocks)
+    at = BIAS + of_sample * n_blocks + tl.abs(rows - columns)
+    return tl.load(at, mask=biased, other=0.0)
+
+
+@triton.jit
+def add_bias(
+    logits, BIAS, biased_from, of_sample, own, gathered, n_blocks,
+    OWN_BLOCKS: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """Add the bias to a tile of logits to base 2; `gathered` are the blocks of gathered tokens."""
+    bias = load_bias(BIAS, biased_from, of_sample, own * OWN_BLOCKS, gathered, n_blocks) * LOG2_E
+    bias = of_gathered(bias, SWAPPED)
+    if OWN_BLOCKS == 2:
+        second = load_bias(BIAS, biased_from, of_sample, own * 2 + 1, gathered, n_blocks) * LOG2_E
+        is_second = of_own(tl.arange(0, 2 * M) >= M, SWAPPED)
+        bias = tl.where(is_second, of_gathered(second, SWAPPED), bias)
+    return logits + bias
+
+
+@triton.jit
+def coarse_logits(
+    query, keys, factor, BIAS, biased_from, of_sample, rows, columns, n_blocks,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`[row blocks, column blocks]` to base 2 from means in float32, always by the same
+    instructions: passes that compute them anew must see the same bits.
+    """
+    products = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if HAS_BIAS:
+        rows, columns = rows[:, None], columns[None, :]
+        bias = load_bias(BIAS, biased_from, of_sample, rows, columns, n_blocks)
+        return tl.fma(products, factor, bias * LOG2_E)
+    else:
+        return products * factor

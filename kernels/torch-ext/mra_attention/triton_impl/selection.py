@@ -18,7 +18,8 @@ from ..implementations import Summaries
 from ..selection import choose_blocks
 from . import launching
 from .call import KernelCall
-from .primitives import LOWEST, SIZES, load_summaries
+from .distance_bias import PairBias
+from .primitives import LOWEST, SIZES, first_biased, load_bias, load_summaries
 
 DIGIT_BITS = 11
 _BITS = tl.constexpr(DIGIT_BITS)
@@ -102,15 +103,34 @@ def flag_blocks(
 
 
 @triton.jit
-def _products(
-    query, KEY_MEANS, head, columns, n_blocks, D_PAD: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Of means `[rows, columns]`, always by the same instructions, so that passes that compute them
-    anew see the same bits. The scale comes when the largest of a row is subtracted: a product of
-    the two would be fused with the subtraction, and the largest less itself would not be 0.
+def _logits(
+    query, KEY_MEANS, BIAS, biased_from, scale, head, of_sample, rows, columns, n_blocks,
+    HAS_BIAS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of means `[rows, columns]`; with a bias, scaled and biased. Always by the same
+    instructions, so that passes that compute them anew see the same bits.
+
+    Without a bias the scale comes when the largest of a row is subtracted: a product of the two
+    would be fused with the subtraction, and the largest less itself would not be 0. With one, the
+    product is fused with the bias, which leaves the subtraction a rounded number.
     """
     keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
-    return tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    products = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if HAS_BIAS:
+        rows, columns = rows[:, None], columns[None, :]
+        bias = load_bias(BIAS, biased_from, of_sample, rows, columns, n_blocks)
+        return tl.fma(products, scale, bias)
+    else:
+        return products
+
+
+@triton.jit
+def _scores(logits, largest, scale, HAS_BIAS: tl.constexpr):
+    """Scores `[rows, columns]` of what `_logits` returned and the largest of every row."""
+    if HAS_BIAS:
+        return logits - largest[:, None]
+    else:
+        return (logits - largest[:, None]) * scale
 
 
 @triton.jit
@@ -124,35 +144,42 @@ def _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD: tl.constexpr, NEGATI
 
 @triton.jit(do_not_specialize=SIZES)
 def score_kernel(
-    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES,
+    QUERY_MEANS, KEY_MEANS, FLAGS, BIAS, BIASED_FROM, ROW_LARGEST, SCORES,
     scale, n_blocks, heads,
-    NORMALIZED: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    NORMALIZED: tl.constexpr, STORED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The largest product of every row over live columns (0 where not NORMALIZED), and the scores
-    `[G, R, R]` where they are to be stored.
+    """The largest logit of every row over live columns (0 where not NORMALIZED), as `_logits`
+    returns it, and the scores `[G, R, R]` where they are to be stored.
     """
     strips = tl.cdiv(n_blocks, ROWS)
     head = (tl.program_id(0) // strips).to(tl.int64)
     flags = FLAGS + head // heads * n_blocks
     rows = (tl.program_id(0) % strips) * ROWS + tl.arange(0, ROWS)
     query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     largest = tl.zeros([ROWS], tl.float32)
     if NORMALIZED:
         largest += LOWEST
         for start in range(0, n_blocks, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             live = tl.load(flags + columns, mask=columns < n_blocks, other=0) > 0
-            products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
-            largest = tl.maximum(largest, tl.max(tl.where(live[None, :], products, LOWEST), 1))
+            logits = _logits(
+                query, KEY_MEANS, BIAS, biased_from, scale, head, head % heads, rows, columns,
+                n_blocks, HAS_BIAS, D_PAD, PRECISION,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.max(tl.where(live[None, :], logits, LOWEST), 1))
     line = head * n_blocks + rows
     tl.store(ROW_LARGEST + line, largest, mask=rows < n_blocks)
     if STORED:
         for start in range(0, n_blocks, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
-            products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
-            scores = (products - largest[:, None]) * scale
+            logits = _logits(
+                query, KEY_MEANS, BIAS, biased_from, scale, head, head % heads, rows, columns,
+                n_blocks, HAS_BIAS, D_PAD, PRECISION,
+            )  # fmt: skip
+            scores = _scores(logits, largest, scale, HAS_BIAS)
             tl.store(SCORES + line[:, None] * n_blocks + columns[None, :], scores, mask=inside)
 
 
@@ -175,7 +202,12 @@ class Ranking(NamedTuple):
 
 
 def score_pairs(
-    call: KernelCall, summaries: Summaries, candidates: Candidates, *, row_normalized: bool
+    call: KernelCall,
+    summaries: Summaries,
+    candidates: Candidates,
+    bias: PairBias,
+    *,
+    row_normalized: bool,
 ) -> Ranking:
     """Score all pairs, less the largest score of a row where `row_normalized`."""
     rows = call.n_blocks
@@ -187,6 +219,7 @@ def score_pairs(
         "QUERY_MEANS": query_means,
         "KEY_MEANS": key_means,
         "FLAGS": candidates.flags,
+        **bias.arguments,
         "ROW_LARGEST": row_largest,
         "SCORES": scores,
         "scale": abs(call.scale),
@@ -204,9 +237,9 @@ def score_pairs(
 
 @triton.jit
 def _sort_keys(
-    query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns, n_blocks,
-    half_diagonal, TIE_BITS: tl.constexpr, STORED: tl.constexpr, D_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, largest, row_flags, KEY_MEANS, BIAS, biased_from, SCORES, flags, scale, head, of_sample,
+    rows, columns, n_blocks, half_diagonal, TIE_BITS: tl.constexpr, STORED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys of a tile `[rows, columns]`, -1 where a pair is not live."""
     column_flags = tl.load(flags + columns, mask=columns < n_blocks, other=0)
@@ -215,8 +248,11 @@ def _sort_keys(
         at = SCORES + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
         scores = tl.load(at, mask=live, other=0.0)
     else:
-        products = _products(query, KEY_MEANS, head, columns, n_blocks, D_PAD, PRECISION)
-        scores = (products - largest[:, None]) * scale
+        logits = _logits(
+            query, KEY_MEANS, BIAS, biased_from, scale, head, of_sample, rows, columns, n_blocks,
+            HAS_BIAS, D_PAD, PRECISION,
+        )  # fmt: skip
+        scores = _scores(logits, largest, scale, HAS_BIAS)
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 ranks as 0
     bits = scores.to(tl.int32, bitcast=True)
     ordered = tl.where(bits >= 0, bits.to(tl.int64) + 2147483648, (bits ^ -1).to(tl.int64))
@@ -248,10 +284,11 @@ def _narrow(prefix, wanted, HISTOGRAM):
 
 @triton.jit(do_not_specialize=SIZES)
 def digit_kernel(
-    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES, BUDGETS, PREFIXES, WANTED, HISTOGRAMS,
+    QUERY_MEANS, KEY_MEANS, FLAGS, BIAS, BIASED_FROM, ROW_LARGEST, SCORES, BUDGETS, PREFIXES,
+    WANTED, HISTOGRAMS,
     scale, n_blocks, heads, all_heads, half_diagonal, level, shift,
-    TIE_BITS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    TIE_BITS: tl.constexpr, STORED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one digit over the keys that share the digits above it.
 
@@ -274,12 +311,14 @@ def digit_kernel(
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
     query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     sizes = tl.zeros([_DIGITS], tl.int32)
     for start in range(0, tl.where(wanted > 0, n_blocks, 0), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
-            query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
-            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD, PRECISION,
+            query, largest, row_flags, KEY_MEANS, BIAS, biased_from, SCORES, flags, scale, head,
+            head % heads, rows, columns, n_blocks, half_diagonal, TIE_BITS, STORED, HAS_BIAS, D_PAD,
+            PRECISION,
         )  # fmt: skip
         counted = (key >= 0) & ((key >> shift >> _BITS) == prefix)
         digit = ((key >> shift) & (_DIGITS - 1)).to(tl.int32)
@@ -291,10 +330,11 @@ def digit_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def mark_kernel(
-    QUERY_MEANS, KEY_MEANS, FLAGS, ROW_LARGEST, SCORES, PREFIXES, WANTED, HISTOGRAMS, BLOCKS,
+    QUERY_MEANS, KEY_MEANS, FLAGS, BIAS, BIASED_FROM, ROW_LARGEST, SCORES, PREFIXES, WANTED,
+    HISTOGRAMS, BLOCKS,
     scale, n_blocks, heads, all_heads, half_diagonal, levels,
-    TIE_BITS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
+    TIE_BITS: tl.constexpr, STORED: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Write `[G, R, R]`: 1 where the key of a pair is at least the one that was found."""
     strips = tl.cdiv(n_blocks, ROWS)
@@ -307,11 +347,13 @@ def mark_kernel(
     row_flags = tl.load(flags + rows, mask=rows < n_blocks, other=0)
     query = _load_queries(QUERY_MEANS, head, rows, n_blocks, D_PAD, NEGATIVE)
     largest = tl.load(ROW_LARGEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+    biased_from = first_biased(BIASED_FROM, head // heads, HAS_BIAS)
     for start in range(0, n_blocks, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         key = _sort_keys(
-            query, largest, row_flags, KEY_MEANS, SCORES, flags, scale, head, rows, columns,
-            n_blocks, half_diagonal, TIE_BITS, STORED, D_PAD, PRECISION,
+            query, largest, row_flags, KEY_MEANS, BIAS, biased_from, SCORES, flags, scale, head,
+            head % heads, rows, columns, n_blocks, half_diagonal, TIE_BITS, STORED, HAS_BIAS, D_PAD,
+            PRECISION,
         )  # fmt: skip
         inside = (rows < n_blocks)[:, None] & (columns < n_blocks)[None, :]
         to = BLOCKS + (head * n_blocks + rows)[:, None] * n_blocks + columns[None, :]
@@ -336,6 +378,7 @@ def choose_by_radix(ranking: Ranking) -> Tensor:
         "all_heads": call.all_heads,
         "half_diagonal": diagonal // 2 if diagonal else -1,
         "TIE_BITS": tie_bits,
+        "HAS_BIAS": ranking.arguments["HAS_BIAS"] and not ranking.is_stored,
     }
     for level in range(levels):
         launching.launch(
