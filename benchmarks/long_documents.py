@@ -102,14 +102,14 @@ def build_documents(
     return documents
 
 
-def read_corpus(corpus: Path) -> list[tuple[str, str, str]]:
-    """Return package, title and text of every text of the corpus, in the order of the files."""
-    files = sorted(corpus.glob("*/*.jsonl"))
-    if not files:
+def read_corpus(corpus: Path, files: str = "*/*.jsonl") -> list[tuple[str, str, str]]:
+    """Return package, title and text of every text of the corpus, in the order of the `files`."""
+    found = sorted(corpus.glob(files))
+    if not found:
         raise OSError(f"{corpus} holds no corpus; write one with mra-hf build-corpus {corpus}.")
     return [
         (file.stem, row["title"], row["text"])
-        for file in files
+        for file in found
         for row in map(json.loads, file.read_text(encoding="utf-8").splitlines())
     ]
 

@@ -192,7 +192,9 @@ class Encoders:
         return model
 
 
-def summaries(queries: Sequence[dict], names: Sequence[str], limit: int) -> list[dict[str, Any]]:
+def summaries(
+    queries: Sequence[dict], names: Sequence[str], limit: int, draws: int = 10_000
+) -> list[dict[str, Any]]:
     """The rows of `COLUMNS`: each set, all queries and those of both sides of token `limit`.
 
     Documents count alike, and the bootstrap draws documents: queries of one are not independent.
@@ -213,10 +215,11 @@ def summaries(queries: Sequence[dict], names: Sequence[str], limit: int) -> list
                 first, reciprocal = _by_document(chosen, name)
                 row = {"set": set_name, "part": part, "system": name}
                 row |= {"documents": len(first), "queries": len(chosen)}
-                row |= _interval("recall_1", first, np.zeros(len(first)))
-                row |= _interval("mrr", reciprocal, np.zeros(len(first)))
-                if yardstick is not None:
-                    row |= _interval("mrr_difference", reciprocal, yardstick)
+                nothing = np.zeros(len(first))
+                row |= _interval("recall_1", first, nothing, draws)
+                row |= _interval("mrr", reciprocal, nothing, draws)
+                if yardstick is not None and name != YARDSTICK:
+                    row |= _interval("mrr_difference", reciprocal, yardstick, draws)
                 rows.append(row)
     return rows
 
@@ -230,8 +233,8 @@ def _by_document(queries: Sequence[dict], system: str) -> tuple[np.ndarray, np.n
     return np.array([(r == 1).mean() for r in of_each]), np.array([(1 / r).mean() for r in of_each])
 
 
-def _interval(name: str, first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    found = paired_bootstrap(first, second)
+def _interval(name: str, first: np.ndarray, second: np.ndarray, draws: int) -> dict[str, float]:
+    found = paired_bootstrap(first, second, draws=draws)
     ends = {"": found.difference, "_low": found.low, "_high": found.high}
     return {name + end: round(value, 4) for end, value in ends.items()}
 
@@ -260,8 +263,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [set_name, SYSTEMS[name].about, f"{float(row['recall_1']):.3f}"]
         cells.append(_with_interval(row, "mrr"))
         cells += [f"{float(side['mrr']):.3f}" if side else "" for side in sides]
-        with_difference = name != YARDSTICK and row.get("mrr_difference") not in (None, "")
-        cells.append(_with_interval(row, "mrr_difference", "+") if with_difference else "")
+        cells.append(_with_interval(row, "mrr_difference", "+") if row["mrr_difference"] else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -281,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--documents", type=int, default=100, help="of each of two sets")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents, queries")
+    parser.add_argument("--draws", type=int, default=10_000, help="of the bootstrap")
     parser.add_argument("--resume", action="store_true", help="keep the ranks that OUT has")
     parser.add_argument("--smoke", action="store_true", help="4 documents, three systems")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
@@ -329,10 +332,17 @@ def measure(args: argparse.Namespace) -> None:
             ):
                 row.update(zip(done, found, strict=True))
             write_text(ranks_file, csv_text((*QUERY_COLUMNS, *done), rows))
-            found = [about | row for row in summaries(rows, done, encoders.source_length - 1)]
-            write_text(args.out, csv_text((*CONDITIONS, *COLUMNS), found))
             print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+        _add_ranks(rows, finished)
+        summary = summaries(rows, names, encoders.source_length - 1, args.draws)
+    write_text(args.out, csv_text((*CONDITIONS, *COLUMNS), (about | row for row in summary)))
     print(table(read_rows(args.out)))
+
+
+def _add_ranks(rows: Sequence[dict[str, Any]], ranks_of: dict[str, list[int]]) -> None:
+    """Add the rank of each query with each system to its row."""
+    for index, row in enumerate(rows):
+        row.update({name: found[index] for name, found in ranks_of.items()})
 
 
 def _known_ranks(file: Path, rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
