@@ -7,6 +7,7 @@ use the source: cut the document at 512 tokens, or take the mean over chunks of 
 
 example:
   python benchmarks/retrieval.py --model all-MiniLM-L6-v2 --corpus corpus/english
+  python benchmarks/retrieval.py --draw docs/experiments/long_positions/retrieval.png
 """
 
 import argparse
@@ -31,6 +32,7 @@ from benchmarks.records import conditions, read_rows
 from mra_hf import convert_checkpoint, set_attention
 from mra_hf.loading import longest_input
 from mra_hf.results.comparison import paired_bootstrap
+from mra_hf.results.drawing import new_figure, save_figure
 from mra_hf.results.files import csv_text, write_text
 
 LONGEST = 4096
@@ -47,6 +49,8 @@ COLUMNS = (
     *("mrr_difference", "mrr_difference_low", "mrr_difference_high"),
 )
 
+#: How far below the mean of chunks 8 blocks may be.
+_TOLERATED = -0.03
 _BATCH_TOKENS = 4096
 _SMOKE_SYSTEMS = ("first_512", YARDSTICK, "mra2_8")
 
@@ -273,27 +277,65 @@ def _with_interval(row: dict[str, Any], name: str, sign: str = "") -> str:
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
+def draw(rows: Sequence[dict[str, str]], png: Path) -> None:
+    """Draw the difference of every system to the mean of chunks, a panel for each set."""
+    chosen = [row for row in rows if row["part"] == "all" and row["mrr_difference"]]
+    names = [name for name in SYSTEMS if any(row["system"] == name for row in chosen)]
+    figure = new_figure(11, 1.6 + 0.28 * len(names))
+    panels = figure.subplots(1, len(SETS) + 1, sharex=True, sharey=True)
+    for axes, set_name in zip(panels, (*SETS, "both"), strict=True):
+        for row in chosen:
+            if row["set"] == set_name:
+                place = names.index(row["system"])
+                ends = [float(row[f"mrr_difference_{end}"]) for end in ("low", "high")]
+                axes.plot(ends, [place, place], color="#1f5f99")
+                axes.plot(float(row["mrr_difference"]), place, "o", color="#1f5f99", markersize=5)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.axvline(_TOLERATED, color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="MRR minus mean of chunks", title=set_name)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), [SYSTEMS[name].about for name in names])
+    panels[0].invert_yaxis()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['model']}, 95 % intervals, dashed: {_TOLERATED}; {first['device']}, "
+        f"torch {first['torch']}; {first['date']}, {first['commit']}",
+        fontsize=9,
+    )
+    save_figure(figure, png)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Encode the documents with every system, write the ranks and their summary."""
+    """Rank with every system, write and print the results; or draw them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="directory of the source, a BERT")
-    parser.add_argument("--corpus", type=Path, required=True, help="of mra-hf build-corpus")
+    parser.add_argument("--model", help="directory of the source, a BERT")
+    parser.add_argument("--corpus", type=Path, help="of mra-hf build-corpus")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--documents", type=int, default=100, help="of each of two sets")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of documents, queries")
     parser.add_argument("--draws", type=int, default=10_000, help="of the bootstrap")
     parser.add_argument("--resume", action="store_true", help="keep the ranks that OUT has")
     parser.add_argument("--smoke", action="store_true", help="4 documents, three systems")
+    parser.add_argument("--draw", type=Path, metavar="PNG", help="draw the rows of OUT there")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.smoke:
         args.documents, args.systems = 4, list(_SMOKE_SYSTEMS)
     try:
-        measure(args)
+        if args.draw is None and (args.model is None or args.corpus is None):
+            raise ValueError("--model and --corpus are needed, or --draw.")
+        if args.draw is None:
+            measure(args)
+        rows = read_rows(args.out)
+        if args.draw is not None:
+            if not rows:
+                raise ValueError(f"{args.out} holds no rows to draw; measure them first.")
+            draw(rows, args.draw)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    print(table(rows))
     return 0
 
 
@@ -336,7 +378,6 @@ def measure(args: argparse.Namespace) -> None:
         _add_ranks(rows, finished)
         summary = summaries(rows, names, encoders.source_length - 1, args.draws)
     write_text(args.out, csv_text((*CONDITIONS, *COLUMNS), (about | row for row in summary)))
-    print(table(read_rows(args.out)))
 
 
 def _add_ranks(rows: Sequence[dict[str, Any]], ranks_of: dict[str, list[int]]) -> None:

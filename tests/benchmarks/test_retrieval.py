@@ -125,6 +125,9 @@ def test_a_run_can_be_continued_with_other_systems(corpus, tmp_path, capsys):
     assert [row["chunks"] for row in after] == [row["chunks"] for row in before]
     assert "converted, exact attention" in capsys.readouterr().out
 
+    png = tmp_path / "retrieval.png"
+    assert retrieval.main(["--out", str(out), "--draw", str(png)]) == 0
+    assert png.stat().st_size > 10_000
     with pytest.raises(SystemExit):
         retrieval.main([*arguments, "dense", "--resume", "--seed", "1"])
     assert "other queries" in capsys.readouterr().err
