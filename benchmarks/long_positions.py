@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's package named `cuda`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,7 +31,8 @@ if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's pack
 from benchmarks import ROOT
 from benchmarks.long_documents import read_corpus
 from benchmarks.records import Records, conditions, read_rows
-from mra_hf import MraConfig, convert_checkpoint, set_attention
+from mra_hf import MraConfig, convert_checkpoint
+from mra_hf.configuration import AttentionSettings
 from mra_hf.english import english_checkpoint
 from mra_hf.evaluation import masked_token_scores
 from mra_hf.loading import longest_input
@@ -40,7 +42,7 @@ LONGEST = 4096
 MODELS = ("english", "minilm")
 OUT = ROOT / "benchmarks" / "results" / "long_positions.csv"
 CONDITIONS = ("date", "commit", "device", "torch", "transformers")
-KEYS = ("model", "attention", "window", "far", "block_per_row", "diagonal")
+KEYS = ("model", "attention", "window", "far", "block_per_row", "diagonal", "first")
 COLUMNS = (*CONDITIONS, *KEYS, "tokens", "texts", "nll", "accuracy", "cosine", "cosine_worst_text")
 #: Of both sweeps, in blocks of 32 tokens and in logits.
 WINDOWS, FARS = (8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
@@ -63,6 +65,8 @@ class Setting:
         far: the bias beyond the window.
         block_per_row: budget of "mra2".
         diagonal: its `initial_prior_diagonal_n_blocks`.
+        first: `initial_prior_first_n_blocks`; the pairs of these blocks have no bias, with exact
+            attention too.
     """
 
     attention: str = "sdpa"
@@ -70,21 +74,27 @@ class Setting:
     far: float | None = FAR
     block_per_row: int | None = None
     diagonal: int | None = None
+    first: int | None = 0
 
 
 NO_BIAS = {"window": None, "far": None}
+CHUNKS = Setting("chunks", first=None, **NO_BIAS)
 
 
 def settings() -> list[Setting]:
     """Return what is measured, the cheap settings first."""
-    found = [Setting("chunks", **NO_BIAS)]
+    found = [CHUNKS]
     for budget in BUDGETS:
         mra = {"attention": "mra2", "block_per_row": budget}
         found += [Setting(window=window, diagonal=0, **mra) for window in MRA_WINDOWS]
-        found += [Setting(diagonal=3, **mra), Setting(diagonal=0, **mra, **NO_BIAS)]
+        found += [
+            Setting(diagonal=diagonal, first=first, **mra)
+            for diagonal, first in ((3, 0), (0, 1), (3, 1))
+        ]
+        found.append(Setting(diagonal=0, **mra, **NO_BIAS))
     found += [Setting(window=window) for window in WINDOWS]
     found += [Setting(far=far) for far in FARS if far != FAR]
-    return [*found, Setting(**NO_BIAS)]
+    return [*found, Setting(first=1), Setting(**NO_BIAS)]
 
 
 class Converted:
@@ -105,12 +115,20 @@ class Converted:
         config.distance_bias_window = setting.window
         if setting.far is not None:
             config.distance_bias_far = setting.far
-        model = self.auto_class.from_pretrained(self.folder, config=config, dtype=torch.float32)
-        if setting.attention == "mra2":
-            prior = {"initial_prior_diagonal_n_blocks": setting.diagonal}
-            set_attention(model, "mra2", block_per_row=setting.block_per_row, **prior)
-        else:
-            model.set_attn_implementation(setting.attention)
+        given = {
+            "block_per_row": setting.block_per_row,
+            "initial_prior_diagonal_n_blocks": setting.diagonal,
+            "initial_prior_first_n_blocks": setting.first,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        AttentionSettings.of(config).replace(**changes).write_to(config)
+        options = {"config": config, "attn_implementation": setting.attention}
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the weights of the bias are missing on purpose
+        try:
+            model = self.auto_class.from_pretrained(self.folder, dtype=torch.float32, **options)
+        finally:
+            logging.set_verbosity(verbosity)
         return model.eval()
 
 
@@ -217,7 +235,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def _chosen(args: argparse.Namespace) -> list[Setting]:
     default = Setting("mra2", block_per_row=8, diagonal=0)
-    return [Setting("chunks", **NO_BIAS), default] if args.smoke else settings()
+    return [CHUNKS, default] if args.smoke else settings()
 
 
 def _measurement(
@@ -274,6 +292,7 @@ def _lines(rows: Sequence[dict[str, str]], kind: str, value: str) -> Iterator[tu
             for row in rows
             if (row["attention"], row["block_per_row"], row[fixed]) == (attention, budget, at)
             and row["diagonal"] in ("", "0")
+            and row["first"] == "0"
         )
         if len(points) > 1:
             name = f"MRA-2, {budget} blocks per row" if budget else "exact attention"
@@ -290,9 +309,11 @@ def table(rows: Sequence[dict[str, str]]) -> str:
     for row in rows:
         key = tuple(row[name] for name in KEYS[1:])
         of_setting.setdefault(key, {})[row["model"]] = row
-    for (attention, window, far, budget, diagonal), of_model in of_setting.items():
+    for (attention, window, far, budget, diagonal, first), of_model in of_setting.items():
         name = {"chunks": "source, chunks of 512", "sdpa": "exact"}.get(attention)
-        name = name or f"MRA-2, {budget} blocks" + f", diagonal {diagonal}" * (diagonal != "0")
+        name = name or f"MRA-2, {budget} blocks"
+        name += f", diagonal {diagonal}" * (diagonal not in ("", "0"))
+        name += ", first block" * (first == "1")
         english, minilm = (of_model.get(model, {}) for model in MODELS)
         scores = (english.get("nll"), english.get("accuracy"), minilm.get("cosine"))
         digits = [f"{float(score):.3f}" if score else "" for score in scores]

@@ -29,7 +29,8 @@ if __name__ == "__main__":  # the folder of this file would shadow NVIDIA's pack
 from benchmarks import ROOT
 from benchmarks.long_documents import SETS, Document, build_documents
 from benchmarks.records import conditions, read_rows
-from mra_hf import convert_checkpoint, set_attention
+from mra_hf import MraConfig, convert_checkpoint
+from mra_hf.configuration import AttentionSettings
 from mra_hf.loading import longest_input
 from mra_hf.results.comparison import paired_bootstrap
 from mra_hf.results.drawing import new_figure, save_figure
@@ -80,6 +81,7 @@ def _mra2(blocks: int, about: str = "", **settings: Any) -> System:
 
 
 _DIAGONAL = {"initial_prior_diagonal_n_blocks": 3}
+_FIRST = {"initial_prior_first_n_blocks": 1}
 SYSTEMS = {
     "first_512": System("source, first 512 tokens", source="first"),
     YARDSTICK: System("source, mean of chunks of 512", source="chunks"),
@@ -89,8 +91,12 @@ SYSTEMS = {
     "mra2_8_diagonal3": _mra2(8, ", diagonal 3", **_DIAGONAL),
     "mra2_16_diagonal3": _mra2(16, ", diagonal 3", **_DIAGONAL),
     "mra2_8_refined": _mra2(8, ", refined", selection="refined"),
-    "mra2_8_first1": _mra2(8, ", first block", initial_prior_first_n_blocks=1),
+    "mra2_8_first1": _mra2(8, ", first block", **_FIRST),
+    "mra2_16_first1": _mra2(16, ", first block", **_FIRST),
+    "mra2_8_first1_refined": _mra2(8, ", first block, refined", **_FIRST, selection="refined"),
+    "mra2_8_first1_diagonal3": _mra2(8, ", first block, diagonal 3", **_FIRST, **_DIAGONAL),
     "dense": System("converted, exact attention", attention="sdpa"),
+    "dense_first1": System("converted, exact attention, first block", None, True, "sdpa", _FIRST),
 }
 
 
@@ -189,11 +195,10 @@ class Encoders:
         if not folder.exists():
             options = {} if system.bias else {"distance_bias": False}
             convert_checkpoint(self.source, folder, max_length=LONGEST, **options)
-        implementation = {"attn_implementation": system.attention}
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, **implementation).eval()
-        if system.settings:
-            set_attention(model, system.attention, **system.settings)
-        return model
+        config = MraConfig.from_pretrained(folder)
+        AttentionSettings.of(config).replace(**system.settings).write_to(config)
+        options = {"config": config, "attn_implementation": system.attention}
+        return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def summaries(
