@@ -427,12 +427,15 @@ class Head(NamedTuple):
         pipeline_tag: its task on the hub, None if the hub has none.
         weights: the weight names that show that a checkpoint has this head; the first row of
             `HEADS` that matches counts.
+        reads_first_token: whether its answer, or what is made of the states, hangs on the first
+            token, which then has to see all of a long text.
     """
 
     model_class: type[PreTrainedModel]
     auto_classes: tuple[type, ...]
     pipeline_tag: str | None
     weights: tuple[str, ...]
+    reads_first_token: bool = False
 
     @property
     def class_name(self) -> str:
@@ -456,18 +459,18 @@ HEADS = (
     ),
     Head(
         MraForSequenceClassification, (AutoModelForSequenceClassification,),
-        "text-classification", ("classifier.dense.weight",),
+        "text-classification", ("classifier.dense.weight",), reads_first_token=True,
     ),
     Head(
         MraForMultipleChoice, (AutoModelForMultipleChoice,),
-        None, ("classifier.weight", "roberta.pooler.dense.weight"),
+        None, ("classifier.weight", "roberta.pooler.dense.weight"), reads_first_token=True,
     ),
     Head(
         MraForTokenClassification, (AutoModelForTokenClassification,),
         "token-classification", ("classifier.weight",),
     ),
     Head(MraForCandidateChoice, (), None, ("scorer.weight",)),
-    Head(MraModel, (AutoModel,), "feature-extraction", ()),
+    Head(MraModel, (AutoModel,), "feature-extraction", (), reads_first_token=True),
 )  # fmt: skip
 
 #: The module that saved directories point to, for `trust_remote_code=True`.

@@ -131,3 +131,26 @@ def test_a_source_in_half_precision_stays_so(tmp_path):
     source = make_source(tmp_path / "source", max_position_embeddings=146)
     source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
     assert convert(tmp_path / "source", tmp_path / "out").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("head", "first"),
+    [
+        *(("Model", 1), ("ForSequenceClassification", 1), ("ForMultipleChoice", 1)),
+        *(("ForMaskedLM", 0), ("ForTokenClassification", 0), ("ForQuestionAnswering", 0)),
+    ],
+)
+def test_the_first_block_is_global_for_heads_that_read_it(head, first, tmp_path):
+    make_source(tmp_path / "source", "roberta", head, max_position_embeddings=146)
+
+    def blocks(name, **arguments):
+        report = convert(tmp_path / "source", tmp_path / name, **arguments)
+        assert any("global" in note for note in report.notes) == (
+            report.settings["initial_prior_first_n_blocks"] == 1 and not arguments
+        )
+        return open_result(tmp_path / name).config.initial_prior_first_n_blocks
+
+    assert blocks("default") == first
+    assert blocks("two", block_per_row=2) == 0  # no room for it
+    assert blocks("asked", initial_prior_first_n_blocks=0) == 0
+    assert blocks("plain", distance_bias=False) == 0

@@ -42,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for mra its own)',
     )
     priors = {
-        "first": "first block rows and columns that are always exact",
+        "first": "first block rows and columns that are always exact, and global: no distance bias "
+        "hides them or what they see",
         "diagonal": "diagonal band in blocks that is always exact; 3 lowers the masked-token loss "
         "where a distance bias hides far text",
     }
     for kind, meaning in priors.items():
         dest = f"initial_prior_{kind}_n_blocks"
-        text = f"{meaning} (default: 0; {source_default})"
+        default = "0, or 1 for heads that read the first token, with --distance-bias"
+        default = default if kind == "first" else "0"
+        text = f"{meaning} (default: {default}; {source_default})"
         parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
     parser.add_argument(
         "--distance-bias",

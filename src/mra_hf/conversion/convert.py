@@ -82,14 +82,13 @@ def convert_checkpoint(
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
-            as in `MraConfig`. None: 8, "full", 0, 0; for a source of type mra or mra_hf its own.
-        distance_bias: whether every layer and head gets a trainable bias on the distance of blocks:
-            0 up to a window in which no two tokens share a row of the position table, `far_bias`
-            beyond. None: where `max_length` exceeds the positions of the source. The bias of a
-            source that has one is kept.
+            as in `MraConfig`. None: 8, "full", 0 (1 with a new bias if the head reads the first
+            token), 0; for a source of type mra or mra_hf its own.
+        distance_bias: whether every head gets a trainable bias on the distance of blocks: 0 up to a
+            window in which no two tokens share a position, `far_bias` beyond. None: where
+            `max_length` exceeds the positions of the source. A source's own bias is kept.
         far_bias: None: -8, which closes pairs beyond the window until training opens them.
-        text: a UTF-8 text file, or texts, on which the masked-token scores of source and result are
-            taken (at most 32768 tokens, or one chunk).
+        text: a UTF-8 text file, or texts, to score masked tokens of source and result on.
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
         dtype: "float32", "bfloat16", "float16" or the torch dtype; None: as the source.
         force: replace a directory `output_dir` that is not empty.
@@ -122,6 +121,7 @@ def convert_checkpoint(
     say(f"reading the weights of {checkpoint.label}")
     weights = read_source_weights(checkpoint)
     head = find_head(checkpoint, weights, notes)
+    _open_first_block(config, head, checkpoint, changes, notes)
     if texts is not None:
         _check_scorable(checkpoint, head, saved_tokenizer)
     say(f"building {head.class_name} for {max_length} tokens")
@@ -286,6 +286,25 @@ def _result_settings(
         )
         settings = settings.replace(block_budget=None)
     return settings.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _open_first_block(
+    config: MraConfig, head: Head, source: Source, changes: dict[str, Any], notes: list[str]
+) -> None:
+    """Make the first block global under a new bias, for heads that read its first token, unless
+    something else was asked for or the budget has no room for it.
+    """
+    asked = changes["initial_prior_first_n_blocks"] is not None
+    is_new = config.distance_bias_window is not None and source.type.attention is None
+    diagonal = config.initial_prior_diagonal_n_blocks
+    needed = 3 + (2 * (diagonal // 2) + 1 if diagonal else 0)
+    if asked or not is_new or not head.reads_first_token or config.block_per_row < needed:
+        return
+    config.initial_prior_first_n_blocks = 1
+    notes.append(
+        "The first block is global (initial_prior_first_n_blocks 1): this head reads the first "
+        "token, which text beyond the window of the distance bias could not reach otherwise."
+    )
 
 
 def _build_result(
