@@ -249,7 +249,8 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
 
 def _is_biased(launch: Launch) -> bool:
     """Whether a kernel adds a distance bias, or is launched for its sake only."""
-    return dict(launch.constants).get("HAS_BIAS", launch.kernel == "biased_from_kernel")
+    for_its_sake = launch.kernel in ("biased_from_kernel", "bias_gradient_kernel")
+    return dict(launch.constants).get("HAS_BIAS", for_its_sake)
 
 
 def _query_blocks(launch: Launch) -> int:
