@@ -1,1 +1,1 @@
-from mra_hf import MraConfig, MraForMaskedLM, MraForMultipleChoice, MraForQuestionAnswering, MraForSequenceClassification, MraForTokenClassification, MraModel
+from mra_hf import MraConfig, MraForCandidateChoice, MraForMaskedLM, MraForMultipleChoice, MraForQuestionAnswering, MraForSequenceClassification, MraForTokenClassification, MraModel
