@@ -285,14 +285,16 @@ def test_no_mask_of_n_by_n_is_built():
     assert dense.elements >= length * length  # the measure does see such a mask
 
 
-def test_the_fast_path_holds_no_n_by_n_buffer():
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_fast_path_holds_no_n_by_n_buffer(biased):
     length = 4096
     q, k, v, grad = (torch.randn(1, 1, length, 16) for _ in range(4))
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, -100:] = False
     blocks = torch.rand(1, 1, 128, 128) < 8 / 128
     settings = {"scale": 0.25, "sparse": False, "block_size": 32}
-    settings |= {"summaries": None, "largest_budget": None}
+    settings |= {"summaries": None, "largest_budget": None, "initial_prior_first_n_blocks": 0}
+    settings["distance_bias"] = torch.zeros(1, 128) if biased else None
     with LargestTensor() as largest:
         output, lse = torch_impl.forward(q, k, v, mask, blocks, **settings)
         torch_impl.backward(grad, q, k, v, output, lse, mask, blocks, **settings)
