@@ -181,8 +181,9 @@ def hidden_states(model, ids):
 @pytest.mark.slow
 def test_english_encoder_at_full_budget_equals_the_source(folders):
     folder, output, report = folders("minilm")
-    assert report.counts()["new"] == 0
-    ids = english_ids(AutoTokenizer.from_pretrained(output)).view(-1, 512)[:2]
+    assert report.counts()["new"] == 6  # distance biases
+    # What the bias leaves open: 15 blocks.
+    ids = english_ids(AutoTokenizer.from_pretrained(output)).view(-1, 512)[:2, :480]
     source = AutoModel.from_pretrained(folder).eval()
     result = with_budget(AutoModel.from_pretrained(output).eval(), 16)
     expected, got = hidden_states(source, ids), hidden_states(result, ids)
