@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -46,12 +47,14 @@ KEYS = ("model", "attention", "window", "far", "block_per_row", "diagonal", "fir
 COLUMNS = (*CONDITIONS, *KEYS, "tokens", "texts", "nll", "accuracy", "cosine", "cosine_worst_text")
 #: Of both sweeps, in blocks of 32 tokens and in logits.
 WINDOWS, FARS = (8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
-MRA_WINDOWS, BUDGETS = (12, 14, 15), (8, 16)
+MRA_WINDOWS, BUDGETS = (8, 12, 14, 15), (8, 16)
 #: Where the conversion starts the bias for 512 positions.
 WINDOW, FAR = 14, -8.0
 
 #: Tokens between the windows that MiniLM's states are compared with.
 _STRIDE = 256
+#: The picture ends so many nats above the yardstick.
+_SHOWN_NATS = 0.4
 _COLOURS = {"sdpa": "#1f5f99", "8": "#d95f02", "16": "#7570b3"}
 
 
@@ -259,7 +262,10 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
         "minilm": ("cosine", "cosine to windows"),
     }
     titles = {"english": "English model: lower is better", "minilm": "MiniLM: higher is better"}
-    for kind, label in (("window", "window, blocks of 32 tokens"), ("far", "bias beyond it")):
+    for kind, label in (
+        ("window", "window, blocks of 32 tokens"),
+        ("far", "bias beyond the window"),
+    ):
         figure = new_figure(10, 4)
         for axes, (model, (value, about)) in zip(
             figure.subplots(1, 2), panels.items(), strict=True
@@ -272,6 +278,8 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
                     style = {"color": "black", "linestyle": "--"}
                     axes.axhline(float(row[value]), label="source, chunks of 512", **style)
             axes.set(xlabel=label, ylabel=about, title=titles[model])
+            if model == "english":
+                _cut_off(axes, [float(row[value]) for row in mine if row["attention"] == "chunks"])
             axes.grid(alpha=0.3)
             axes.legend(frameon=False, fontsize=8)
         first = rows[0]
@@ -281,6 +289,19 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
             fontsize=9,
         )
         save_figure(figure, folder / f"{'windows' if kind == 'window' else 'far'}.png")
+
+
+def _cut_off(axes: Axes, yardstick: Sequence[float]) -> None:
+    """Leave out what is far above the yardstick, and write the values there."""
+    top = max(yardstick, default=float("inf")) + _SHOWN_NATS
+    if axes.get_ylim()[1] <= top:
+        return
+    points = [point for line in axes.get_lines() for point in zip(*line.get_data(), strict=True)]
+    for x, y in points:
+        if y > top:
+            place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{y:.2f}", (x, top), **place)
+    axes.set_ylim(min(y for _, y in points) - _SHOWN_NATS / 10, top)
 
 
 def _lines(rows: Sequence[dict[str, str]], kind: str, value: str) -> Iterator[tuple]:
