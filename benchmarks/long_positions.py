@@ -46,8 +46,8 @@ CONDITIONS = ("date", "commit", "device", "torch", "transformers")
 KEYS = ("model", "attention", "window", "far", "block_per_row", "diagonal", "first")
 COLUMNS = (*CONDITIONS, *KEYS, "tokens", "texts", "nll", "accuracy", "cosine", "cosine_worst_text")
 #: Of both sweeps, in blocks of 32 tokens and in logits.
-WINDOWS, FARS = (8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
-MRA_WINDOWS, BUDGETS = (8, 12, 14, 15), (8, 16)
+WINDOWS, FARS = (4, 8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
+MRA_WINDOWS, BUDGETS = (4, 6, 8, 10, 12, 14, 15), (8, 16)
 #: Where the conversion starts the bias for 512 positions.
 WINDOW, FAR = 14, -8.0
 
