@@ -50,6 +50,8 @@ WINDOWS, FARS = (4, 8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
 MRA_WINDOWS, BUDGETS = (4, 6, 8, 10, 12, 14, 15), (8, 16)
 #: Where the conversion starts the bias for 512 positions.
 WINDOW, FAR = 14, -8.0
+#: A window with which each token sees about 512 tokens, as in the source.
+HALF = 8
 
 #: Tokens between the windows that MiniLM's states are compared with.
 _STRIDE = 256
@@ -94,6 +96,7 @@ def settings() -> list[Setting]:
             Setting(diagonal=diagonal, first=first, **mra)
             for diagonal, first in ((3, 0), (0, 1), (3, 1))
         ]
+        found.append(Setting(window=HALF, diagonal=3, **mra))
         found.append(Setting(diagonal=0, **mra, **NO_BIAS))
     found += [Setting(window=window) for window in WINDOWS]
     found += [Setting(far=far) for far in FARS if far != FAR]
@@ -321,7 +324,8 @@ def _lines(rows: Sequence[dict[str, str]], kind: str, value: str) -> Iterator[tu
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of both models as a Markdown table."""
+    """Rows of both models as a Markdown table, by budget, priors and window."""
+    rows = sorted(rows, key=_place_in_table)
     lines = [
         "| attention | window | bias beyond | nats, English | accuracy | cosine, MiniLM |",
         "|---|---|---|---|---|---|",
@@ -341,6 +345,13 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         biased = [window or "none", f"{float(far):g}" if far else ""]
         lines.append(f"| {' | '.join([name, *biased, *digits])} |")
     return "\n".join(lines)
+
+
+def _place_in_table(row: dict[str, str]) -> tuple:
+    names = ("block_per_row", "diagonal", "first")
+    kind = ("chunks", "mra2", "sdpa").index(row["attention"])
+    priors = [int(row[name] or 0) for name in names]
+    return (kind, *priors, -float(row["far"] or 0), float(row["window"] or "inf"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
