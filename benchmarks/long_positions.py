@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -45,13 +46,17 @@ CONDITIONS = ("date", "commit", "device", "torch", "transformers")
 KEYS = ("model", "attention", "window", "far", "block_per_row", "diagonal", "first")
 COLUMNS = (*CONDITIONS, *KEYS, "tokens", "texts", "nll", "accuracy", "cosine", "cosine_worst_text")
 #: Of both sweeps, in blocks of 32 tokens and in logits.
-WINDOWS, FARS = (8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
-MRA_WINDOWS, BUDGETS = (12, 14, 15), (8, 16)
+WINDOWS, FARS = (4, 8, 12, 13, 14, 15, 16), (-4.0, -6.0, -8.0, -12.0, -16.0)
+MRA_WINDOWS, BUDGETS = (4, 6, 8, 10, 12, 14, 15), (8, 16)
 #: Where the conversion starts the bias for 512 positions.
 WINDOW, FAR = 14, -8.0
+#: A window with which each token sees about 512 tokens, as in the source.
+HALF = 8
 
 #: Tokens between the windows that MiniLM's states are compared with.
 _STRIDE = 256
+#: The picture ends so many nats above the yardstick.
+_SHOWN_NATS = 0.4
 _COLOURS = {"sdpa": "#1f5f99", "8": "#d95f02", "16": "#7570b3"}
 
 
@@ -91,6 +96,7 @@ def settings() -> list[Setting]:
             Setting(diagonal=diagonal, first=first, **mra)
             for diagonal, first in ((3, 0), (0, 1), (3, 1))
         ]
+        found.append(Setting(window=HALF, diagonal=3, **mra))
         found.append(Setting(diagonal=0, **mra, **NO_BIAS))
     found += [Setting(window=window) for window in WINDOWS]
     found += [Setting(far=far) for far in FARS if far != FAR]
@@ -259,7 +265,10 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
         "minilm": ("cosine", "cosine to windows"),
     }
     titles = {"english": "English model: lower is better", "minilm": "MiniLM: higher is better"}
-    for kind, label in (("window", "window, blocks of 32 tokens"), ("far", "bias beyond it")):
+    for kind, label in (
+        ("window", "window, blocks of 32 tokens"),
+        ("far", "bias beyond the window"),
+    ):
         figure = new_figure(10, 4)
         for axes, (model, (value, about)) in zip(
             figure.subplots(1, 2), panels.items(), strict=True
@@ -272,6 +281,8 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
                     style = {"color": "black", "linestyle": "--"}
                     axes.axhline(float(row[value]), label="source, chunks of 512", **style)
             axes.set(xlabel=label, ylabel=about, title=titles[model])
+            if model == "english":
+                _cut_off(axes, [float(row[value]) for row in mine if row["attention"] == "chunks"])
             axes.grid(alpha=0.3)
             axes.legend(frameon=False, fontsize=8)
         first = rows[0]
@@ -281,6 +292,19 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
             fontsize=9,
         )
         save_figure(figure, folder / f"{'windows' if kind == 'window' else 'far'}.png")
+
+
+def _cut_off(axes: Axes, yardstick: Sequence[float]) -> None:
+    """Leave out what is far above the yardstick, and write the values there."""
+    top = max(yardstick, default=float("inf")) + _SHOWN_NATS
+    if axes.get_ylim()[1] <= top:
+        return
+    points = [point for line in axes.get_lines() for point in zip(*line.get_data(), strict=True)]
+    for x, y in points:
+        if y > top:
+            place = {"xytext": (0, -12), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{y:.2f}", (x, top), **place)
+    axes.set_ylim(min(y for _, y in points) - _SHOWN_NATS / 10, top)
 
 
 def _lines(rows: Sequence[dict[str, str]], kind: str, value: str) -> Iterator[tuple]:
@@ -300,7 +324,8 @@ def _lines(rows: Sequence[dict[str, str]], kind: str, value: str) -> Iterator[tu
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Rows of both models as a Markdown table."""
+    """Rows of both models as a Markdown table, by budget, priors and window."""
+    rows = sorted(rows, key=_place_in_table)
     lines = [
         "| attention | window | bias beyond | nats, English | accuracy | cosine, MiniLM |",
         "|---|---|---|---|---|---|",
@@ -320,6 +345,13 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         biased = [window or "none", f"{float(far):g}" if far else ""]
         lines.append(f"| {' | '.join([name, *biased, *digits])} |")
     return "\n".join(lines)
+
+
+def _place_in_table(row: dict[str, str]) -> tuple:
+    names = ("block_per_row", "diagonal", "first")
+    kind = ("chunks", "mra2", "sdpa").index(row["attention"])
+    priors = [int(row[name] or 0) for name in names]
+    return (kind, *priors, -float(row["far"] or 0), float(row["window"] or "inf"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

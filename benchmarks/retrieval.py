@@ -66,6 +66,7 @@ class System:
         bias: whether the converted model has its distance bias.
         attention: "mra2" or "sdpa", dense attention with the bias.
         settings: of the attention, where they differ from the default of the conversion.
+        window: of the distance bias in blocks; None: the default of the conversion.
     """
 
     about: str
@@ -73,11 +74,12 @@ class System:
     bias: bool = True
     attention: str = "mra2"
     settings: dict[str, Any] = field(default_factory=dict)
+    window: int | None = None
 
 
-def _mra2(blocks: int, about: str = "", **settings: Any) -> System:
+def _mra2(blocks: int, about: str = "", window: int | None = None, **settings: Any) -> System:
     settings = {"block_per_row": blocks} | settings
-    return System(f"converted, {blocks} blocks{about}", settings=settings)
+    return System(f"converted, {blocks} blocks{about}", settings=settings, window=window)
 
 
 _DIAGONAL = {"initial_prior_diagonal_n_blocks": 3}
@@ -96,7 +98,8 @@ SYSTEMS = {
     "mra2_8_first1_refined": _mra2(8, ", first block, refined", **_FIRST, selection="refined"),
     "mra2_8_first1_diagonal3": _mra2(8, ", first block, diagonal 3", **_FIRST, **_DIAGONAL),
     "dense": System("converted, exact attention", attention="sdpa"),
-    "dense_first1": System("converted, exact attention, first block", None, True, "sdpa", _FIRST),
+    "mra2_8_window8": _mra2(8, ", window 8", window=8),
+    "mra2_16_window8": _mra2(16, ", window 8", window=8),
 }
 
 
@@ -191,11 +194,14 @@ class Encoders:
 
     def converted(self, system: System) -> PreTrainedModel:
         """The converted model of a system."""
-        folder = self.folder / ("bias" if system.bias else "no_bias")
+        is_default = system.bias and system.window is None
+        folder = self.folder / ("default" if is_default else "no_bias")
         if not folder.exists():
-            options = {} if system.bias else {"distance_bias": False}
+            options = {} if is_default else {"distance_bias": False}
             convert_checkpoint(self.source, folder, max_length=LONGEST, **options)
         config = MraConfig.from_pretrained(folder)
+        if system.window is not None:
+            config.distance_bias_window = system.window  # of a bias that is made with the model
         AttentionSettings.of(config).replace(**system.settings).write_to(config)
         options = {"config": config, "attn_implementation": system.attention}
         return AutoModel.from_pretrained(folder, dtype=torch.float32, **options).eval()
