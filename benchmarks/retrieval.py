@@ -78,7 +78,7 @@ class System:
 
 
 def _mra2(blocks: int, about: str = "", window: int | None = None, **settings: Any) -> System:
-    settings = {"block_per_row": blocks} | settings
+    settings = {"block_per_row": blocks, "initial_prior_first_n_blocks": 0} | settings
     return System(f"converted, {blocks} blocks{about}", settings=settings, window=window)
 
 
