@@ -97,7 +97,11 @@ SYSTEMS = {
     "mra2_16_first1": _mra2(16, ", first block", **_FIRST),
     "mra2_8_first1_refined": _mra2(8, ", first block, refined", **_FIRST, selection="refined"),
     "mra2_8_first1_diagonal3": _mra2(8, ", first block, diagonal 3", **_FIRST, **_DIAGONAL),
-    "dense": System("converted, exact attention", attention="sdpa"),
+    "dense": System(
+        "converted, exact attention",
+        attention="sdpa",
+        settings={"initial_prior_first_n_blocks": 0},
+    ),
     "mra2_8_window8": _mra2(8, ", window 8", window=8),
     "mra2_16_window8": _mra2(16, ", window 8", window=8),
 }
