@@ -20,6 +20,7 @@ from mra_attention.checks import (
     SELECTION_RULES,
     check_choice,
     check_int,
+    check_int_if_given,
     check_scales,
 )
 
@@ -195,8 +196,7 @@ class AttentionSettings:
         else:
             check_int("block_per_row", self.block_per_row, 1)
         check_int("block_size", self.block_size, 1)
-        if self.block_budget is not None:
-            check_int("block_budget", self.block_budget, 1)
+        check_int_if_given("block_budget", self.block_budget, 1)
         first, diagonal = self.initial_prior_first_n_blocks, self.initial_prior_diagonal_n_blocks
         needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
         if min(self.layer_budgets) < needed:
@@ -310,8 +310,7 @@ class MraConfig(RobertaConfig):
         block_budget: exact blocks per head, in place of `block_per_row` (default None: not used).
         approx_mode: "full" (MRA-2, default) or "sparse" (MRA-2-s: blocks in high resolution only).
         initial_prior_first_n_blocks: first block rows and columns, always exact (default 0).
-        initial_prior_diagonal_n_blocks: width in blocks of the always exact diagonal band (default
-            0).
+        initial_prior_diagonal_n_blocks: blocks of the always exact diagonal band (default 0).
         block_size: tokens per block (default 32).
         selection: the rule that ranks blocks, a name in `mra_attention.selection.RULES` (default
             "row_normalized").
@@ -321,7 +320,8 @@ class MraConfig(RobertaConfig):
         block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
             last (default None).
         distance_bias_window: every head learns a bias for each distance of up to so many blocks,
-            from 0, and for ranges beyond, from distance_bias_far, -8 (default None: no bias).
+            from 0, and for ranges beyond, from `distance_bias_far` (default None: no bias).
+        distance_bias_far: where the bias starts beyond the window (default -8: closed).
         embedding_size: width of the embeddings when it differs from `hidden_size`; a projection
             follows their sum (the papers' small models). None: `hidden_size`.
         sparse_prediction: masked-LM training computes logits at labelled positions only.
@@ -385,7 +385,7 @@ class MraConfig(RobertaConfig):
                 f"hidden_size must be a multiple of num_attention_heads, "
                 f"got {self.hidden_size} and {self.num_attention_heads}."
             )
-        check_int("embedding_size", 1 if self.embedding_size is None else self.embedding_size, 1)
+        check_int_if_given("embedding_size", self.embedding_size, 1)
         if not isinstance(self.sparse_prediction, bool):
             given = self.sparse_prediction
             raise ValueError(f"sparse_prediction must be True or False, got {given!r}.")
@@ -401,7 +401,7 @@ class MraConfig(RobertaConfig):
         far, window, scales = self.distance_bias_far, self.distance_bias_window, self.resolutions
         if isinstance(far, bool) or not isinstance(far, (int, float)) or not math.isfinite(far):
             raise ValueError(f"distance_bias_far must be a finite number, got {far!r}.")
-        check_int("distance_bias_window", 0 if window is None else window, 0)
+        check_int_if_given("distance_bias_window", window, 0)
         if window is not None and scales is not None:
             raise ValueError(
                 f"distance_bias_window={window} is for the scales (block_size, 1), got "

@@ -15,6 +15,7 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 from mra_attention.blocks import bias_of_pairs, count_blocks
 from mra_attention.reference import upsample
+from mra_hf.attention import ATTENTION_NAMES
 from mra_hf.configuration import AttentionSettings, MraConfig
 
 #: The bias is so many times the weight. Adam moves a weight by about the learning rate in a step:
@@ -45,7 +46,8 @@ class DistanceBias(nn.Module):
     """The bias of one layer.
 
     `weight` is `[heads, buckets]`; `BIAS_PER_WEIGHT` times it is added to the logits. Buckets are
-    those of `bucket_widths`, up to the longest sequence of the model.
+    those of `bucket_widths`, up to the longest sequence of the model. A module, not a parameter of
+    the attention, because PEFT's `modules_to_save` names modules.
     """
 
     def __init__(self, config: MraConfig):
@@ -101,7 +103,7 @@ class MraSelfAttention(RobertaSelfAttention):
         name = self.config._attn_implementation
         if name in _TAKES_ADDITIVE_MASK:
             attention_mask = self._with_bias(hidden_states, attention_mask)
-        elif name not in ("mra2", "mra2_s"):
+        elif name not in ATTENTION_NAMES:
             raise ValueError(
                 f"attn_implementation={name!r} would ignore the distance bias of this model; use "
                 '"mra2", or "sdpa" or "eager" for the dense model.'

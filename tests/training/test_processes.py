@@ -196,11 +196,12 @@ from mra_hf.sparse_prediction import labelled_logits, predict_labelled_positions
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 ids, labels = torch.load("batch.pt")
-plain = mra_hf.MraForMaskedLM.from_pretrained("base")
+biased = {"distance_bias_window": 2, "distance_bias_far": -2.0}
+plain = mra_hf.MraForMaskedLM.from_pretrained("base", **biased)
 predict_labelled_positions(plain)
 plain.train()(input_ids=ids, labels=labels).loss.backward()
 
-model = mra_hf.MraForMaskedLM.from_pretrained("base")
+model = mra_hf.MraForMaskedLM.from_pretrained("base", **biased)
 predict_labelled_positions(model)
 model.gradient_checkpointing_enable()
 mesh = init_device_mesh("cpu", (2,))

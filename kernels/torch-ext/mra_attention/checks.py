@@ -309,3 +309,9 @@ def check_int(name: str, value, lowest: int, highest: int | None = None) -> None
         raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}.")
     if highest is not None and value > highest:
         raise ValueError(f"{name} must be at most {highest}, got {value}.")
+
+
+def check_int_if_given(name: str, value, lowest: int) -> None:
+    """`check_int` for an argument that may be None."""
+    if value is not None:
+        check_int(name, value, lowest)

@@ -1,10 +1,9 @@
 """Which blocks of the attention matrix are computed exactly.
 
 The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`, plus the distance
-bias of the pair. A rule, one row
-of `RULES`, turns such logits into scores. Per (batch, head) the `budget` best pairs of the whole
-matrix are chosen; equal scores go to the pair nearest the diagonal, then to the lowest row, then to
-the lowest column. Nothing here has a gradient.
+bias of the pair. A rule, one row of `RULES`, turns such logits into scores. Per (batch, head) the
+`budget` best pairs of the whole matrix are chosen; equal scores go to the pair nearest the
+diagonal, then to the lowest row, then to the lowest column. Nothing here has a gradient.
 
 The order is made total by one int64 key per pair, so that a plain top-k is deterministic:
 
