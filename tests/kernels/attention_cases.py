@@ -49,6 +49,10 @@ class Implementation:
         mask = make_mask(kind, batch, length)
         return None if mask is None else mask.to(self.device)
 
+    def bias(self, heads, distances, **arguments):
+        """`make_bias` on the device."""
+        return make_bias(heads, distances, **arguments).to(self.device)
+
     def attention(self, mask=None, **settings):
         """The function of query, key and value with this mask and these settings."""
 
@@ -78,6 +82,13 @@ def make_inputs(batch, heads, length, dim, *, dtype=torch.float32, seed=0, ampli
 
     query, key, value = draw(0.7) * amplitude, draw(0.7) * amplitude, draw(0.5)
     return [x.to(dtype) for x in (query, key, value, draw(0.0))]
+
+
+def make_bias(heads, distances, *, dtype=torch.float32, seed=5):
+    """A distance bias `[H, K]`, values of order 2."""
+    generator = torch.Generator().manual_seed(seed)
+    bias = 2 * torch.randn(heads, distances, generator=generator, dtype=torch.float64)
+    return bias.to(dtype)
 
 
 def make_mask(kind, batch, length):
@@ -113,6 +124,17 @@ def outputs_and_gradients(attention, query, key, value, grad_output):
     inputs = [x.detach().requires_grad_() for x in (query, key, value)]
     output = attention(*inputs)
     return output.detach(), *torch.autograd.grad(output, inputs, grad_output)
+
+
+def attend_with_bias(impl, inputs, bias, mask=None, **settings):
+    """Output and the gradients of query, key, value and distance bias; `inputs` end with the
+    gradient of the output.
+    """
+    *tensors, grad_output = inputs
+    tensors = [x.detach().requires_grad_() for x in (*tensors, bias)]
+    settings |= {"distance_bias": tensors[3], "impl": impl.name}
+    output = mra2_attention(*tensors[:3], mask, **settings)
+    return output.detach(), *torch.autograd.grad(output, tensors, grad_output)
 
 
 class Attention(torch.nn.Module):

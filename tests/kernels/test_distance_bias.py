@@ -15,7 +15,9 @@ from attention_cases import (
     assert_all_equal,
     assert_as_good_as_eager,
     assert_exports_no_operator_of_ours,
+    attend_with_bias,
     dense_attention,
+    make_bias,
     make_inputs,
     make_mask,
 )
@@ -34,23 +36,6 @@ from mra_attention.selection import SELECTION_RULES
 from pairwise import pairwise
 
 LENGTHS = [1, 31, 33, 100, 150] if INTERPRETED else [1, 31, 33, 100, 257, 500]
-
-
-def make_bias(heads, distances, *, dtype=torch.float32, device="cpu", seed=5):
-    """A bias `[heads, distances]` of order 2."""
-    generator = torch.Generator().manual_seed(seed)
-    bias = 2 * torch.randn(heads, distances, generator=generator, dtype=torch.float64)
-    return bias.to(device, dtype)
-
-
-def attend(impl, inputs, bias, mask=None, **settings):
-    """Output and the gradients of query, key, value and bias; `inputs` end with the output's."""
-    *tensors, grad_output = inputs
-    tensors = [x.detach().requires_grad_() for x in (*tensors, bias)]
-    output = mra2_attention(
-        *tensors[:3], mask, distance_bias=tensors[3], impl=impl.name, **settings
-    )
-    return output.detach(), *torch.autograd.grad(output, tensors, grad_output)
 
 
 def assert_close(actual, expected, tolerance):
@@ -90,17 +75,17 @@ def of_pairs(bias, length, first=0, mask=None):
 )
 def test_agrees_with_reference(length, distances, mask_kind, mode, first, dtype, fast):
     inputs = fast.inputs(2, 2, length, 16, dtype=dtype)
-    bias, mask = make_bias(2, distances, device=fast.device), fast.mask(mask_kind, 2, length)
+    bias, mask = fast.bias(2, distances), fast.mask(mask_kind, 2, length)
     settings = {"initial_prior_first_n_blocks": first}
     selection = select_blocks(*inputs[:2], mask, block_per_row=2, distance_bias=bias, **settings)
     settings |= {"selection": selection, "approx_mode": mode}
-    results = attend(fast, inputs, bias, mask, **settings)
+    results = attend_with_bias(fast, inputs, bias, mask, **settings)
     wide = [x.double() for x in inputs]
-    exact = attend(REFERENCE, wide, bias.double(), mask, **settings)
+    exact = attend_with_bias(REFERENCE, wide, bias.double(), mask, **settings)
     if dtype == torch.float32:
         assert_close(results, [x.float() for x in exact], 2e-5)
         return
-    eager = attend(REFERENCE, inputs, bias, mask, **settings)
+    eager = attend_with_bias(REFERENCE, inputs, bias, mask, **settings)
     for tensors in zip(results[:4], eager[:4], exact[:4], strict=True):
         assert_as_good_as_eager(*tensors)
     # The gradient of the bias is float32, from operands in the dtype of the inputs.
@@ -127,8 +112,8 @@ def test_agrees_with_reference_in_float64(length, distances, mask_kind, mode, ch
     inputs = general_fast.inputs(2, 2, length, 16, dtype=torch.float64)
     bias, mask = make_bias(2, distances, dtype=torch.float64), make_mask(mask_kind, 2, length)
     settings = {"block_per_row": 3, "approx_mode": mode} | choice
-    results = attend(general_fast, inputs, bias, mask, **settings)
-    assert_close(results, attend(REFERENCE, inputs, bias, mask, **settings), 1e-10)
+    results = attend_with_bias(general_fast, inputs, bias, mask, **settings)
+    assert_close(results, attend_with_bias(REFERENCE, inputs, bias, mask, **settings), 1e-10)
 
 
 @pairwise(mode=MODES, block_size=[8, 16, 64])
@@ -136,8 +121,8 @@ def test_agrees_with_reference_at_other_block_sizes(mode, block_size, general_fa
     inputs = general_fast.inputs(2, 2, 257, 16, dtype=torch.float64)
     bias, mask = make_bias(2, 4, dtype=torch.float64), make_mask("holes", 2, 257)
     settings = {"block_per_row": 2, "approx_mode": mode, "block_size": block_size}
-    results = attend(general_fast, inputs, bias, mask, **settings)
-    assert_close(results, attend(REFERENCE, inputs, bias, mask, **settings), 1e-10)
+    results = attend_with_bias(general_fast, inputs, bias, mask, **settings)
+    assert_close(results, attend_with_bias(REFERENCE, inputs, bias, mask, **settings), 1e-10)
 
 
 def test_chunks_of_samples_and_heads_add_up(monkeypatch, general_fast):
@@ -146,9 +131,9 @@ def test_chunks_of_samples_and_heads_add_up(monkeypatch, general_fast):
     inputs = general_fast.inputs(3, 4, 200, 16, dtype=torch.float64)
     bias, mask = make_bias(4, 5, dtype=torch.float64), make_mask("left", 3, 200)
     settings = {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
-    expected = attend(REFERENCE, inputs, bias, mask, **settings)
+    expected = attend_with_bias(REFERENCE, inputs, bias, mask, **settings)
     monkeypatch.setattr(blocks, "CHUNK_BYTES", 4 * 200 * 16 * 2)  # two heads at a time
-    assert_close(attend(general_fast, inputs, bias, mask, **settings), expected, 1e-10)
+    assert_close(attend_with_bias(general_fast, inputs, bias, mask, **settings), expected, 1e-10)
 
 
 def test_the_gradient_is_that_of_finite_differences():
@@ -171,9 +156,9 @@ def test_the_gradient_is_that_of_finite_differences():
 @pairwise(length=[31, 100, 150], mask_kind=MASK_KINDS, mode=MODES, first=[0, 1])
 def test_full_budget_is_dense_attention_with_the_bias_as_mask(length, mask_kind, mode, first, impl):
     inputs, mask = impl.inputs(2, 2, length, 16), impl.mask(mask_kind, 2, length)
-    bias = make_bias(2, 3, device=impl.device)
+    bias = impl.bias(2, 3)
     settings = {"block_per_row": 8, "initial_prior_first_n_blocks": first, "approx_mode": mode}
-    results = attend(impl, inputs, bias, mask, **settings)
+    results = attend_with_bias(impl, inputs, bias, mask, **settings)
 
     *tensors, grad_output = inputs
     tensors = [x.detach().requires_grad_() for x in (*tensors, bias)]
@@ -195,23 +180,23 @@ def test_a_constant_changes_nothing(mode, budget, mask_kind, impl):
     settings = {"approx_mode": mode, "block_per_row": budget}
     expected = impl.attend(inputs, mask, **settings)
     constant = torch.full((2, 1), 3.0, device=impl.device)
-    results = attend(impl, inputs, constant, mask, **settings)
+    results = attend_with_bias(impl, inputs, constant, mask, **settings)
     assert_all_close(results[:4], expected, 1e-5)
     assert results[4].abs().max() < 1e-4  # a softmax does not see a constant
-    bias = make_bias(2, 3, device=impl.device)
-    expected = attend(impl, inputs, bias, mask, **settings)
-    assert_close(attend(impl, inputs, bias + 3, mask, **settings), expected, 1e-5)
+    bias = impl.bias(2, 3)
+    expected = attend_with_bias(impl, inputs, bias, mask, **settings)
+    assert_close(attend_with_bias(impl, inputs, bias + 3, mask, **settings), expected, 1e-5)
 
 
 @pairwise(n_blocks=[1, 2], mask_kind=MASK_KINDS[1:], mode=MODES)
 def test_the_first_live_blocks_are_global(n_blocks, mask_kind, mode, impl):
     """Whole blocks of padding in front move them along."""
     inputs, mask = impl.inputs(2, 2, 120, 16), impl.mask(mask_kind, 2, 120)
-    bias = make_bias(2, 3, device=impl.device)
+    bias = impl.bias(2, 3)
     settings = {"approx_mode": mode, "block_per_row": 4, "initial_prior_first_n_blocks": 1}
-    expected = attend(impl, inputs, bias, mask, **settings)
+    expected = attend_with_bias(impl, inputs, bias, mask, **settings)
     longer = [F.pad(x, (0, 0, 32 * n_blocks, 0), value=50.0) for x in inputs]
-    results = attend(impl, longer, bias, F.pad(mask, (32 * n_blocks, 0)), **settings)
+    results = attend_with_bias(impl, longer, bias, F.pad(mask, (32 * n_blocks, 0)), **settings)
     results = [*(x[:, :, 32 * n_blocks :] for x in results[:4]), results[4]]
     assert_close(results, expected, 1e-5)
 
@@ -274,9 +259,9 @@ def test_a_closed_distance_is_not_selected(impl):
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_have_the_same_bits(mode, impl):
     inputs, mask = impl.inputs(3, 2, 150, 16), impl.mask("holes", 3, 150)
-    bias = make_bias(2, 3, device=impl.device)
+    bias = impl.bias(2, 3)
     settings = {"approx_mode": mode, "block_per_row": 2, "initial_prior_first_n_blocks": 1}
-    first, second = (attend(impl, inputs, bias, mask, **settings) for _ in range(2))
+    first, second = (attend_with_bias(impl, inputs, bias, mask, **settings) for _ in range(2))
     assert_all_equal(first[:4], second[:4])
     assert torch.equal(first[4], second[4])
 
@@ -289,7 +274,7 @@ def test_the_number_of_threads_changes_no_bit():
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(attend(Implementation("torch"), inputs, bias, block_per_row=3))
+            results.append(attend_with_bias(Implementation("torch"), inputs, bias, block_per_row=3))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0][4], results[1][4])
@@ -298,9 +283,9 @@ def test_the_number_of_threads_changes_no_bit():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_bias_of_another_dtype_is_cast(dtype, impl):
     inputs = impl.inputs(1, 2, 100, 16)
-    bias = make_bias(2, 3, device=impl.device).to(dtype)
-    result = attend(impl, inputs, bias, block_per_row=2)
-    expected = attend(impl, inputs, bias.float(), block_per_row=2)
+    bias = impl.bias(2, 3).to(dtype)
+    result = attend_with_bias(impl, inputs, bias, block_per_row=2)
+    expected = attend_with_bias(impl, inputs, bias.float(), block_per_row=2)
     assert result[4].dtype == dtype
     assert_all_equal(result[:4], expected[:4])
 
@@ -343,7 +328,7 @@ class _Biased(torch.nn.Module):
 def test_a_compiled_module_trains_as_eager(budget, fast):
     inputs, mask = fast.inputs(2, 2, 100, 16), fast.mask("holes", 2, 100)
     settings = {"block_per_row": budget, "impl": fast.name, "initial_prior_first_n_blocks": 1}
-    module = _Biased(make_bias(2, 3, device=fast.device), **settings)
+    module = _Biased(fast.bias(2, 3), **settings)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
 
     def train(call):
@@ -376,8 +361,8 @@ def test_an_exported_module_equals_eager_at_every_length(masked):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_changes_nothing(use_reentrant, impl):
     inputs = impl.inputs(1, 2, 100, 16)
-    bias = make_bias(2, 3, device=impl.device)
-    expected = attend(impl, inputs, bias, block_per_row=2)
+    bias = impl.bias(2, 3)
+    expected = attend_with_bias(impl, inputs, bias, block_per_row=2)
     tensors = [x.detach().requires_grad_() for x in (*inputs[:3], bias)]
 
     def attention(query, key, value, bias):
@@ -398,9 +383,9 @@ def _backward(output, tensors, grad_output):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_what_cast_inputs_give(dtype, impl):
-    inputs, bias = impl.inputs(1, 2, 100, 16), make_bias(2, 3, device=impl.device)
+    inputs, bias = impl.inputs(1, 2, 100, 16), impl.bias(2, 3)
     cast = [x.to(dtype) for x in inputs]
-    expected = attend(impl, cast, bias, block_per_row=2)
+    expected = attend_with_bias(impl, cast, bias, block_per_row=2)
     tensors = [x.detach().requires_grad_() for x in (*inputs[:3], bias)]
     with torch.autocast(impl.device, dtype=dtype):
         output = mra2_attention(
@@ -461,7 +446,7 @@ def test_no_bias_is_a_bias_of_zero(impl):
     inputs = impl.inputs(2, 2, 150, 16)
     zero = torch.zeros(2, 1, device=impl.device)
     expected = impl.attend(inputs, block_per_row=2)
-    assert_all_close(attend(impl, inputs, zero, block_per_row=2)[:4], expected, 1e-6)
+    assert_all_close(attend_with_bias(impl, inputs, zero, block_per_row=2)[:4], expected, 1e-6)
     assert torch.allclose(
         dense_attention(*inputs[:3]),
         mra2_attention(*inputs[:3], block_per_row=9, distance_bias=zero, impl=impl.name),

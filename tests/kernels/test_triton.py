@@ -16,6 +16,7 @@ from attention_cases import (
     Implementation,
     assert_all_close,
     assert_all_equal,
+    attend_with_bias,
 )
 from triton_cases import (
     BEYOND_A_TILE,
@@ -23,8 +24,6 @@ from triton_cases import (
     TRITON,
     assert_right,
     assert_right_with_bias,
-    attend_with_bias,
-    make_bias,
     needs_triton,
     only_on_a_gpu,
 )
@@ -40,6 +39,20 @@ pytestmark = needs_triton
 def tiles(table, two_query_blocks):
     """Let one query block or two own a tile, and change entries of the table."""
     return lambda query_blocks, **entries: {1: table, 2: two_query_blocks}[query_blocks](**entries)
+
+
+@pytest.fixture
+def fill_scratch(monkeypatch):
+    """From the call on, memory that kernels are to write holds NaN, or -1."""
+    from mra_attention.triton_impl.call import KernelCall
+
+    original = KernelCall.empty
+
+    def filled(self, shape, dtype=torch.float32):
+        x = original(self, shape, dtype)
+        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
+
+    return lambda: monkeypatch.setattr(KernelCall, "empty", filled)
 
 
 @pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"], query_blocks=[1, 2])
@@ -86,21 +99,13 @@ def test_offsets_beyond_2_31_elements():
 
 
 @pytest.mark.parametrize("query_blocks", [1, 2])
-def test_what_padding_and_scratch_hold_reaches_no_result(query_blocks, tiles, monkeypatch):
-    from mra_attention.triton_impl.call import KernelCall
-
+def test_what_padding_and_scratch_hold_reaches_no_result(query_blocks, tiles, fill_scratch):
     tiles(query_blocks, item_blocks=1)
     inputs = TRITON.inputs(1, 1, 150, 16)
     mask = TRITON.mask("holes", 1, 150)
     expected = TRITON.attend(inputs, mask, block_per_row=2)
     dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
-    original = KernelCall.empty
-
-    def filled(self, shape, dtype=torch.float32):
-        x = original(self, shape, dtype)
-        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
-
-    monkeypatch.setattr(KernelCall, "empty", filled)
+    fill_scratch()
     assert_all_equal(TRITON.attend(dirty, mask, block_per_row=2), expected)
 
 
@@ -130,7 +135,7 @@ def test_a_bias_in_every_dtype_mode_and_form(dtype, mode, form_name, query_block
     tiles(query_blocks)
     inputs = TRITON.inputs(1, 2, 150, 64, dtype=dtype)
     mask = TRITON.mask("holes", 1, 150)
-    assert_right_with_bias(inputs, make_bias(2, 5), mask, block_per_row=2, approx_mode=mode)
+    assert_right_with_bias(inputs, TRITON.bias(2, 5), mask, block_per_row=2, approx_mode=mode)
 
 
 @pairwise(item_blocks=[1, 2, 3], mode=MODES, query_blocks=[1, 2], form_name=["plain", "swapped"])
@@ -140,7 +145,7 @@ def test_a_bias_with_several_work_items(item_blocks, mode, query_blocks, form_na
     inputs = TRITON.inputs(1, 1, 200, 16)
     mask = TRITON.mask("right", 1, 200)
     settings = {"first": 1, "block_per_row": 4, "approx_mode": mode}
-    assert_right_with_bias(inputs, make_bias(1, 7), mask, **settings)
+    assert_right_with_bias(inputs, TRITON.bias(1, 7), mask, **settings)
 
 
 @pairwise(
@@ -154,7 +159,7 @@ def test_a_bias_at_ragged_lengths_and_with_masks(
     inputs = TRITON.inputs(2, 1, length, 16)
     mask = TRITON.mask(mask_kind, 2, length)
     settings = {"first": first, "block_per_row": 2, "approx_mode": mode}
-    assert_right_with_bias(inputs, make_bias(1, 7), mask, **settings)
+    assert_right_with_bias(inputs, TRITON.bias(1, 7), mask, **settings)
 
 
 def test_a_bias_of_more_blocks_than_a_tile(table):
@@ -162,7 +167,7 @@ def test_a_bias_of_more_blocks_than_a_tile(table):
     table(item_blocks=4)
     inputs = TRITON.inputs(1, 1, 1100, 16)
     mask = TRITON.mask("holes", 1, 1100)
-    assert_right_with_bias(inputs, make_bias(1, 35), mask, first=1, block_per_row=5)
+    assert_right_with_bias(inputs, TRITON.bias(1, 35), mask, first=1, block_per_row=5)
 
 
 @pytest.mark.parametrize("length", [33, 512, 545])
@@ -172,14 +177,14 @@ def test_the_gradient_of_every_distance_is_there(length):
     nothing = torch.zeros(1, 1, rows, rows, dtype=torch.bool, device=TRITON.device)
     inputs = TRITON.inputs(1, 1, length, 16)
     settings = {"first": 0, "selection": BlockSelection(nothing, 32)}
-    assert_right_with_bias(inputs, make_bias(1, rows), None, **settings)
+    assert_right_with_bias(inputs, TRITON.bias(1, rows), None, **settings)
 
 
 @pytest.mark.parametrize("distances", [1, 3, 4, 9])
 def test_a_bias_of_fewer_or_more_distances_than_blocks(distances):
     """Its last column is for all larger distances, and sums their gradients."""
     inputs = TRITON.inputs(1, 2, 100, 16)
-    bias = make_bias(4, 2 * distances)[::2, 1::2]  # not contiguous
+    bias = TRITON.bias(4, 2 * distances)[::2, 1::2]  # not contiguous
     results = assert_right_with_bias(inputs, bias, None, first=1, block_per_row=2)
     assert not results[4][:, 4:].any()
 
@@ -188,7 +193,7 @@ def test_every_live_pair_with_a_bias():
     """More per row than there are blocks: no selection is made, and lists have room for all."""
     inputs = TRITON.inputs(2, 1, 130, 16)
     mask = TRITON.mask("left", 2, 130)
-    bias = make_bias(1, 5)
+    bias = TRITON.bias(1, 5)
     settings = {"block_per_row": 8, "initial_prior_first_n_blocks": 1}
     results = attend_with_bias(TRITON, inputs, bias, mask, **settings)
     expected = attend_with_bias(REFERENCE, inputs, bias, mask, **settings)
@@ -198,24 +203,16 @@ def test_every_live_pair_with_a_bias():
 
 @pytest.mark.parametrize("query_blocks", [1, 2])
 def test_with_a_bias_what_padding_and_scratch_hold_reaches_no_result(
-    query_blocks, tiles, monkeypatch
+    query_blocks, tiles, fill_scratch
 ):
-    from mra_attention.triton_impl.call import KernelCall
-
     tiles(query_blocks, item_blocks=1)
     inputs = TRITON.inputs(1, 1, 150, 16)
     mask = TRITON.mask("holes", 1, 150)
-    bias = make_bias(1, 5)
+    bias = TRITON.bias(1, 5)
     settings = {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
     expected = attend_with_bias(TRITON, inputs, bias, mask, **settings)
     dirty = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
-    original = KernelCall.empty
-
-    def filled(self, shape, dtype=torch.float32):
-        x = original(self, shape, dtype)
-        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
-
-    monkeypatch.setattr(KernelCall, "empty", filled)
+    fill_scratch()
     results = attend_with_bias(TRITON, dirty, bias, mask, **settings)
     assert all(map(torch.equal, results, expected))
 
@@ -223,7 +220,7 @@ def test_with_a_bias_what_padding_and_scratch_hold_reaches_no_result(
 def test_two_runs_with_a_bias_give_the_same_bits(table):
     table(item_blocks=2, topk_up_to_rows=0, recompute_from_length=0)
     inputs = TRITON.inputs(2, 1, 100, 32, dtype=torch.bfloat16)
-    bias, settings = make_bias(1, 4), {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
+    bias, settings = TRITON.bias(1, 4), {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
     first, second = (attend_with_bias(TRITON, inputs, bias, **settings) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -241,7 +238,7 @@ def test_kernels_for_the_bias_are_launched_where_there_is_one(monkeypatch):
     TRITON.attend(inputs, block_per_row=2)
     without = launched[:]
     launched.clear()
-    attend_with_bias(TRITON, inputs, make_bias(1, 4), block_per_row=2)
+    attend_with_bias(TRITON, inputs, TRITON.bias(1, 4), block_per_row=2)
     of_bias = ("biased_from_kernel", "diagonal_kernel", "bias_gradient_kernel")
     assert [launched.count(name) for name in of_bias] == [3, 1, 1]
     assert [name for name in launched if name not in of_bias] == without
@@ -272,7 +269,7 @@ def test_opcheck():
 def test_opcheck_with_a_distance_bias():
     query, key, value, grad = TRITON.inputs(1, 1, 70, 16)
     mask = TRITON.mask("left", 1, 70)
-    bias = make_bias(1, 3)
+    bias = TRITON.bias(1, 3)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     numbers = (2, None, 32, 1, 0, "row_normalized", 0.3, "triton", None, None, bias)
     torch.library.opcheck(ops.mra2_select, (query, key, mask, *numbers), test_utils=utilities)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import MASK_KINDS, MODES
-from triton_cases import BEYOND_A_TILE, TRITON, assert_right, make_bias, needs_triton
+from triton_cases import BEYOND_A_TILE, TRITON, assert_right, needs_triton
 
 from mra_attention import BlockSelection, selection
 from pairwise import pairwise
@@ -129,7 +129,7 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
     mask = TRITON.mask(mask_kind, 2, 200)
     settings = DEFAULTS | (SELECTIONS | BIASED)[name]
     if name in BIASED:
-        settings["distance_bias"] = make_bias(1, 7)
+        settings["distance_bias"] = TRITON.bias(1, 7)
     expected = selection.select(*inputs, mask, **settings)
     for entries in (
         {"topk_up_to_rows": 1000},
@@ -151,7 +151,7 @@ def test_selection_among_more_blocks_than_a_tile(length, biased, table):
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
     settings = DEFAULTS | {"block_per_row": 4, "scale": 0.25} | priors
     if biased:
-        settings["distance_bias"] = make_bias(1, -(-length // 32))
+        settings["distance_bias"] = TRITON.bias(1, -(-length // 32))
     table(topk_up_to_rows=1000)
     by_topk = triton_impl.select(*inputs, mask, summaries=None, **settings)
     for entries in ({"topk_up_to_rows": 0}, {"topk_up_to_rows": 0, "recompute_from_length": 0}):
@@ -196,7 +196,7 @@ def test_scores_that_differ_by_their_bias_only_tie_where_it_is_equal(
     query, key, *_ = TRITON.inputs(1, 2, 384, 16)
     query, key = (x[:, :, :1].round().expand_as(x) for x in (query, key))
     mask = torch.arange(384, device=TRITON.device)[None] >= 64  # whole blocks, whose means agree
-    bias = make_bias(2, 12)
+    bias = TRITON.bias(2, 12)
     bias[:, 2:6] = bias[:, 2:3]
     settings = DEFAULTS | {"rule": rule, "distance_bias": bias, "block_budget": 37, "scale": 0.25}
     settings |= {"initial_prior_first_n_blocks": first}

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import INTERPRETED, NAMES, REFERENCE, Implementation
+from attention_cases import INTERPRETED, NAMES, REFERENCE, Implementation, attend_with_bias
 
-from mra_attention import mra2_attention, select_blocks
+from mra_attention import select_blocks
 
 TRITON = Implementation("triton", "cpu" if INTERPRETED else "cuda", is_general=False)
 ON_A_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -28,21 +28,6 @@ needs_triton = [
     ),
 ]
 only_on_a_gpu = pytest.mark.skipif(not ON_A_GPU, reason="needs a CUDA or ROCm device")
-
-
-def make_bias(heads, distances, seed=0):
-    """A distance bias `[H, K]`, values of order 1."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(heads, distances, generator=generator).to(TRITON.device)
-
-
-def attend_with_bias(impl, inputs, bias, mask=None, **settings):
-    """Output and gradients of query, key, value and the distance bias."""
-    *inputs, grad = inputs
-    inputs = [x.detach().requires_grad_() for x in (*inputs, bias)]
-    settings |= {"distance_bias": inputs[3], "impl": impl.name}
-    output = mra2_attention(*inputs[:3], mask, **settings)
-    return output.detach(), *torch.autograd.grad(output, inputs, grad)
 
 
 def assert_right_with_bias(inputs, bias, mask=None, first=0, block_per_row=3, **settings):

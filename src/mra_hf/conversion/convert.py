@@ -197,7 +197,7 @@ class _BiasRequest:
             if self.far is not None:
                 raise ValueError(
                     f"far_bias={self.far} is for a distance bias, which this conversion has not: "
-                    "no position is repeated; pass distance_bias=True (--distance-bias)."
+                    "no position is repeated; pass distance_bias=True (--distance-bias) to have one."
                 )
             return {}
         size = settings.block_size or 1  # a config with other scales refuses the bias by name

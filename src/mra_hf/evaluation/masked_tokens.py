@@ -89,7 +89,10 @@ def masked_token_scores(
     length: int,
     **options,
 ) -> MaskedTokenScores:
-    """Accuracy and mean loss of the tokens that `masked_token_losses` hides; its arguments."""
+    """Accuracy and mean loss of the tokens that `masked_token_losses` hides.
+
+    Takes its arguments, `options` being the further ones, and raises its errors.
+    """
     return masked_token_losses(model, tokenizer, texts, length=length, **options).scores()
 
 
