@@ -85,10 +85,9 @@ def make_inputs(batch, heads, length, dim, *, dtype=torch.float32, seed=0, ampli
 
 
 def make_bias(heads, distances, *, dtype=torch.float32, seed=5):
-    """A distance bias `[H, K]`, values of order 2."""
+    """A distance bias `[H, K]`, values of order 1."""
     generator = torch.Generator().manual_seed(seed)
-    bias = 2 * torch.randn(heads, distances, generator=generator, dtype=torch.float64)
-    return bias.to(dtype)
+    return torch.randn(heads, distances, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def make_mask(kind, batch, length):

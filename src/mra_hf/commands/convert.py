@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-per-row",
         **number,
-        help=f"exact blocks per block row (default: 8; {source_default})",
+        help="exact blocks per block row: 8 for a model that is trained further, 16 for one that "
+        f"is used as it is (default: 8; {source_default})",
     )
     parser.add_argument(
         "--approx-mode",

@@ -196,8 +196,8 @@ class _BiasRequest:
         if not (is_repeated if self.wanted is None else self.wanted):
             if self.far is not None:
                 raise ValueError(
-                    f"far_bias={self.far} is for a distance bias, which this conversion has not: "
-                    "no position is repeated; pass distance_bias=True (--distance-bias) to have one."
+                    f"far_bias={self.far} is for a distance bias, which this conversion has not, "
+                    "as no position is repeated; pass distance_bias=True (--distance-bias)."
                 )
             return {}
         size = settings.block_size or 1  # a config with other scales refuses the bias by name
