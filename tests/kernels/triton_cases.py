@@ -46,8 +46,9 @@ def assert_right_with_bias(inputs, bias, mask=None, first=0, block_per_row=3, **
         assert x.dtype == (bias if name == "grad_bias" else inputs[0]).dtype, name
         assert x.isfinite().all(), f"{name} is not finite"
         error = (x.double() - y).norm() / y.norm().clamp_min(1.0)
-        # Few numbers, each a sum of terms of both signs.
-        allowed = max(tolerance, 1e-5) if name == "grad_bias" else tolerance
+        # Few numbers, each a sum of terms of both signs: in 16 bits the error of the torch path is
+        # three times that of the other gradients, too.
+        allowed = max(2 * tolerance, 1e-5) if name == "grad_bias" else tolerance
         assert error <= allowed, f"{name} is off by {error:.1e}"
     return results
 
