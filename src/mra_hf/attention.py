@@ -155,7 +155,8 @@ def set_attention(
     Raises:
         ValueError: an unknown name, setting or implementation, or a model that would ignore the
             attention function or be served wrongly by it (DeBERTa-v2, MPNet, sliding windows,
-            causal models, relative position biases, grouped key heads).
+            causal models, relative position biases, grouped key heads); other scales for a model
+            with a distance bias.
     """
     if name not in ATTENTION_NAMES:
         raise ValueError(
@@ -175,7 +176,9 @@ def set_attention(
         id(module.config): module.config for module in model.modules() if _has_config(module)
     }.values()
     for config in configs:
-        AttentionSettings.of(config).replace(**changes).check()
+        new = AttentionSettings.of(config).replace(**changes)
+        new.check()
+        _check_distance_bias(config, new)
     if isinstance(changes.get("block_per_row"), (list, tuple)):
         _check_layers(attention_modules, changes["block_per_row"])
     model.set_attn_implementation(name)
@@ -185,6 +188,17 @@ def set_attention(
         module.mra_impl = impl
     _remove_attention_dropout(attention_modules, configs)
     return model
+
+
+def _check_distance_bias(config: PreTrainedConfig, new: AttentionSettings) -> None:
+    """Refuse scales that the distance bias of a model does not count in."""
+    size = getattr(config, "block_size", None)
+    if getattr(config, "distance_bias_window", None) is not None and new.block_size != size:
+        given = new.resolutions or new.block_size
+        raise ValueError(
+            f"the distance bias of this model counts in blocks of {size} tokens, got scales of "
+            f"{given}; keep block_size, or convert with distance_bias=False."
+        )
 
 
 def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:

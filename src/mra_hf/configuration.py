@@ -32,6 +32,8 @@ BUILTIN_TYPE = "mra"
 #: Rows of the built-in MRA's position table in front of its first position.
 BUILTIN_RESERVED_ROWS = 2
 
+#: The largest `distance_bias_far`: no logit is that large, and float16 can hold it.
+MAX_DISTANCE_BIAS = 1e4
 #: What `MraForCandidateChoice` can score.
 CANDIDATE_POOLING = ("marker", "mean")
 
@@ -203,9 +205,8 @@ class AttentionSettings:
             raise ValueError(
                 f"block_per_row must be at least {needed} with "
                 f"initial_prior_first_n_blocks={first} and "
-                f"initial_prior_diagonal_n_blocks={diagonal}, got {self.block_per_row}: "
-                "the blocks that are always exact would leave none for the data-dependent choice. "
-                "Raise block_per_row or lower the priors."
+                f"initial_prior_diagonal_n_blocks={diagonal}, got {self.block_per_row}: the "
+                "data-dependent choice needs one, too; raise block_per_row or lower the priors."
             )
 
     def _check_any_scales(self) -> None:
@@ -239,8 +240,7 @@ class AttentionSettings:
                 f"block_budgets[0] must be at least {needed} with "
                 f"initial_prior_first_n_blocks={first} and "
                 f"initial_prior_diagonal_n_blocks={diagonal}, got {self.block_budgets[0]}: "
-                f"at {length} tokens, {rows} rows of blocks, the blocks that are always cut "
-                "would leave none for the data-dependent choice."
+                f"at {length} tokens, {rows} rows of blocks, the data-dependent choice needs one."
             )
 
 
@@ -399,8 +399,8 @@ class MraConfig(RobertaConfig):
 
     def _check_distance_bias(self) -> None:
         far, window, scales = self.distance_bias_far, self.distance_bias_window, self.resolutions
-        if isinstance(far, bool) or not isinstance(far, (int, float)) or not math.isfinite(far):
-            raise ValueError(f"distance_bias_far must be a finite number, got {far!r}.")
+        if type(far) not in (int, float) or not abs(far) <= MAX_DISTANCE_BIAS:  # or NaN
+            raise ValueError(f"distance_bias_far must lie within -1e4..1e4, got {far!r}.")
         check_int_if_given("distance_bias_window", window, 0)
         if window is not None and scales is not None:
             raise ValueError(

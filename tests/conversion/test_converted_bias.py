@@ -107,9 +107,11 @@ def test_a_trained_bias_is_kept_and_grows_with_the_table(tmp_path):
     ("arguments", "message"),
     [
         ({"distance_bias": False, "far_bias": -4.0}, "far_bias=-4.0 is for a distance bias"),
-        ({"far_bias": float("nan")}, "far_bias must be finite"),
+        ({"far_bias": float("nan")}, "far_bias must lie between"),
+        ({"far_bias": -1e9}, "far_bias must lie between -10000 and 10000"),
         ({"far_bias": "low"}, "far_bias must be a number"),
         ({"distance_bias": 2}, "distance_bias must be True, False or None"),
+        ({"distance_bias": 1}, "distance_bias must be True, False or None"),
         ({"far_bias": -4.0, "max_length": 40}, "no position is repeated"),
     ],
 )
@@ -125,6 +127,65 @@ def test_a_new_start_for_an_old_bias_is_refused(tmp_path):
     convert(tmp_path / "source", tmp_path / "first")
     with pytest.raises(ValueError, match="SOURCE has a distance bias already"):
         convert(tmp_path / "first", tmp_path / "out", far_bias=-4.0)
+
+
+def learned_rows(folder):
+    return open_result(folder).roberta.embeddings.position_embeddings.weight[2:].detach()
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_longer_table_is_converted_again_as_if_at_once(is_trained, tmp_path):
+    """300 is no multiple of 144: row 300 must follow row 299, not be the first one again."""
+    make_source(tmp_path / "source", max_position_embeddings=146)
+    convert(tmp_path / "source", tmp_path / "at_once", max_length=700)
+    convert(tmp_path / "source", tmp_path / "first")
+    if is_trained:  # every row goes its own way, but not far
+        model = open_result(tmp_path / "first")
+        with torch.no_grad():
+            table = model.roberta.embeddings.position_embeddings.weight
+            steps = (table[3:] - table[2:-1]).abs().mean()
+            table[2:] += 0.1 * steps * torch.randn_like(table[2:])
+        model.save_pretrained(tmp_path / "first")
+    convert(tmp_path / "first", tmp_path / "again", max_length=700)
+    rows, expected = learned_rows(tmp_path / "again"), learned_rows(tmp_path / "at_once")
+    if is_trained:
+        assert torch.equal(rows[:SPAN], learned_rows(tmp_path / "first"))
+        assert torch.equal(rows[SPAN:], rows[SPAN - 144 : -144])
+    else:
+        assert torch.equal(rows, expected)
+    assert torch.equal(biases(tmp_path / "again"), biases(tmp_path / "at_once"))
+
+
+def test_the_window_is_that_of_the_positions_not_of_the_table(tmp_path):
+    """A conversion without a bias gets one that fits what its table repeats."""
+    make_source(tmp_path / "source", max_position_embeddings=146)
+    convert(tmp_path / "source", tmp_path / "plain", distance_bias=False)
+    convert(tmp_path / "plain", tmp_path / "longer", max_length=700)
+    convert(tmp_path / "plain", tmp_path / "same", distance_bias=True)
+    for name in ("longer", "same"):
+        assert open_result(tmp_path / name).config.distance_bias_window == 3
+    convert(tmp_path / "plain", tmp_path / "kept")
+    assert open_result(tmp_path / "kept").config.distance_bias_window is None
+
+
+def test_equal_rows_are_no_period(tmp_path):
+    source = make_source(tmp_path / "source", max_position_embeddings=146)
+    with torch.no_grad():
+        source.roberta.embeddings.position_embeddings.weight[2:] = 0.5
+    source.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out")
+    assert open_result(tmp_path / "out").config.distance_bias_window == 3
+
+
+def test_a_window_that_the_positions_cannot_serve_is_refused(tmp_path):
+    """A shortened conversion lost the rows that its window needs."""
+    make_source(tmp_path / "source", max_position_embeddings=146)
+    convert(tmp_path / "source", tmp_path / "first")
+    convert(tmp_path / "first", tmp_path / "short", max_length=100)
+    with pytest.raises(ValueError, match="window of 3 blocks, but as its positions repeat after 1"):
+        convert(tmp_path / "short", tmp_path / "longer", max_length=700)
+    assert not (tmp_path / "longer").exists()
+    convert(tmp_path / "short", tmp_path / "without", max_length=700, distance_bias=False)
 
 
 def test_a_source_in_half_precision_stays_so(tmp_path):
@@ -145,12 +206,11 @@ def test_the_first_block_is_global_for_heads_that_read_it(head, first, tmp_path)
 
     def blocks(name, **arguments):
         report = convert(tmp_path / "source", tmp_path / name, **arguments)
-        assert any("global" in note for note in report.notes) == (
-            report.settings["initial_prior_first_n_blocks"] == 1 and not arguments
-        )
+        said = [note for note in report.notes if "The first block is" in note]
+        assert len(said) == (name in ("default", "two") and first)
         return open_result(tmp_path / name).config.initial_prior_first_n_blocks
 
     assert blocks("default") == first
-    assert blocks("two", block_per_row=2) == 0  # no room for it
+    assert blocks("two", block_per_row=2) == 0  # no room for it, which is said
     assert blocks("asked", initial_prior_first_n_blocks=0) == 0
     assert blocks("plain", distance_bias=False) == 0

@@ -192,8 +192,10 @@ def test_config_round_trip_and_old_configs(tmp_path):
     [
         ({"distance_bias_window": -1}, "distance_bias_window must be an integer of at least 0"),
         ({"distance_bias_window": 1.5}, "distance_bias_window must be an integer"),
-        ({"distance_bias_far": float("inf")}, "distance_bias_far must be a finite number"),
-        ({"distance_bias_far": "low"}, "distance_bias_far must be a finite number"),
+        *(
+            ({"distance_bias_far": far}, "distance_bias_far must lie within -1e4..1e4")
+            for far in (float("inf"), float("nan"), -1e5, "low", True)
+        ),
         (
             {"resolutions": [16, 4, 1], "block_budgets": [8, 8]},
             "distance_bias_window=2 is for the scales",
@@ -289,3 +291,14 @@ def test_it_compiles(model):
 
 def test_the_public_names_know_it():
     assert "distance_bias_window" in mra_hf.MraConfig.__doc__
+
+
+@pytest.mark.parametrize(
+    "changes", [{"block_size": 16}, {"resolutions": (16, 4, 1), "block_budgets": (9, 9)}]
+)
+def test_other_scales_are_refused_and_change_nothing(changes, model):
+    before = model.config.to_dict()
+    with pytest.raises(ValueError, match="counts in blocks of 32 tokens"):
+        set_attention(model, **changes)
+    assert model.config.to_dict() == before
+    set_attention(model, block_size=32, block_per_row=3)

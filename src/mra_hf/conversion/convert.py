@@ -7,7 +7,6 @@ everything at once (`files`) and say what was done (`report`).
 import dataclasses
 import functools
 import json
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,12 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 
 from mra_attention.checks import check_int
 from mra_attention.selection import MAX_BLOCK_ROWS
-from mra_hf.configuration import SETTING_NAMES, AttentionSettings, MraConfig
+from mra_hf.configuration import (
+    MAX_DISTANCE_BIAS,
+    SETTING_NAMES,
+    AttentionSettings,
+    MraConfig,
+)
 from mra_hf.conversion.files import check_output, staged_directory
 from mra_hf.conversion.report import ConversionReport, ScoreRow
 from mra_hf.conversion.sources import (
@@ -29,7 +33,12 @@ from mra_hf.conversion.sources import (
     read_source,
     read_source_weights,
 )
-from mra_hf.conversion.tensors import NewState, new_state, untie_where_different
+from mra_hf.conversion.tensors import (
+    NewState,
+    new_state,
+    position_period,
+    untie_where_different,
+)
 from mra_hf.evaluation import masked_token_scores, read_texts
 from mra_hf.modeling import Head, MraForMaskedLM
 
@@ -117,9 +126,9 @@ def convert_checkpoint(
     say(f"finding {os.fspath(source)}")
     checkpoint = read_source(source)
     saved_tokenizer = open_tokenizer(checkpoint, tokenizer)
-    config, notes = _result_config(checkpoint, changes, bias, max_length, saved_tokenizer)
     say(f"reading the weights of {checkpoint.label}")
     weights = read_source_weights(checkpoint)
+    config, notes = _result_config(checkpoint, weights, changes, bias, max_length, saved_tokenizer)
     head = find_head(checkpoint, weights, notes)
     _open_first_block(config, head, checkpoint, changes, notes)
     if texts is not None:
@@ -161,34 +170,51 @@ class _BiasRequest:
     far: float | None
 
     def __post_init__(self):
-        if self.wanted not in (None, True, False):
+        if self.wanted is not None and not isinstance(self.wanted, bool):
             raise ValueError(f"distance_bias must be True, False or None, got {self.wanted!r}.")
         if self.far is None:
             return
         if isinstance(self.far, bool) or not isinstance(self.far, (int, float)):
             raise ValueError(f"far_bias must be a number, got {self.far!r}.")
-        if not math.isfinite(self.far):
-            raise ValueError(f"far_bias must be finite, got {self.far!r}; -8 closes far pairs.")
+        if not abs(self.far) <= MAX_DISTANCE_BIAS:  # nor is it for NaN
+            raise ValueError(
+                f"far_bias must lie between -{MAX_DISTANCE_BIAS:g} and {MAX_DISTANCE_BIAS:g}, "
+                f"got {self.far!r}; -8 closes far pairs."
+            )
         if self.wanted is False:
             raise ValueError(
                 f"far_bias={self.far} is for a distance bias, and distance_bias is False "
                 "(--no-distance-bias); leave one of them out."
             )
 
-    def fields(self, source: Source, settings: AttentionSettings, max_length: int) -> dict:
-        """The fields of `MraConfig` for a result of `max_length` tokens.
+    def fields(
+        self, source: Source, period: int, settings: AttentionSettings, max_length: int
+    ) -> dict:
+        """The fields of `MraConfig` for a result of `max_length` tokens, from a source whose
+        positions repeat after `period` tokens.
 
         Raises:
-            ValueError: the source has a bias, and another start is asked for.
+            ValueError: the source has a bias, and another start or one that its positions cannot
+                serve is asked for.
         """
         if self.wanted is False:
             return {}
+        size = settings.block_size or 1  # a config with other scales refuses the bias by name
+        # Texts of L - size tokens lie inside, and no two tokens inside are L apart.
+        widest = max(0, (period - 1) // size - 1)
         window = getattr(source.config, "distance_bias_window", None)
         if window is not None:  # it may be trained: keep it as it is
             if self.far is not None:
                 raise ValueError(
                     f"far_bias={self.far} is where a new bias starts, but SOURCE has a distance "
                     "bias already; leave far_bias out to keep it."
+                )
+            if window > widest and max_length > source.learned_rows:
+                raise ValueError(
+                    f"the distance bias of SOURCE has a window of {window} blocks, but as its "
+                    f"positions repeat after {period} tokens, longer texts need one of at most "
+                    f"{widest}; convert the checkpoint it was made from, or pass "
+                    "distance_bias=False (--no-distance-bias) to drop the bias."
                 )
             far = source.config.distance_bias_far
             return {"distance_bias_window": window, "distance_bias_far": far}
@@ -200,11 +226,8 @@ class _BiasRequest:
                     "as no position is repeated; pass distance_bias=True (--distance-bias)."
                 )
             return {}
-        size = settings.block_size or 1  # a config with other scales refuses the bias by name
-        # Texts of L - size tokens lie inside, and no two tokens inside are L apart, or nearly so.
-        window = max(0, (source.learned_rows - 1) // size - 1)
         far = MraConfig.distance_bias_far if self.far is None else float(self.far)
-        return {"distance_bias_window": window, "distance_bias_far": far}
+        return {"distance_bias_window": widest, "distance_bias_far": far}
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -237,6 +260,7 @@ def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBa
 
 def _result_config(
     source: Source,
+    weights: SourceWeights,
     changes: dict[str, Any],
     bias: _BiasRequest,
     max_length: int,
@@ -251,7 +275,7 @@ def _result_config(
         if field.name not in _RESULT_FIELDS and hasattr(source.config, field.name)
     }
     fields |= {name: getattr(source.config, name) for name in source.type.kept_fields}
-    fields |= bias.fields(source, settings, max_length)
+    fields |= bias.fields(source, position_period(source, weights), settings, max_length)
     if source.type.borders_from_tokenizer:
         fields["bos_token_id"] = tokenizer.cls_token_id
         fields["eos_token_id"] = tokenizer.sep_token_id
@@ -296,9 +320,16 @@ def _open_first_block(
     """
     asked = changes["initial_prior_first_n_blocks"] is not None
     is_new = config.distance_bias_window is not None and source.type.attention is None
+    if asked or not is_new or not head.reads_first_token:
+        return
     diagonal = config.initial_prior_diagonal_n_blocks
     needed = 3 + (2 * (diagonal // 2) + 1 if diagonal else 0)
-    if asked or not is_new or not head.reads_first_token or config.block_per_row < needed:
+    if min(AttentionSettings.of(config).layer_budgets) < needed:
+        notes.append(
+            "The first block is not global: with these priors that needs a block_per_row of "
+            f"{needed}. This head reads the first token, which text beyond the window of the "
+            "distance bias cannot reach."
+        )
         return
     config.initial_prior_first_n_blocks = 1
     notes.append(

@@ -2,8 +2,9 @@
 
 Weights keep their values; only names and the position table change. With p reserved rows
 (`pad_token_id + 1`) and L learned rows, row r < p of the new table is kept and row r >= p is
-learned row (r - p) mod L; the table has `max_length + p` rows. BERT counts positions from row 0,
-so p rows of zeros are put in front, and it becomes a RoBERTa that computes the same.
+learned row (r - p) mod L; the table has `max_length + p` rows. A table that repeats itself already
+goes on repeating its last period. BERT counts positions from row 0, so p rows of zeros are put in
+front, and it becomes a RoBERTa that computes the same.
 
 A distance bias that the source has not is new; one that it has is kept, and distances beyond its
 last bucket share that bucket.
@@ -26,6 +27,8 @@ _WORDS = "roberta.embeddings.word_embeddings.weight"
 _POSITIONS = "roberta.embeddings.position_embeddings.weight"
 _DISTANCE_BIAS = ".distance_bias.weight"
 _DECODER = "lm_head.decoder.weight"
+#: A table repeats itself if its copies are nearer than so much of the distance of neighbours.
+_COPY_DISTANCE = 0.5
 #: Tensors that are one parameter under two names, when words and decoder are tied.
 _TIED = {
     _DECODER: _WORDS,
@@ -57,6 +60,28 @@ def untie_where_different(config: MraConfig, weights: SourceWeights, notes: list
         notes.append("tie_word_embeddings is set to false: words and decoder differ in the source.")
 
 
+def position_period(source: Source, weights: SourceWeights) -> int:
+    """Return after how many tokens the positions of the source repeat: its learned rows, unless its
+    table was made by repeating a shorter one.
+
+    Training moves the copies apart, but a row stays nearer to its copies than to its neighbours.
+    """
+    n_rows, name = source.learned_rows, weights.names.get(_POSITIONS)
+    table = None if name is None else weights.tensors[name]
+    if table is None or table.dim() != 2 or len(table) != source.reserved_rows + n_rows:
+        return n_rows  # `new_state` refuses it
+    learned = table[source.reserved_rows :].float()
+    step = (learned[1:] - learned[:-1]).norm(dim=-1).mean()
+    from_first = (learned - learned[0]).norm(dim=-1)
+    for period in (from_first < step).nonzero()[:, 0].tolist():
+        if period < 2:
+            continue
+        distance = (learned[period:] - learned[:-period]).norm(dim=-1).mean()
+        if distance < _COPY_DISTANCE * step:
+            return period
+    return n_rows
+
+
 def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) -> NewState:
     """Return all tensors of `model` from the source's, and what was done with each.
 
@@ -64,6 +89,7 @@ def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) ->
         ValueError: a tensor is missing, or has not the shape or kind the config asks for.
     """
     tensors, records, missing = {}, [], []
+    period = position_period(source, weights)
     is_bare = isinstance(model, MraModel)
     for name, fresh in model.state_dict().items():
         roberta_name = f"roberta.{name}" if is_bare else name
@@ -74,7 +100,7 @@ def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) ->
             if roberta_name == _POSITIONS:
                 rows = source.reserved_rows + source.learned_rows
                 _check_tensor(source_name, tensor, (rows, fresh.shape[1]))
-                tensor, tiling = _tile(tensor, source, model.config.max_tokens)
+                tensor, tiling = _tile(tensor, source, period, model.config.max_tokens)
                 if tiling:
                     action, note = "tiled", tiling
             elif name.endswith(_DISTANCE_BIAS):
@@ -148,17 +174,21 @@ def _check_tensor(source_name: str, tensor: Tensor, shape: tuple[int, ...]) -> N
         raise ValueError(f"the tensor {source_name} of the source holds NaN; it is corrupt.")
 
 
-def _tile(old_table: Tensor, source: Source, max_length: int) -> tuple[Tensor, str]:
+def _tile(old_table: Tensor, source: Source, period: int, max_length: int) -> tuple[Tensor, str]:
     """The new position table `[max_length + p, D]`, and a note unless it is the old one."""
     reserved, p = source.reserved_rows, source.config.pad_token_id + 1
     learned = old_table[reserved:]  # [L, D]
     is_kept = reserved == p
     front = old_table[:p] if is_kept else old_table.new_zeros(p, old_table.shape[1])
-    table = torch.cat([front, learned[torch.arange(max_length) % len(learned)]])
+    positions = torch.arange(max_length)
+    repeated = len(learned) - period + (positions - len(learned)) % period
+    table = torch.cat([front, learned[torch.where(positions < len(learned), positions, repeated)]])
     if is_kept and max_length == len(learned):
         return table, ""
     rows = "1 row" if p == 1 else f"{p} rows"
     front_note = f"{rows} kept" if is_kept else f"{rows} of zeros in front"
+    if period < len(learned) < max_length:
+        return table, f"{front_note}, {len(learned)} learned rows, then the last {period} repeat"
     return table, f"{front_note}, then row r is learned row (r - {p}) mod {len(learned)}"
 
 
