@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4096,
         help="longest sequence (default: %(default)s tokens)",
     )
-    source_default = "for a source of type mra its own"
+    source_default = "for a source of type mra or mra_hf its own"
     parser.add_argument(
         "--block-per-row",
         **number,
@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--approx-mode",
         choices=("full", "sparse"),
-        help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for mra its own)',
+        help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for a source of type mra or '
+        "mra_hf its own)",
     )
     priors = {
         "first": "first block rows and columns that are always exact, and global: no distance bias "
@@ -59,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="give every head a trainable bias on the distance of blocks: 0 where no two tokens "
         "share a row of the position table, --far-bias beyond. Without it, repeated positions make "
-        "far tokens look adjacent (default: where --max-length exceeds SOURCE's positions)",
+        "far tokens look adjacent. A bias that SOURCE has is kept, --no-distance-bias drops it "
+        "(default: where --max-length exceeds SOURCE's positions)",
     )
     parser.add_argument(
         "--far-bias",
