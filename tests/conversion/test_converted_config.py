@@ -42,6 +42,16 @@ def test_dtype_is_applied_or_that_of_the_source(dtype, tmp_path):
     assert convert(tmp_path / "source", tmp_path / "own").dtype == report.dtype
 
 
+def test_weights_stored_in_half_precision_are_for_the_dtype_of_the_config(tmp_path):
+    """As Transformers opens them, and as the embedded checkpoints are stored."""
+    source = make_source(tmp_path / "source")
+    source.half().save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}))
+    assert convert(tmp_path / "source", tmp_path / "out").dtype == "float32"
+    assert convert(tmp_path / "source", tmp_path / "half", dtype="float16").dtype == "float16"
+
+
 def test_rest_of_the_config_is_kept(tmp_path):
     labels = {0: "no", 1: "maybe", 2: "yes"}
     changes = {

@@ -99,7 +99,8 @@ def convert_checkpoint(
         far_bias: None: -8, which closes pairs beyond the window until training opens them.
         text: a UTF-8 text file, or texts, to score masked tokens of source and result on.
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype; None: as the source.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype; None: as the source, the wider
+            of what its config states and what its weights are stored in.
         force: replace a directory `output_dir` that is not empty.
         progress: called with a line of text before each step.
 
@@ -354,6 +355,8 @@ def _build_result(
     if dtype is None:
         taken = {record.name for record in state.records if record.source is not None}
         dtypes = [tensor.dtype for name, tensor in state.tensors.items() if name in taken]
+        if isinstance(source.config.dtype, torch.dtype):  # what Transformers opens it in
+            dtypes.append(source.config.dtype)
         dtype = functools.reduce(torch.promote_types, dtypes)
     model.to(dtype).load_state_dict(state.tensors, strict=True)
     return model.eval(), state
