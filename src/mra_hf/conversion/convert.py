@@ -99,8 +99,7 @@ def convert_checkpoint(
         far_bias: None: -8, which closes pairs beyond the window until training opens them.
         text: a UTF-8 text file, or texts, to score masked tokens of source and result on.
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
-        dtype: "float32", "bfloat16", "float16" or the torch dtype; None: as the source, the wider
-            of what its config states and what its weights are stored in.
+        dtype: a name in `DTYPES` or the torch dtype; None: the source's, as config or weights say.
         force: replace a directory `output_dir` that is not empty.
         progress: called with a line of text before each step.
 
