@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What the Triton kernels take.
+# What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
 SMALLEST_DIM, LARGEST_DIM = 16, 128
+LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -92,6 +93,33 @@ def torch_refusal(query: Tensor, block_size: int) -> str | None:
     return None
 
 
+def native_refusal(query: Tensor, block_size: int) -> str | None:
+    """Why the compiled CPU kernels cannot take a call."""
+    if query.dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {query.dtype}"
+    if block_size != BLOCK_SIZE:
+        return f"takes block_size={BLOCK_SIZE}, got {block_size}"
+    if query.shape[-1] > LARGEST_NATIVE_DIM:
+        return f"takes head dims up to {LARGEST_NATIVE_DIM}, got {query.shape[-1]}"
+    if query.device.type != "cpu":
+        return f"takes CPU tensors, got tensors on {query.device.type}"
+    return native_problem()
+
+
+def native_problem() -> str | None:
+    """Why the compiled CPU kernels cannot be used here, None if they can."""
+    from .native_impl import library
+
+    try:
+        library.load()
+    except ImportError as error:
+        return f"is not available: {error}"
+    return None
+
+
+native_problem._dynamo_marked_constant = True  # as `cuda_capability` below
+
+
 def triton_refusal(query: Tensor, block_size: int) -> str | None:
     """Why the Triton kernels cannot take a call."""
     if not _IS_INSTALLED:
@@ -137,6 +165,7 @@ def interprets() -> bool:
 #: "auto" asks them from first to last.
 FAST = {
     "torch": Implementation(torch_refusal),
+    "native": Implementation(native_refusal, auto_devices=("cpu",)),
     "triton": Implementation(
         triton_refusal, auto_devices=("cuda",), shares_summaries=True, keeps_dtype=True
     ),

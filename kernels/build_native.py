@@ -1,0 +1,163 @@
+"""Compile the CPU kernels when the package is built: a hook of hatchling, and a command.
+
+    python kernels/build_native.py        # into the package folder, as `pip install -e .` does
+
+The compiler is `$MRA_HF_CXX` if that is set, else the first of c++, g++ and clang++ on the path,
+else zig from the package `ziglang`, which pip then installs for the build. `MRA_HF_CXX=zig` makes a
+library for any Linux with glibc 2.17 or newer. Where nothing compiles, the package is installed
+without the library and says so; it then runs on plain torch.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run as a command
+    BuildHookInterface = object
+
+PACKAGE = Path(__file__).parent / "torch-ext" / "mra_attention" / "native_impl"
+SOURCES = PACKAGE / "csrc"
+INSTALLED = "mra_attention/native_impl"
+ZIG = [sys.executable, "-m", "ziglang", "c++"]
+
+FLAGS = [
+    *("-O3", "-fPIC", "-std=c++17", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
+#: Flags of single files: each instruction set is compiled from the same source.
+OWN_FLAGS = {
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+}
+#: Machines whose kernels are written; elsewhere the package is pure Python.
+MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+
+
+class BuildFailed(Exception):
+    """What did not work, in words."""
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler, None if there is none."""
+    chosen = os.environ.get("MRA_HF_CXX")
+    if chosen == "zig":
+        return _zig()
+    if chosen:
+        return shlex.split(chosen)
+    names = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
+    return [name] if (name := next(names, None)) else _zig()
+
+
+def _zig() -> list[str] | None:
+    if find_spec("ziglang") is None:
+        return None
+    machine = MACHINES.get(platform.machine())
+    if platform.system() == "Linux" and machine:
+        return [*ZIG, "-target", f"{machine}-linux-gnu.2.17"]
+    return ZIG
+
+
+def library_name() -> str:
+    return "libmra_attention.dylib" if platform.system() == "Darwin" else "libmra_attention.so"
+
+
+def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
+    """Compile `csrc/` into the shared library `output`.
+
+    Raises:
+        BuildFailed: there is no compiler, no kernel for this machine, or an error of the compiler.
+    """
+    if platform.machine() not in MACHINES or platform.system() not in ("Linux", "Darwin"):
+        raise BuildFailed(f"no kernels for {platform.system()} on {platform.machine()}")
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildFailed("no C++ compiler was found (c++, g++, clang++, or the package ziglang)")
+    flags = FLAGS + (extra_flags or [])
+    is_x86 = MACHINES[platform.machine()] == "x86_64"
+    sources = [
+        path for path in sorted(SOURCES.glob("*.cpp")) if is_x86 or path.name not in OWN_FLAGS
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def compile_one(source: Path) -> Path:
+            object_file = Path(folder) / f"{source.stem}.o"
+            own = OWN_FLAGS.get(source.name, [])
+            _run([*compiler, *flags, *own, "-c", str(source), "-o", str(object_file)])
+            return object_file
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [str(path) for path in pool.map(compile_one, sources)]
+        library = Path(folder) / library_name()
+        bare = [] if extra_flags else ["-nostdlib++"] if "ziglang" in compiler else []
+        _run(
+            [*compiler, *flags, *bare, "-shared", *objects, "-o", str(library), "-lpthread", "-lm"]
+        )
+        partial = output.with_suffix(".partial")
+        shutil.copyfile(library, partial)
+        partial.replace(output)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildFailed(f"{command[0]} does not run: {error}") from error
+    if done.returncode:
+        raise BuildFailed(f"{shlex.join(command)} failed:\n{done.stderr[-4000:]}")
+
+
+def wheel_platform() -> str:
+    """The platform tag of a wheel with the library that `find_compiler` makes."""
+    from packaging.tags import platform_tags
+
+    compiler = find_compiler() or []
+    if "-target" in compiler:
+        return f"manylinux_2_17_{MACHINES[platform.machine()]}"
+    tags = list(platform_tags())
+    # What the compiler of this system links against is known to be here only.
+    return next((tag for tag in tags if tag.startswith("linux")), tags[0])
+
+
+class CustomBuildHook(BuildHookInterface):
+    """Adds the library to a wheel; for an editable install, to the package folder."""
+
+    def dependencies(self) -> list[str]:
+        return [] if self.target_name == "sdist" or find_compiler() else ["ziglang>=0.13"]
+
+    def initialize(self, version: str, build_data: dict) -> None:
+        if self.target_name != "wheel":
+            return
+        is_editable = version == "editable"
+        folder = PACKAGE if is_editable else Path(tempfile.mkdtemp())
+        library = folder / library_name()
+        try:
+            compile_library(library)
+        except BuildFailed as problem:
+            self.app.display_warning(
+                f"The CPU kernels were not compiled: {problem}\n"
+                "mra_hf is installed without them and runs on plain torch; see `mra-hf env`."
+            )
+            return
+        if not is_editable:
+            build_data["force_include"][str(library)] = f"{INSTALLED}/{library.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{wheel_platform()}"
+
+
+if __name__ == "__main__":
+    target = PACKAGE / library_name()
+    compile_library(target)
+    sys.stdout.write(f"compiled {target}\n")

@@ -1,0 +1,109 @@
+#include "api.h"
+
+#include <cstdlib>
+
+#include "cpu.h"
+#include "head.h"
+#include "parallel.h"
+
+namespace mra {
+namespace {
+
+struct IsaRow {
+  bool (*is_supported)();
+  const KernelTable* (*kernels)();
+};
+
+bool always() { return true; }
+
+// Best first.
+constexpr IsaRow kIsas[] = {
+#if defined(__x86_64__)
+    {has_avx512, kernels_avx512},
+    {has_avx2, kernels_avx2},
+#endif
+    {always, kernels_base},
+};
+
+const KernelTable* kernels_of(int64_t index) {
+  for (const IsaRow& row : kIsas)
+    if (row.is_supported() && index-- <= 0) return row.kernels();
+  return nullptr;
+}
+
+// Memory of all samples, in one piece.
+bool read_samples(const MraCall& call, int n_blocks, int padded, Sample* samples, void** memory) {
+  size_t bytes = static_cast<size_t>(padded) * (4 + 4 + 1);
+  char* at = static_cast<char*>(*memory = calloc(static_cast<size_t>(call.batch), bytes));
+  if (!at) return false;
+  for (int64_t b = 0; b < call.batch; b++, at += bytes) {
+    Sample& sample = samples[b];
+    sample.real = reinterpret_cast<uint32_t*>(at);
+    sample.counts = reinterpret_cast<float*>(at + 4L * padded);
+    sample.is_first = reinterpret_cast<uint8_t*>(at + 8L * padded);
+    sample.live = 0;
+    for (int y = 0; y < n_blocks; y++) {
+      uint32_t real = 0;
+      for (int i = 0; i < kBlock; i++) {
+        int64_t token = static_cast<int64_t>(y) * kBlock + i;
+        bool is_real =
+            token < call.length && (!call.token_mask || call.token_mask[b * call.length + token]);
+        real |= static_cast<uint32_t>(is_real) << i;
+      }
+      sample.real[y] = real;
+      sample.counts[y] = static_cast<float>(__builtin_popcount(real));
+      sample.live += real != 0;
+      sample.is_first[y] = call.first_blocks > 0 && sample.live <= call.first_blocks;
+    }
+  }
+  return true;
+}
+
+using HeadPass = void (*)(const Shape& shape, long item, Arena arena, size_t* bytes);
+
+struct PassOfCall {
+  const Shape& shape;
+  HeadPass pass;
+};
+
+int run(const MraCall& call, HeadPass pass) {
+  const KernelTable* kernels = kernels_of(call.isa < 0 ? 0 : call.isa);
+  if (!kernels) return 1;
+  int multiple = kernels->dim_multiple;
+  int dim = (static_cast<int>(call.dim) + multiple - 1) / multiple * multiple;
+  int n_blocks = static_cast<int>((call.length + kBlock - 1) / kBlock);
+  int padded = (n_blocks + kBlock - 1) / kBlock * kBlock;
+  auto* samples = static_cast<Sample*>(calloc(static_cast<size_t>(call.batch), sizeof(Sample)));
+  void* memory = nullptr;
+  bool is_done = samples && read_samples(call, n_blocks, padded, samples, &memory);
+  if (is_done) {
+    Shape shape{call, *kernels, dim, n_blocks, padded, samples};
+    size_t bytes = 0;
+    pass(shape, 0, Arena(), &bytes);
+    PassOfCall context{shape, pass};
+    is_done = run_items(
+        call.batch * call.heads, call.threads, bytes,
+        [](void* p, long item, char* scratch) {
+          const auto& of = *static_cast<PassOfCall*>(p);
+          of.pass(of.shape, item, Arena(scratch), nullptr);
+        },
+        &context);
+  }
+  free(memory);
+  free(samples);
+  return is_done ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace mra
+
+#define MRA_EXPORT extern "C" __attribute__((visibility("default")))
+
+MRA_EXPORT int mra_select(const MraCall* call) { return mra::run(*call, mra::select_head); }
+MRA_EXPORT int mra_forward(const MraCall* call) { return mra::run(*call, mra::forward_head); }
+MRA_EXPORT int mra_backward(const MraCall* call) { return mra::run(*call, mra::backward_head); }
+MRA_EXPORT const char* mra_isa_name(int64_t index) {
+  const mra::KernelTable* kernels = index < 0 ? nullptr : mra::kernels_of(index);
+  return kernels ? kernels->name : nullptr;
+}
+MRA_EXPORT int64_t mra_call_bytes() { return sizeof(MraCall); }

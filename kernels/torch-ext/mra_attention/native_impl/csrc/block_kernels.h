@@ -1,0 +1,337 @@
+// The steps of `KernelTable`, for the instruction set of this file.
+//
+// Lanes are the 32 queries of a block and rows are keys, so that the softmax of a query never
+// crosses lanes. Query-side operands are transposed once per query block; keys and values are read
+// where they lie. The coarse part is the same two products with block means in place of tokens.
+#pragma once
+
+#include "kernel_table.h"
+#include "vectors.h"
+
+namespace MRA_ISA {
+
+using mra::BlockList;
+using mra::CoarseRows;
+
+constexpr int kChunk = 4;  // key blocks whose logits are held at a time
+constexpr int kTile = kBlock * kBlock;
+
+MRA_NOINLINE long scratch_floats(int dim) {
+  return 3L * dim * kBlock + (kChunk + 2) * kTile + 4 * kBlock;
+}
+
+MRA_INLINE void hide_padding(uint32_t real, float* logits) {
+  for (int j = 0; j < kBlock; j++)
+    if (!(real >> j & 1))
+      for (int v = 0; v < kBlockVectors; v++)
+        store(logits + j * kBlock + v * kLanes, all(-kInfinity));
+}
+
+// Logits of up to kChunk key blocks -> weights, in place; updates maxima and denominators, and
+// writes the factor for what was summed before. Returns whether any factor is not 1.
+MRA_NOINLINE bool softmax(int blocks, const float* biases, float* logits, float* maxima,
+                          float* denominators, float* factors) {
+  bool has_changed = false;
+  for (int v = 0; v < kBlockVectors; v++) {
+    Vector old = load(maxima + v * kLanes), maximum = old, other = old;
+    for (int b = 0; b < blocks; b++) {
+      const float* of_block = logits + b * kTile + v * kLanes;
+      Vector bias = all(biases[b]);
+      for (int j = 0; j < kBlock; j += 2) {
+        maximum = larger(maximum, load(of_block + j * kBlock) + bias);
+        other = larger(other, load(of_block + (j + 1) * kBlock) + bias);
+      }
+    }
+    maximum = larger(maximum, other);
+    Vector factor = exp2(old - maximum);
+    Vector sum = load(denominators + v * kLanes) * factor, other_sum{};
+    for (int b = 0; b < blocks; b++) {
+      float* of_block = logits + b * kTile + v * kLanes;
+      Vector shift = all(biases[b]) - maximum;
+      for (int j = 0; j < kBlock; j += 2) {
+        Vector x = exp2(load(of_block + j * kBlock) + shift);
+        Vector y = exp2(load(of_block + (j + 1) * kBlock) + shift);
+        store(of_block + j * kBlock, x);
+        store(of_block + (j + 1) * kBlock, y);
+        sum += x;
+        other_sum += y;
+      }
+    }
+    store(maxima + v * kLanes, maximum);
+    store(denominators + v * kLanes, sum + other_sum);
+    store(factors + v * kLanes, factor);
+    Integers differs = factor != all(1.f);
+    for (int i = 0; i < kLanes; i++) has_changed |= differs[i] != 0;
+  }
+  return has_changed;
+}
+
+MRA_INLINE void scale_columns(int dim, const float* factors, float* x) {  // x [dim, 32]
+  Vector f[kBlockVectors];
+  for (int v = 0; v < kBlockVectors; v++) f[v] = load(factors + v * kLanes);
+  for (int d = 0; d < dim; d++)
+    for (int v = 0; v < kBlockVectors; v++)
+      store(x + d * kBlock + v * kLanes, load(x + d * kBlock + v * kLanes) * f[v]);
+}
+
+MRA_NOINLINE void attend(int dim, float scale, const float* query, const BlockList& list,
+                         const float* coarse_max, const float* coarse_denominator,
+                         const float* coarse_numerator, float* output, float* lse, float* scratch) {
+  float *queries = scratch, *sums = queries + dim * kBlock, *logits = sums + dim * kBlock;
+  float *maxima = logits + kChunk * kTile, *denominators = maxima + kBlock;
+  float* factors = denominators + kBlock;
+  transpose(kBlock, dim, query, dim, queries, kBlock, scale * kLog2E);
+  for (int v = 0; v < kBlockVectors; v++) {
+    store(maxima + v * kLanes, all(coarse_max ? *coarse_max : kNothing));
+    store(denominators + v * kLanes, all(coarse_denominator ? *coarse_denominator : 0.f));
+    for (int d = 0; d < dim; d++)
+      store(sums + d * kBlock + v * kLanes, all(coarse_numerator ? coarse_numerator[d] : 0.f));
+  }
+  for (int first = 0; first < list.count; first += kChunk) {
+    const int* blocks = list.blocks + first;
+    int count = list.count - first < kChunk ? list.count - first : kChunk;
+    int following = first + count < list.count ? blocks[count] : blocks[count - 1];
+    for (int c = 0; c < count; c++) {
+      const float* next = c + 1 < count ? list.keys[blocks[c + 1]] : list.values[blocks[0]];
+      block_logits(dim, list.keys[blocks[c]], queries, logits + c * kTile, next);
+      if (list.real[blocks[c]] != ~0u) hide_padding(list.real[blocks[c]], logits + c * kTile);
+    }
+    if (softmax(count, list.biases + first, logits, maxima, denominators, factors))
+      scale_columns(dim, factors, sums);
+    for (int c = 0; c < count; c++) {
+      const float* next = c + 1 < count ? list.values[blocks[c + 1]] : list.keys[following];
+      add_block_values(dim, list.values[blocks[c]], logits + c * kTile, sums, next);
+    }
+  }
+  for (int i = 0; i < kBlock; i++) {
+    float z = denominators[i];
+    factors[i] = z == 0 ? 0.f : 1.f / z;  // NaN stays
+    lse[i] = z == 0 ? kInfinity : (maxima[i] + __builtin_log2f(z)) / kLog2E;
+  }
+  scale_columns(dim, factors, sums);
+  transpose(dim, kBlock, sums, kBlock, output, dim, 1.f);
+}
+
+// Weights and the gradients of logits of one pair, in place of its logits and of dO V^T; returns
+// the sum of the latter, before the factor `scale`.
+MRA_INLINE float softmax_backward(const float* lse2, const float* delta, float bias, float scale,
+                                  float* logits, float* grad) {
+  Vector total{};
+  for (int v = 0; v < kBlockVectors; v++) {
+    Vector shift = all(bias) - load(lse2 + v * kLanes), d = load(delta + v * kLanes), sum{};
+    for (int j = 0; j < kBlock; j++) {
+      Vector p = exp2(load(logits + j * kBlock + v * kLanes) + shift);
+      Vector g = p * (load(grad + j * kBlock + v * kLanes) - d);
+      store(logits + j * kBlock + v * kLanes, p);
+      store(grad + j * kBlock + v * kLanes, g * scale);
+      sum += g;
+    }
+    total += sum;
+  }
+  float result = 0;
+  for (int i = 0; i < kLanes; i++) result += total[i];
+  return result;
+}
+
+MRA_NOINLINE void attend_backward(int dim, float scale, const float* query,
+                                  const float* grad_output, const float* lse2, const float* delta,
+                                  const BlockList& list, const float* grad_query_row,
+                                  float* grad_query, float* grad_keys, float* grad_values,
+                                  float* grad_biases, float* scratch) {
+  float *queries = scratch, *grads = queries + dim * kBlock, *grad_queries = grads + dim * kBlock;
+  float *weights = grad_queries + dim * kBlock, *grad_logits = weights + kTile;
+  transpose(kBlock, dim, query, dim, queries, kBlock, scale * kLog2E);
+  transpose(kBlock, dim, grad_output, dim, grads, kBlock, 1.f);
+  memset(grad_queries, 0, sizeof(float) * dim * kBlock);
+  for (int c = 0; c < list.count; c++) {
+    int block = list.blocks[c], following = list.blocks[c + 1 < list.count ? c + 1 : c];
+    const float *keys = list.keys[block], *values = list.values[block];
+    float* of_keys = grad_keys + static_cast<long>(block) * kBlock * dim;
+    float* of_values = grad_values + static_cast<long>(block) * kBlock * dim;
+    block_logits(dim, keys, queries, weights, of_values);
+    block_logits(dim, values, grads, grad_logits, of_keys);
+    if (list.real[block] != ~0u) hide_padding(list.real[block], weights);
+    float of_bias = softmax_backward(lse2, delta, list.biases[c], scale, weights, grad_logits);
+    if (grad_biases) grad_biases[c] = of_bias;
+    add_block_rows(dim, weights, grad_output, of_values, list.keys[following]);
+    add_block_rows(dim, grad_logits, query, of_keys, list.values[following]);
+    add_transposed_product(dim, kBlock, kBlock, keys, dim, grad_logits, kBlock, grad_queries,
+                           kBlock);
+  }
+  if (grad_query_row)
+    for (int d = 0; d < dim; d++)
+      for (int v = 0; v < kBlockVectors; v++) {
+        float* at = grad_queries + d * kBlock + v * kLanes;
+        store(at, load(at) + grad_query_row[d]);
+      }
+  transpose(dim, kBlock, grad_queries, kBlock, grad_query, dim, 1.f);
+}
+
+// Adds biases to logits [columns, 32] of the key blocks from `first` on, and hides what is
+// selected, dead or no block.
+MRA_NOINLINE void mask_coarse(const CoarseRows& part, int first, int columns, float* logits) {
+  for (int q = 0; q < kBlock; q++) {
+    long row = static_cast<long>(q) * part.n_blocks + first;
+    for (int j = 0; j < columns; j++) {
+      bool exists = q < part.rows && first + j < part.n_blocks;
+      float* at = logits + j * kBlock + q;
+      if (!exists || part.selected[row + j] || part.counts[first + j] == 0)
+        *at = -kInfinity;
+      else if (part.biases)
+        *at += part.biases[row + j];
+    }
+  }
+}
+
+MRA_NOINLINE void coarse(const CoarseRows& part, float* maxima, float* denominators,
+                         float* numerators, float* scratch) {
+  int dim = part.dim;
+  float *queries = scratch, *sums = queries + dim * kBlock, *logits = sums + dim * kBlock;
+  float* factors = logits + kChunk * kTile;
+  transpose(kBlock, dim, part.query_means, dim, queries, kBlock, part.scale);
+  for (int q = 0; q < kBlock; q++) maxima[q] = kNothing, denominators[q] = 0;
+  memset(sums, 0, sizeof(float) * dim * kBlock);
+  for (int first = 0; first < part.n_blocks; first += kChunk * kBlock) {
+    int left = part.n_blocks - first, most = kChunk * kBlock;
+    int columns = left < most ? (left + kBlock - 1) / kBlock * kBlock : most;
+    const float* keys = part.key_means + static_cast<long>(first) * dim;
+    product<false>(columns, kBlock, dim, keys, dim, queries, kBlock, logits, kBlock);
+    mask_coarse(part, first, columns, logits);
+    for (int v = 0; v < kBlockVectors; v++) {
+      Vector old = load(maxima + v * kLanes), maximum = old;
+      for (int j = 0; j < columns; j++)
+        maximum = larger(maximum, load(logits + j * kBlock + v * kLanes));
+      Vector factor = exp2(old - maximum), sum = load(denominators + v * kLanes) * factor;
+      for (int j = 0; j < columns; j++) {
+        Vector p = exp2(load(logits + j * kBlock + v * kLanes) - maximum);
+        store(logits + j * kBlock + v * kLanes, p);
+        sum += p * part.counts[first + j];
+      }
+      store(maxima + v * kLanes, maximum);
+      store(denominators + v * kLanes, sum);
+      store(factors + v * kLanes, factor);
+    }
+    scale_columns(dim, factors, sums);
+    add_transposed_product(dim, kBlock, columns, part.value_sums + static_cast<long>(first) * dim,
+                           dim, logits, kBlock, sums, kBlock);
+  }
+  transpose(dim, kBlock, sums, kBlock, numerators, dim, 1.f);
+}
+
+MRA_NOINLINE void coarse_backward(const CoarseRows& part, const float* maxima,
+                                  const float* grad_sums, const float* delta_sums,
+                                  float* grad_query_means, float* grad_key_means,
+                                  float* grad_value_sums, float* grad_logits, float* scratch) {
+  int dim = part.dim;
+  float *queries = scratch, *grads = queries + dim * kBlock, *sums = grads + dim * kBlock;
+  float *weights = sums + dim * kBlock, *differences = weights + kTile;
+  transpose(kBlock, dim, part.query_means, dim, queries, kBlock, part.scale);
+  transpose(kBlock, dim, grad_sums, dim, grads, kBlock, 1.f);
+  memset(sums, 0, sizeof(float) * dim * kBlock);
+  for (int first = 0; first < part.n_blocks; first += kBlock) {
+    long at = static_cast<long>(first) * dim;
+    const float *keys = part.key_means + at, *values = part.value_sums + at;
+    product<false>(kBlock, kBlock, dim, keys, dim, queries, kBlock, weights, kBlock);
+    product<false>(kBlock, kBlock, dim, values, dim, grads, kBlock, differences, kBlock);
+    mask_coarse(part, first, kBlock, weights);
+    for (int v = 0; v < kBlockVectors; v++) {
+      Vector maximum = load(maxima + v * kLanes), delta = load(delta_sums + v * kLanes);
+      for (int j = 0; j < kBlock; j++) {
+        float* weight = weights + j * kBlock + v * kLanes;
+        float* difference = differences + j * kBlock + v * kLanes;
+        Vector e = exp2(load(weight) - maximum);
+        store(weight, e);
+        store(difference, e * (load(difference) - delta * part.counts[first + j]));
+      }
+    }
+    if (grad_logits)
+      memcpy(grad_logits + static_cast<long>(first) * kBlock, differences, sizeof(float) * kTile);
+    product<true>(kBlock, dim, kBlock, weights, kBlock, grad_sums, dim, grad_value_sums + at, dim);
+    product<true>(kBlock, dim, kBlock, differences, kBlock, part.query_means, dim,
+                  grad_key_means + at, dim);
+    add_transposed_product(dim, kBlock, kBlock, keys, dim, differences, kBlock, sums, kBlock);
+  }
+  transpose(dim, kBlock, sums, kBlock, grad_query_means, dim, 1.f);
+}
+
+MRA_NOINLINE void sum_rows(int dim, const float* block, float* sum) {
+  for (int d = 0; d < dim; d += kLanes) {
+    Vector even{}, odd{};
+    for (int i = 0; i < kBlock; i += 2) {
+      even += load(block + i * dim + d);
+      odd += load(block + (i + 1) * dim + d);
+    }
+    store(sum + d, even + odd);
+  }
+}
+
+MRA_NOINLINE void sum_rows_double(int dim, const float* block, double* sum) {
+  for (int d = 0; d < dim; d += kDoubles) {
+    Doubles total{};
+    for (int i = 0; i < kBlock; i++) {
+      const float* at = block + i * dim + d;
+      total += __builtin_convertvector(*reinterpret_cast<const HalfVector*>(at), Doubles);
+    }
+    *reinterpret_cast<Doubles*>(sum + d) = total;
+  }
+}
+
+MRA_NOINLINE void weighted_sum(int dim, const float* weights, const float* block, float* sum) {
+  for (int d = 0; d < dim; d += kLanes) {
+    Vector total{};
+    for (int i = 0; i < kBlock; i++) total += load(block + i * dim + d) * weights[i];
+    store(sum + d, total);
+  }
+}
+
+MRA_NOINLINE void row_dots(int dim, const float* a, const float* b, float* dots) {
+  for (int i = 0; i < kBlock; i++) {
+    Vector total{};
+    for (int d = 0; d < dim; d += kLanes) total += load(a + i * dim + d) * load(b + i * dim + d);
+    float sum = 0;
+    for (int k = 0; k < kLanes; k++) sum += total[k];
+    dots[i] = sum;
+  }
+}
+
+MRA_NOINLINE void coarse_logits(int dim, int n_blocks, double scale, const double* query_means,
+                                const double* key_means, double* logits, double* transposed) {
+  constexpr int kRows = 4, kColumns = 2 * kDoubles;
+  long padded = (n_blocks + 15L) / 16 * 16;
+  for (long y = 0; y < padded; y++)
+    for (int d = 0; d < dim; d++)
+      transposed[d * padded + y] = y < n_blocks ? key_means[y * dim + d] : 0;
+  for (int x = 0; x < n_blocks; x += kRows) {
+    const double* rows[kRows];
+    for (int i = 0; i < kRows; i++)
+      rows[i] = query_means + static_cast<long>(x + i < n_blocks ? x + i : n_blocks - 1) * dim;
+    for (int y = 0; y < n_blocks; y += kColumns) {
+      Doubles sums[kRows][2] = {};
+      for (int d = 0; d < dim; d++) {
+        Doubles left = *reinterpret_cast<const Doubles*>(transposed + d * padded + y);
+        Doubles right = *reinterpret_cast<const Doubles*>(transposed + d * padded + y + kDoubles);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; i++) {
+          Doubles factor = rows[i][d] - Doubles{};
+          sums[i][0] += left * factor;
+          sums[i][1] += right * factor;
+        }
+      }
+      for (int i = 0; i < kRows && x + i < n_blocks; i++) {
+        double part[kColumns];
+        *reinterpret_cast<Doubles*>(part) = sums[i][0] * scale;
+        *reinterpret_cast<Doubles*>(part + kDoubles) = sums[i][1] * scale;
+        int count = n_blocks - y < kColumns ? n_blocks - y : kColumns;
+        memcpy(logits + static_cast<long>(x + i) * n_blocks + y, part, sizeof(double) * count);
+      }
+    }
+  }
+}
+
+constexpr mra::KernelTable table(const char* name) {
+  return {name,     kTileColumns,    scratch_floats, attend,          attend_backward,
+          coarse,   coarse_backward, sum_rows,       sum_rows_double, weighted_sum,
+          row_dots, coarse_logits};
+}
+
+}  // namespace MRA_ISA

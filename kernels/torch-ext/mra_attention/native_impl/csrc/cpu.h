@@ -1,0 +1,9 @@
+// Which instruction sets this machine and its operating system can run.
+#pragma once
+
+namespace mra {
+
+bool has_avx2();    // and FMA
+bool has_avx512();  // F, BW, DQ and VL
+
+}  // namespace mra

@@ -1,0 +1,53 @@
+#include "head.h"
+
+#include <cmath>
+
+namespace mra {
+
+void forward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
+  const MraCall& call = shape.call;
+  Blocks query(shape, arena), key(shape, arena), value(shape, arena);
+  CoarsePart coarse(shape, arena);
+  PairBiases pair_biases(shape, arena);
+  RowList row_list(shape, arena);
+  float* block = arena.take<float>(shape.block_floats());
+  float* block_lse = arena.take<float>(kBlock);
+  float* scratch = arena.take<float>(shape.kernels.scratch_floats(shape.dim));
+  if (bytes) {
+    *bytes = arena.used();
+    return;
+  }
+  long sample_number = item / call.heads, head = item % call.heads;
+  const Sample& sample = shape.samples[sample_number];
+  query.read(call.query, call.dtype, sample_number, head);
+  key.read(call.key, call.dtype, sample_number, head);
+  value.read(call.value, call.dtype, sample_number, head);
+  const uint8_t* selected = selected_pairs(shape, item);
+  bool is_merged = has_coarse(call);
+  if (is_merged) coarse.read(shape, sample, query, key, value);
+  float* output = call.new_output + item * call.length * call.dim;
+  float* lse = call.lse + item * call.length;
+  const float* biases = nullptr;
+  for (int x = 0; x < shape.n_blocks; x++) {
+    long vector = static_cast<long>(x) * shape.dim, token = static_cast<long>(x) * kBlock;
+    if (x % kBlock == 0) {
+      biases = pair_biases.read(shape, sample, head, x);
+      if (is_merged)
+        shape.kernels.coarse(coarse.rows(shape, sample, selected, biases, x), coarse.maxima + x,
+                             coarse.denominators + x, coarse.numerators + vector, scratch);
+    }
+    bool is_live = sample.counts[x] > 0;
+    if (is_live) {
+      BlockList list = row_list.read(shape, sample, selected, biases, x, key, value);
+      shape.kernels.attend(
+          shape.dim, static_cast<float>(call.scale), query[x], list,
+          is_merged ? coarse.maxima + x : nullptr, is_merged ? coarse.denominators + x : nullptr,
+          is_merged ? coarse.numerators + vector : nullptr, block, block_lse, scratch);
+    }
+    write_block(shape, sample, x, is_live ? block : nullptr, kFloat32, output);
+    for (int i = 0; i < kBlock && token + i < call.length; i++)
+      lse[token + i] = sample.real[x] >> i & 1 ? block_lse[i] : INFINITY;
+  }
+}
+
+}  // namespace mra

@@ -1,0 +1,190 @@
+#include "head.h"
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+
+namespace mra {
+namespace {
+
+float widen(uint16_t x, int64_t dtype) {
+  uint32_t bits = x;
+  if (dtype == kBFloat16) {
+    bits <<= 16;
+  } else {  // float16: shift the exponent by a product, which subnormals survive
+    uint32_t sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+    if (rest >= 0x0f800000) {  // infinity and NaN
+      bits = sign | rest | 0x7f800000;
+    } else {
+      float scaled;
+      memcpy(&scaled, &rest, 4);
+      scaled *= 5.192296858534828e33f;  // 2^112
+      memcpy(&bits, &scaled, 4);
+      bits |= sign;
+    }
+  }
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+// Rounds to nearest, ties to even.
+uint16_t narrow(float x, int64_t dtype) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (dtype == kBFloat16) {
+    if (size > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (size < 0x38800000) {  // subnormal: let an addition round
+    float magnitude;
+    memcpy(&magnitude, &size, 4);
+    magnitude += 0.5f;
+    memcpy(&size, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (size - 0x3f000000));
+  }
+  size += 0xc8000fff + (size >> 13 & 1);
+  return static_cast<uint16_t>(sign | size >> 13);
+}
+
+}  // namespace
+
+Blocks::Blocks(const Shape& shape, Arena& arena) : shape_(shape) {
+  pointers_ = arena.take<const float*>(shape.n_blocks);
+  copies_ = arena.take<float>(shape.n_blocks * shape.block_floats());
+}
+
+void Blocks::read(const MraTensor& tensor, int64_t dtype, long sample, long head) {
+  const MraCall& call = shape_.call;
+  int dim = shape_.dim, given = static_cast<int>(call.dim);
+  bool is_direct = dtype == kFloat32 && tensor.token_stride == dim && given == dim;
+  long first = sample * tensor.batch_stride + head * tensor.head_stride;
+  const uint32_t* real = shape_.samples[sample].real;
+  for (int y = 0; y < shape_.n_blocks; y++) {
+    long at = first + static_cast<long>(y) * kBlock * tensor.token_stride;
+    if (is_direct && real[y] == ~0u) {
+      pointers_[y] = static_cast<const float*>(tensor.data) + at;
+      continue;
+    }
+    float* copy = copies_ + y * shape_.block_floats();
+    pointers_[y] = copy;
+    for (int i = 0; i < kBlock; i++, copy += dim, at += tensor.token_stride) {
+      int kept = real[y] >> i & 1 ? given : 0;
+      if (kept && dtype == kFloat32) {
+        memcpy(copy, static_cast<const float*>(tensor.data) + at, sizeof(float) * kept);
+      } else if (kept) {
+        const uint16_t* from = static_cast<const uint16_t*>(tensor.data) + at;
+        for (int d = 0; d < kept; d++) copy[d] = widen(from[d], dtype);
+      }
+      if (kept < dim) memset(copy + kept, 0, sizeof(float) * (dim - kept));
+    }
+  }
+}
+
+void write_block(const Shape& shape, const Sample& sample, int block, const float* from,
+                 int64_t dtype, void* head_of_tensor) {
+  int dim = static_cast<int>(shape.call.dim);
+  long first = static_cast<long>(block) * kBlock, left = shape.call.length - first;
+  int rows = left < kBlock ? static_cast<int>(left) : kBlock;
+  for (int i = 0; i < rows; i++) {
+    bool is_real = from && (sample.real[block] >> i & 1);
+    const float* row = from + static_cast<long>(i) * shape.dim;
+    long at = (first + i) * dim;
+    if (dtype == kFloat32) {
+      float* to = static_cast<float*>(head_of_tensor) + at;
+      if (is_real)
+        memcpy(to, row, sizeof(float) * dim);
+      else
+        memset(to, 0, sizeof(float) * dim);
+    } else {
+      uint16_t* to = static_cast<uint16_t*>(head_of_tensor) + at;
+      for (int d = 0; d < dim; d++) to[d] = is_real ? narrow(row[d], dtype) : uint16_t{0};
+    }
+  }
+}
+
+CoarsePart::CoarsePart(const Shape& shape, Arena& arena) {
+  long vectors = static_cast<long>(shape.padded_blocks) * shape.dim;
+  query_means = arena.take<float>(vectors);
+  key_means = arena.take<float>(vectors);
+  value_sums = arena.take<float>(vectors);
+  numerators = arena.take<float>(vectors);
+  maxima = arena.take<float>(shape.padded_blocks);
+  denominators = arena.take<float>(shape.padded_blocks);
+}
+
+void CoarsePart::read(const Shape& shape, const Sample& sample, const Blocks& query,
+                      const Blocks& key, const Blocks& value) {
+  int dim = shape.dim;
+  for (int y = 0; y < shape.padded_blocks; y++) {
+    long at = static_cast<long>(y) * dim;
+    if (y >= shape.n_blocks || sample.counts[y] == 0) {
+      for (float* to : {query_means, key_means, value_sums})
+        memset(to + at, 0, sizeof(float) * dim);
+      continue;
+    }
+    shape.kernels.sum_rows(dim, query[y], query_means + at);
+    shape.kernels.sum_rows(dim, key[y], key_means + at);
+    shape.kernels.sum_rows(dim, value[y], value_sums + at);
+    float share = 1.f / sample.counts[y];
+    for (int d = 0; d < dim; d++) query_means[at + d] *= share, key_means[at + d] *= share;
+  }
+}
+
+CoarseRows CoarsePart::rows(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                            const float* biases, int first) const {
+  int left = shape.n_blocks - first;
+  constexpr double kLog2E = 1.4426950408889634;
+  return {shape.dim,
+          shape.n_blocks,
+          left < kBlock ? left : kBlock,
+          static_cast<float>(shape.call.scale * kLog2E),
+          query_means + static_cast<long>(first) * shape.dim,
+          key_means,
+          value_sums,
+          sample.counts,
+          selected + static_cast<long>(first) * shape.n_blocks,
+          biases};
+}
+
+PairBiases::PairBiases(const Shape& shape, Arena& arena) {
+  biases_ = shape.call.distance_bias ? arena.take<float>(static_cast<long>(kBlock) * shape.n_blocks)
+                                     : nullptr;
+}
+
+const float* PairBiases::read(const Shape& shape, const Sample& sample, long head, int first) {
+  if (!shape.call.distance_bias) return nullptr;
+  constexpr float kLog2E = 1.4426950408889634f;
+  const float* by_distance = shape.call.distance_bias + head * shape.n_blocks;
+  for (int x = first; x < first + kBlock && x < shape.n_blocks; x++) {
+    float* row = biases_ + static_cast<long>(x - first) * shape.n_blocks;
+    for (int y = 0; y < shape.n_blocks; y++) {
+      bool is_global = sample.is_first[x] | sample.is_first[y];
+      row[y] = is_global ? 0.f : by_distance[x < y ? y - x : x - y] * kLog2E;
+    }
+  }
+  return biases_;
+}
+
+RowList::RowList(const Shape& shape, Arena& arena) {
+  blocks_ = arena.take<int>(shape.n_blocks);
+  biases_ = arena.take<float>(shape.n_blocks);
+}
+
+BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                        const float* biases, int x, const Blocks& key, const Blocks& value) {
+  long row = static_cast<long>(x) * shape.n_blocks;
+  int count = 0;
+  for (int y = 0; y < shape.n_blocks; y++) {
+    if (sample.counts[y] == 0 || (selected && !selected[row + y])) continue;
+    blocks_[count] = y;
+    biases_[count] = biases ? biases[static_cast<long>(x % kBlock) * shape.n_blocks + y] : 0.f;
+    count++;
+  }
+  return {blocks_, biases_, count, key.pointers(), value.pointers(), sample.real};
+}
+
+}  // namespace mra

@@ -1,0 +1,82 @@
+// What each instruction set offers: one function per step, on float32 blocks of 32 tokens.
+//
+// Blocks are [32, dim] with dim a multiple of `dim_multiple`; tokens that are not real are zero.
+// Logits are in powers of two. All scratch comes from the caller.
+#pragma once
+
+#include <cstdint>
+
+namespace mra {
+
+// The key blocks that a query block attends to, and what they are attended with.
+struct BlockList {
+  const int* blocks;    // numbers of the key blocks
+  const float* biases;  // of each, in powers of two
+  int count;
+  const float* const* keys;    // [R] blocks
+  const float* const* values;  // [R] blocks
+  const uint32_t* real;        // [R] a bit for each real token
+};
+
+// The coarse part of 32 block rows, and of all R columns.
+struct CoarseRows {
+  int dim, n_blocks, rows;   // rows: block rows that exist, at most 32
+  float scale;               // of logits, times log2(e)
+  const float* query_means;  // [32, dim]
+  const float* key_means;    // [R rounded up to 32, dim]
+  const float* value_sums;   // [R rounded up to 32, dim]
+  const float* counts;       // [R rounded up to 32] real tokens
+  const uint8_t* selected;   // [rows, R]
+  const float* biases;       // [rows, R] in powers of two, or null
+};
+
+struct KernelTable {
+  const char* name;
+  int dim_multiple;
+
+  // Floats of scratch that a kernel below takes.
+  long (*scratch_floats)(int dim);
+
+  // Exact attention of one query block, merged with the coarse state (maximum, denominator and
+  // numerator [dim]; null: none). Writes output [32, dim] and lse [32] (natural logarithm, +inf
+  // where there is nothing to attend to).
+  void (*attend)(int dim, float scale, const float* query, const BlockList& list,
+                 const float* coarse_max, const float* coarse_denominator,
+                 const float* coarse_numerator, float* output, float* lse, float* scratch);
+
+  // Its backward. lse2 is lse * log2(e), +inf at padding. Writes grad_query [32, dim], starting
+  // from grad_query_row [dim] (or null), adds to grad_keys and grad_values ([R] blocks), and writes
+  // the gradient of each block's bias to grad_biases (or null).
+  void (*attend_backward)(int dim, float scale, const float* query, const float* grad_output,
+                          const float* lse2, const float* delta, const BlockList& list,
+                          const float* grad_query_row, float* grad_query, float* grad_keys,
+                          float* grad_values, float* grad_biases, float* scratch);
+
+  // The coarse state of the rows: maxima [32], denominators [32], numerators [32, dim].
+  void (*coarse)(const CoarseRows& part, float* maxima, float* denominators, float* numerators,
+                 float* scratch);
+
+  // Its backward: writes grad_query_means [32, dim], adds to grad_key_means and grad_value_sums
+  // [R rounded up to 32, dim], both without the factor scale / count, and writes the gradients of
+  // the logits to grad_logits [R rounded up to 32, 32] (or null).
+  void (*coarse_backward)(const CoarseRows& part, const float* maxima, const float* grad_sums,
+                          const float* delta_sums, float* grad_query_means, float* grad_key_means,
+                          float* grad_value_sums, float* grad_logits, float* scratch);
+
+  void (*sum_rows)(int dim, const float* block, float* sum);          // over 32 rows
+  void (*sum_rows_double)(int dim, const float* block, double* sum);  // over 32 rows
+  void (*weighted_sum)(int dim, const float* weights, const float* block, float* sum);
+  void (*row_dots)(int dim, const float* a, const float* b, float* dots);  // of 32 rows
+
+  // Coarse logits [R, R] of means [R, dim], all in float64. transposed: scratch, dim * (R rounded
+  // up to 16) doubles.
+  void (*coarse_logits)(int dim, int n_blocks, double scale, const double* query_means,
+                        const double* key_means, double* logits, double* transposed);
+};
+
+// The tables that this build has; null where the machine cannot run them.
+const KernelTable* kernels_base();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx512();
+
+}  // namespace mra

@@ -1,0 +1,176 @@
+// Vectors of the instruction set this file is compiled for, and products of small matrices.
+// Included once by each isa_*.cpp, with MRA_ISA as its namespace: the same source for all of them.
+// It uses nothing of the standard library that is not inline and trivial, so that no two
+// instruction sets share a function.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define MRA_INLINE static inline __attribute__((always_inline))
+#define MRA_NOINLINE static __attribute__((noinline))
+
+namespace MRA_ISA {
+
+constexpr int kBlock = 32;  // tokens of a block: the lanes of all attention kernels
+
+// Lanes of a vector, and the rows and vectors of a tile of a product that stays in registers.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 4;
+#else
+constexpr int kLanes = 4, kTileRows = 4, kTileVectors = 2;
+#endif
+constexpr int kBlockVectors = kBlock / kLanes;
+constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int kDoubles = kLanes / 2;
+
+using Vector = float __attribute__((vector_size(kLanes * 4)));
+using Unaligned = float __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+using Integers = int32_t __attribute__((vector_size(kLanes * 4)));
+using Doubles = double __attribute__((vector_size(kLanes * 4), aligned(8), may_alias));
+using HalfVector = float __attribute__((vector_size(kLanes * 2), aligned(4), may_alias));
+
+MRA_INLINE Vector load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+MRA_INLINE void store(float* to, Vector x) { *reinterpret_cast<Unaligned*>(to) = x; }
+MRA_INLINE Vector all(float x) { return x - Vector{}; }  // x - 0 is x, for -0 too
+MRA_INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLog2E = 1.4426950408889634f;
+// A maximum of nothing: below every logit, and differences to it are finite.
+constexpr float kNothing = -1e30f;
+
+// 2^x to about 2 units in the last place; 0 below -126; NaN stays.
+MRA_INLINE Vector exp2(Vector x) {
+  constexpr float kRounder = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vector clipped = x < -130.f ? all(-130.f) : x;
+  Vector shifted = clipped + kRounder;
+  Vector f = clipped - (shifted - kRounder);
+  Vector p = all(1.3276460813358426e-3f);
+  p = p * f + 9.675540961325169e-3f;
+  p = p * f + 5.550713464617729e-2f;
+  p = p * f + 2.4022120237350464e-1f;
+  p = p * f + 6.931469440460205e-1f;
+  p = p * f + 1.0000001192092896f;
+  Integers exponent = ((Integers)shifted + 127) << 23;  // casts of vectors keep the bits
+  Vector scaled = p * (Vector)exponent;
+  return x < -126.f ? Vector{} : scaled;
+}
+
+// A tile of C (+)= A B over K: A(r, k) = a[r * row + k * column]. One line of `next` is fetched for
+// each k: the operand of the next product.
+template <bool kAdds, int kFetch>
+MRA_INLINE void tile(int k_size, const float* a, long row, long column, const float* b, long ldb,
+                     float* c, long ldc, const float* next) {
+  Vector sums[kTileRows][kTileVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; v++)
+      sums[r][v] = kAdds ? load(c + r * ldc + v * kLanes) : Vector{};
+  for (int k = 0; k < k_size; k++) {
+    if (kFetch) __builtin_prefetch(next + k * kFetch);
+    Vector vectors[kTileVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; v++) vectors[v] = load(b + k * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; r++) {
+      Vector factor = all(a[r * row + k * column]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kTileVectors; v++) sums[r][v] += factor * vectors[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; v++) store(c + r * ldc + v * kLanes, sums[r][v]);
+}
+
+constexpr int kFetched = kTileRows * kTileColumns / kBlock;
+
+// C [rows, columns] (+)= A [rows, k_size] B. Sizes are multiples of the tile's.
+template <bool kAdds>
+MRA_NOINLINE void product(int rows, int columns, int k_size, const float* a, long lda,
+                          const float* b, long ldb, float* c, long ldc) {
+  for (int v = 0; v < columns; v += kTileColumns)
+    for (int r = 0; r < rows; r += kTileRows)
+      tile<kAdds, 0>(k_size, a + r * lda, lda, 1, b + v, ldb, c + r * ldc + v, ldc, nullptr);
+}
+
+// C [rows, columns] += A^T B, with A stored as [k_size, rows].
+MRA_NOINLINE void add_transposed_product(int rows, int columns, int k_size, const float* a,
+                                         long lda, const float* b, long ldb, float* c, long ldc) {
+  for (int v = 0; v < columns; v += kTileColumns)
+    for (int r = 0; r < rows; r += kTileRows)
+      tile<true, 0>(k_size, a + r, 1, lda, b + v, ldb, c + r * ldc + v, ldc, nullptr);
+}
+
+// S [32, 32] = A [32, dim] B [dim, 32], and fetch the 32 x dim block `next`.
+MRA_NOINLINE void block_logits(int dim, const float* a, const float* b, float* s,
+                               const float* next) {
+  for (int r = 0; r < kBlock; r += kTileRows)
+    for (int v = 0; v < kBlock; v += kTileColumns)
+      tile<false, kFetched>(dim, a + static_cast<long>(r) * dim, dim, 1, b + v, kBlock,
+                            s + r * kBlock + v, kBlock,
+                            next + static_cast<long>(r + v / kBlock * kTileRows) * dim);
+}
+
+// C [dim, 32] += A^T P for A [32, dim] and P [32, 32], and fetch the block `next`.
+MRA_NOINLINE void add_block_values(int dim, const float* a, const float* p, float* c,
+                                   const float* next) {
+  for (int r = 0; r < dim; r += kTileRows)
+    for (int v = 0; v < kBlock; v += kTileColumns)
+      tile<true, kFetched>(kBlock, a + r, 1, dim, p + v, kBlock, c + r * kBlock + v, kBlock,
+                           next + static_cast<long>(r) * kBlock);
+}
+
+// C [32, dim] += P [32, 32] A [32, dim], and fetch the block `next`.
+MRA_NOINLINE void add_block_rows(int dim, const float* p, const float* a, float* c,
+                                 const float* next) {
+  for (int v = 0; v < dim; v += kTileColumns)
+    for (int r = 0; r < kBlock; r += kTileRows)
+      tile<true, kFetched>(kBlock, p + r * kBlock, kBlock, 1, a + v, dim,
+                           c + static_cast<long>(r) * dim + v, dim,
+                           next + static_cast<long>(r) * dim + v * kTileRows);
+}
+
+template <int kStep, int... kLane>
+MRA_INLINE void transpose_stage(Vector* rows, std::integer_sequence<int, kLane...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++)
+    if (!(i & kStep)) {
+      Vector a = rows[i], b = rows[i + kStep];
+      rows[i] =
+          __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+      rows[i + kStep] =
+          __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+    }
+}
+
+// to[c][r] = from[r][c] * factor; rows and columns are multiples of the lanes.
+MRA_NOINLINE void transpose(int rows, int columns, const float* from, long ld_from, float* to,
+                            long ld_to, float factor) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  for (int r = 0; r < rows; r += kLanes)
+    for (int c = 0; c < columns; c += kLanes) {
+      Vector x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) x[i] = load(from + (r + i) * ld_from + c) * factor;
+      transpose_stage<1>(x, Lanes{});
+      transpose_stage<2>(x, Lanes{});
+      if constexpr (kLanes >= 8) transpose_stage<4>(x, Lanes{});
+      if constexpr (kLanes >= 16) transpose_stage<8>(x, Lanes{});
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; i++) store(to + (c + i) * ld_to + r, x[i]);
+    }
+}
+
+}  // namespace MRA_ISA

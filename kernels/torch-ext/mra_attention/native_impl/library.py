@@ -1,0 +1,102 @@
+"""The compiled library: where it is, its C interface, its threads."""
+
+import ctypes
+import functools
+from ctypes import c_double, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FOLDER = Path(__file__).parent
+#: Built by `kernels/build_native.py` when the package is installed.
+LIBRARY_NAMES = ("libmra_attention.so", "libmra_attention.dylib")
+#: `MraDtype` in csrc/api.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Tensor(ctypes.Structure):
+    """`MraTensor` in csrc/api.h."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        *((f"{name}_stride", c_int64) for name in ("batch", "head", "token")),
+    ]  # fmt: skip
+
+
+class Call(ctypes.Structure):
+    """`MraCall` in csrc/api.h, which says what the fields are."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "heads", "length", "dim")),
+        ("scale", c_double),
+        *((name, c_int64) for name in ("dtype", "sparse", "threads", "isa")),
+        *((name, c_int64) for name in ("first_blocks", "diagonal_blocks")),
+        *((name, c_int64) for name in ("block_per_row", "block_budget", "row_normalized")),
+        *((name, _Tensor) for name in ("query", "key", "value", "grad_output", "output")),
+        *((name, c_void_p) for name in ("token_mask", "blocks", "distance_bias", "lse")),
+        *((name, c_void_p) for name in ("new_output", "grad_query", "grad_key", "grad_value")),
+        *((name, c_void_p) for name in ("grad_bias", "new_blocks")),
+    ]  # fmt: skip
+
+
+def find() -> Path | None:
+    """The library in the package folder, None if it was not built."""
+    paths = (_FOLDER / name for name in LIBRARY_NAMES)
+    return next((path for path in paths if path.is_file()), None)
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library and hand it torch's threads.
+
+    Raises:
+        ImportError: it was not built, cannot be loaded, or is of another version of this package.
+    """
+    path = find()
+    if path is None:
+        raise ImportError("the compiled CPU kernels were not built")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"the compiled CPU kernels cannot be loaded: {error}") from error
+    library.mra_call_bytes.restype = c_int64
+    library.mra_isa_name.restype = ctypes.c_char_p
+    library.mra_isa_name.argtypes = [c_int64]
+    if library.mra_call_bytes() != ctypes.sizeof(Call):
+        raise ImportError(f"{path} was built from another version of this package; build it again")
+    library.mra_set_parallel_for.argtypes = [c_void_p]
+    library.mra_set_parallel_for(_parallel_for())
+    return library
+
+
+def _parallel_for() -> c_void_p | None:
+    """The address of `torch_parallel_for`, in torch from 2.10 on."""
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(torch_library)).torch_parallel_for, c_void_p)
+    except (OSError, AttributeError):
+        return None
+
+
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that this machine can run, best first."""
+    library, names = load(), []
+    while (name := library.mra_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def run(name: str, call: Call) -> None:
+    """Run `mra_NAME`.
+
+    Raises:
+        MemoryError: there was none for its buffers.
+    """
+    if getattr(load(), f"mra_{name}")(ctypes.byref(call)):
+        raise MemoryError("the compiled CPU kernels could not allocate their buffers.")
+
+
+def strided(x: Tensor) -> _Tensor:
+    """A tensor `[B, H, N, D]` whose last stride is 1."""
+    return _Tensor(x.data_ptr(), *x.stride()[:3])
