@@ -35,6 +35,8 @@ class Implementation:
     device: str = "cpu"
     #: Takes float64, and every head dim and block size.
     is_general: bool = True
+    #: Of the compiled CPU kernels; None: the best of this machine.
+    instruction_set: str | None = None
 
     @property
     def finest_dtype(self):

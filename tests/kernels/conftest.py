@@ -8,10 +8,30 @@ import pytest
 from attention_cases import REFERENCE, Implementation
 from triton_cases import TRITON, needs_triton
 
+from mra_attention.implementations import native_problem
+
+
+def native_implementations():
+    """The compiled CPU kernels on each instruction set of this machine."""
+    problem = native_problem()
+    if problem is not None:
+        skip = pytest.mark.skip(reason=f"native {problem}")
+        return [pytest.param(Implementation("native", is_general=False), id="native", marks=skip)]
+    from mra_attention.native_impl.library import instruction_sets
+
+    return [
+        pytest.param(
+            Implementation("native", is_general=False, instruction_set=name), id=f"native-{name}"
+        )
+        for name in instruction_sets()
+    ]
+
+
 #: Every property is tested with each of these; one more implementation is one more row.
 IMPLEMENTATIONS = [
     pytest.param(REFERENCE, id="reference"),
     pytest.param(Implementation("torch"), id="torch"),
+    *native_implementations(),
     pytest.param(TRITON, id="triton", marks=needs_triton),
 ]
 FAST = [row for row in IMPLEMENTATIONS if row.values[0] is not REFERENCE]
@@ -19,6 +39,19 @@ FAST = [row for row in IMPLEMENTATIONS if row.values[0] is not REFERENCE]
 
 def general(rows):
     return [row for row in rows if row.values[0].is_general]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Run a test of the compiled CPU kernels on its instruction set."""
+    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    names = [x.instruction_set for x in params if isinstance(x, Implementation)]
+    if not any(names):
+        return (yield)
+    from mra_attention.native_impl import instruction_set
+
+    with instruction_set(names[0]):
+        return (yield)
 
 
 @pytest.fixture(scope="session", params=IMPLEMENTATIONS)
