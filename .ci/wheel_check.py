@@ -7,10 +7,12 @@ from transformers import AutoModelForMaskedLM, pipeline
 
 import mra_attention
 import mra_hf
+from mra_attention.implementations import native_problem
 from mra_hf.english import english_checkpoint, english_sample
 
 for package in (mra_hf, mra_attention):
     assert "site-packages" in package.__file__, package.__file__
+assert native_problem() is None, native_problem()
 output = Path(sys.argv[1])
 report = mra_hf.convert_checkpoint(english_checkpoint(), output, max_length=4096)
 print(report.summary())  # noqa: T201

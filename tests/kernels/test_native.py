@@ -258,6 +258,18 @@ def test_a_library_of_another_version_is_refused(monkeypatch):
         library.load.__wrapped__()
 
 
+@needs_native
+def test_memory_does_not_grow():
+    resource = pytest.importorskip("resource")
+    inputs = make_inputs(2, 3, 400, 32)
+    for number in range(150):
+        NATIVE.attend(inputs, block_per_row=2)
+        if number == 30:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 8 * 2**10  # kB; one call takes about 3 MB
+
+
 FORKED = """
 import os, torch
 from mra_attention import mra2_attention

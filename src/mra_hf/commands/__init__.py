@@ -34,6 +34,7 @@ COMMANDS = {
     "calibrate": "propose block_per_row for each layer of a checkpoint from a target error",
     "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
     "build-wordnet-hop": "two-hop questions over many short documents, in WikiHop's schema",
+    "env": "versions, and which implementations of the attention run here and why not",
     "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",
 }
 
