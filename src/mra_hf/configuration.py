@@ -206,7 +206,7 @@ class AttentionSettings:
                 f"block_per_row must be at least {needed} with "
                 f"initial_prior_first_n_blocks={first} and "
                 f"initial_prior_diagonal_n_blocks={diagonal}, got {self.block_per_row}: the "
-                "data-dependent choice needs one, too; raise block_per_row or lower the priors."
+                "data-dependent choice needs one, too. Raise block_per_row or lower the priors."
             )
 
     def _check_any_scales(self) -> None:
