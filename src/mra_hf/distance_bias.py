@@ -42,6 +42,12 @@ def bucket_widths(window: int, n_distances: int) -> list[int]:
     return [end - start for start, end in itertools.pairwise([*edges, n_distances])]
 
 
+def budget_for_a_global_block(settings: AttentionSettings) -> int:
+    """Return the `block_per_row` that a global first block needs beside the diagonal prior."""
+    diagonal = settings.initial_prior_diagonal_n_blocks
+    return 3 + (2 * (diagonal // 2) + 1 if diagonal else 0)
+
+
 class DistanceBias(nn.Module):
     """The bias of one layer.
 

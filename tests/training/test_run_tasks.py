@@ -105,6 +105,28 @@ def test_pairs_are_classified_and_scored_by_set(capsys, real_pictures):
     assert Path("run/training_curve.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("changes", "overrides", "first"),
+    [
+        ({}, None, 0),  # no bias
+        ({"distance_bias_window": 2}, None, 1),
+        ({"distance_bias_window": 2, "block_per_row": 2}, None, 0),  # no room for it
+        ({"distance_bias_window": 2}, "initial_prior_first_n_blocks=0", 0),
+    ],
+)
+def test_a_new_classifier_on_a_biased_model_gets_a_global_first_block(changes, overrides, first):
+    config = mra_config(**({"block_per_row": 4} | changes))
+    mra_hf.MraModel(config).save_pretrained("base")
+    settings = {} if overrides is None else {"config_overrides": overrides}
+    run("mnli", max_steps=2, **settings)
+    config = AutoModelForSequenceClassification.from_pretrained("run").config
+    assert config.initial_prior_first_n_blocks == first
+    # A classifier that was trained keeps what it was trained with.
+    run("mnli", output_dir="again", max_steps=2, model_name_or_path="run")
+    config = AutoModelForSequenceClassification.from_pretrained("again").config
+    assert config.initial_prior_first_n_blocks == first
+
+
 def test_a_saved_classifier_is_evaluated_alone():
     first = run("mnli")
     second = run("mnli", output_dir="again", **EVALUATED)

@@ -3,6 +3,9 @@ r"""Fine-tune and evaluate a classifier of texts or pairs of texts (MNLI, ...), 
 Settings come from a YAML file, from the command line, or from both: the command line wins. Every
 argument of transformers' TrainingArguments is one of them.
 
+A new classifier on a model with a distance bias gets a global first block, as `mra-hf convert`
+gives to classifiers: it reads the first token, from which the bias would hide far text.
+
 example:
   mra-hf run-mnli --model_name_or_path roberta-mra --dataset_name nyu-mll/multi_nli \
       --do_train --do_eval --output_dir runs/mnli

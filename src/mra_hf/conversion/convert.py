@@ -39,6 +39,7 @@ from mra_hf.conversion.tensors import (
     position_period,
     untie_where_different,
 )
+from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation import masked_token_scores, read_texts
 from mra_hf.modeling import Head, MraForMaskedLM
 
@@ -322,9 +323,9 @@ def _open_first_block(
     is_new = config.distance_bias_window is not None and source.type.attention is None
     if asked or not is_new or not head.reads_first_token:
         return
-    diagonal = config.initial_prior_diagonal_n_blocks
-    needed = 3 + (2 * (diagonal // 2) + 1 if diagonal else 0)
-    if min(AttentionSettings.of(config).layer_budgets) < needed:
+    settings = AttentionSettings.of(config)
+    needed = budget_for_a_global_block(settings)
+    if min(settings.layer_budgets) < needed:
         notes.append(
             "The first block is not global: with these priors that needs a block_per_row of "
             f"{needed}. This head reads the first token, which text beyond the window of the "

@@ -14,15 +14,20 @@ from transformers import (
     DataCollatorWithPadding,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from mra_attention.checks import check_int
+from mra_hf.configuration import AttentionSettings
 from mra_hf.data import classification as data
 from mra_hf.data.samples import check_amounts, sample_rows
+from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation.metrics import load_metric
 from mra_hf.loading import check_length, load_model
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
 from mra_hf.training.runs import option
+
+logger = logging.get_logger(__name__)
 
 #: Prefixes of the weights of sequence classifiers' heads, which may start at random.
 HEAD_WEIGHTS = ("classifier.", "score.", "pre_classifier.", "bert.pooler.", "pooler.")
@@ -109,6 +114,7 @@ def run_classification(
         new_weights=HEAD_WEIGHTS if training_args.do_train else (),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
+        **_global_block(model_args, training_args.do_train),
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
     prefixes = {name: f"eval_{name}" if len(sets) > 1 else "eval" for name in sets}
@@ -149,6 +155,31 @@ def run_classification(
         "majority": {name: _majority(rows) for name, rows in sets.items()},
     }
     return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
+
+
+def _global_block(model_args, do_train: bool) -> dict[str, int]:
+    """The prior on the first block for a new head on a model with a distance bias: the head reads
+    the first token, which text beyond the window of the bias could not reach, so its block becomes
+    global, as `mra-hf convert` makes it for classifiers. `config_overrides` may say otherwise.
+    """
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    has_head = any("SequenceClassification" in name for name in config.architectures or ())
+    is_biased = getattr(config, "distance_bias_window", None) is not None
+    if not do_train or has_head or not is_biased or config.initial_prior_first_n_blocks:
+        return {}
+    settings = AttentionSettings.of(config)
+    needed = budget_for_a_global_block(settings)
+    if min(settings.layer_budgets) < needed:
+        logger.warning(
+            f"The first block is not global: that needs a block_per_row of {needed}. The head "
+            "reads the first token, which sees text beyond the distance bias's window poorly."
+        )
+        return {}
+    logger.warning(
+        "The first block is made global (initial_prior_first_n_blocks=1), so that the first token, "
+        "which the new head reads, sees the whole text in spite of the distance bias."
+    )
+    return {"initial_prior_first_n_blocks": 1}
 
 
 def _labels_of(checkpoint: str) -> tuple[str, ...] | None:

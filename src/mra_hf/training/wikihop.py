@@ -42,8 +42,9 @@ class WikiHopDataArguments:
     )
     initial_prior_first_n_blocks: int | None = option(
         None,
-        "first block rows and columns that are always exact: question and candidates; "
-        "not set: the paper's, 3 with 8 blocks per row, 5 with 16, else half of what fits",
+        "first block rows and columns that are always exact and take no distance bias: question "
+        "and candidates stand there, and must see every support; not set: the paper's, 3 with 8 "
+        "blocks per row, 5 with 16, else half of what fits",
     )
     max_train_samples: int | None = option(None, "train on the first so many questions")
     max_eval_samples: int | None = option(None, "evaluate on the first so many questions")
