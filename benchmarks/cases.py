@@ -25,8 +25,9 @@ from benchmarks.providers import (
 )
 from benchmarks.records import timing_columns
 from benchmarks.variable_lengths import BATCH, training_passes
-from mra_attention import multiresolution_attention
+from mra_attention import mra2_attention, multiresolution_attention
 from mra_attention.benchmarking import DTYPES, interleaved_milliseconds, topical_inputs
+from mra_attention.implementations import BLOCK_SIZE, FAST
 
 #: Heads of the longest inputs: dense attention takes minutes there.
 SCALES_HEADS = 2
@@ -65,6 +66,18 @@ def attention(case: Case) -> list[dict]:
         arguments = (case.device, case.length, case.dtype, case.budgets)
         peaks = {name: peak_megabytes(*arguments, name) for name in providers}
     return _both_passes("attention", case, providers, inputs, errors, peaks)
+
+
+def implementations(case: Case) -> list[dict]:
+    """Attention by each fast implementation that runs here, and SDPA."""
+    inputs = topical_inputs(case.length, dtype=DTYPES[case.dtype], device=case.device)
+    providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
+    for name, implementation in FAST.items():
+        if implementation.refusal(inputs[0], BLOCK_SIZE) is None:
+            for block_per_row in case.budgets:
+                function = partial(mra2_attention, block_per_row=block_per_row, impl=name)
+                providers[f"mra2_{name}", block_per_row] = function
+    return _both_passes("implementations", case, providers, inputs)
 
 
 def self_attention(case: Case) -> list[dict]:
@@ -179,5 +192,7 @@ def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None, **co
 
 SECTIONS = {
     section.__name__: section
-    for section in (attention, self_attention, model, mixed_lengths, scales, adamra)
+    for section in (
+        *(attention, implementations, self_attention, model, mixed_lengths, scales, adamra),
+    )
 }

@@ -72,7 +72,7 @@ def conditions(device: str, threads: int) -> dict[str, str]:
 
     from mra_hf.results.files import source_commit
 
-    name = f"{_cpu_name()}, {threads} threads"
+    name = ", ".join((_cpu_name(), *_instruction_set(), f"{threads} threads"))
     return {
         "date": datetime.date.today().isoformat(),
         "commit": source_commit("--untracked-files=no", ":/") or "",
@@ -81,6 +81,14 @@ def conditions(device: str, threads: int) -> dict[str, str]:
         "triton": _version("triton"),
         "transformers": _version("transformers"),
     }
+
+
+def _instruction_set() -> list[str]:
+    """What the compiled CPU kernels run on here; none where they were not built."""
+    from mra_attention.implementations import native_problem
+    from mra_attention.native_impl.library import instruction_sets
+
+    return instruction_sets()[:1] if native_problem() is None else []
 
 
 def _version(package: str) -> str:

@@ -48,7 +48,10 @@ class Sweep:
     memory: bool = False
 
 
-_OPS = ("attention", "self_attention", "model", "mixed_lengths", "scales", "adamra")
+_OPS = (
+    *("attention", "implementations", "self_attention", "model"),
+    *("mixed_lengths", "scales", "adamra"),
+)
 _SHORT = (512, 1024, 2048)
 PRESETS = {
     "smoke": tuple(Sweep(op, (64,), ("fp32",), (1,), 1) for op in _OPS),
@@ -69,6 +72,11 @@ PRESETS = {
         Sweep("attention", (16384,), repeats=3, memory=True),
         Sweep("self_attention", _SHORT, ("fp32",), (8,), 5),
         Sweep("self_attention", (4096, 8192, 16384), ("fp32",), (8,), 1),
+    ),
+    "implementations": (
+        Sweep("implementations", (512, 1024, 2048, 4096), ("fp32",), (8,), 7),
+        Sweep("implementations", (512, 1024, 4096), ("bf16",), (8,), 3),
+        Sweep("implementations", (16384,), ("fp32",), (8,), 1),
     ),
     "models": (
         Sweep("model", _SHORT, ("fp32",), (8,), 3),
@@ -99,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="quick: a minute; "
         "pairs: dense attention and one budget in many rounds, ten minutes; "
         "full: half an hour; "
+        "implementations: every fast implementation that runs here, five minutes; "
         "models: whole RoBERTa-base models, ten minutes; "
         "lengths: training on texts of 50 to 4096 tokens, two minutes; "
         "scales: two and three scales up to 131072 tokens, four minutes; "
