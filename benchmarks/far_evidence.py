@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--source-steps", type=int, default=100, help="of 16 short documents")
     parser.add_argument("--steps", type=int, default=40, help="of 4 long documents")
+    parser.add_argument("--eval-steps", type=int, default=20, help="between tests on long ones")
     parser.add_argument("--test", type=int, default=200, help="test documents")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
@@ -203,15 +204,14 @@ def main() -> None:
             source = RobertaForSequenceClassification.from_pretrained(
                 english_checkpoint(), num_labels=len(CLASSES), dtype=torch.float32
             )
-            settings = {"max_steps": args.source_steps, "learning_rate": 3e-4}
+            settings = {"max_steps": args.source_steps, "learning_rate": 3e-4, "seed": seed}
             settings |= {f"per_device_{x}_batch_size": 16 for x in ("train", "eval")}
-            rows = fine_tune(
-                source, tokenizer, short, folder=f"{folder}/source", seed=seed, eval_steps=50,
-                **settings,
-            )  # fmt: skip
+            settings |= {"folder": f"{folder}/source", "eval_steps": 50}
+            rows = fine_tune(source, tokenizer, short, **settings)
             if not records.has({"start": SOURCE, "seed": seed, "step": 0}):
                 record(SOURCE, seed, rows)
-            settings = {"max_steps": args.steps, "learning_rate": 1e-4}
+            settings = {"max_steps": args.steps, "learning_rate": 1e-4, "seed": seed}
+            settings |= {"folder": f"{folder}/tuned", "eval_steps": args.eval_steps}
             settings |= {f"per_device_{x}_batch_size": 4 for x in ("train", "eval")}
             for start in missing:
                 path = f"{folder}/converted"
@@ -219,11 +219,7 @@ def main() -> None:
                     f"{folder}/source", path, max_length=4096, force=True, **STARTS[start]
                 )
                 model = MraForSequenceClassification.from_pretrained(path)
-                rows = fine_tune(
-                    model, tokenizer, long, folder=f"{folder}/tuned", seed=seed, eval_steps=20,
-                    **settings,
-                )  # fmt: skip
-                record(start, seed, rows)
+                record(start, seed, fine_tune(model, tokenizer, long, **settings))
 
 
 if __name__ == "__main__":
