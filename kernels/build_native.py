@@ -5,9 +5,10 @@
 The compiler is `$MRA_HF_CXX` if that is set, else the first of c++, g++ and clang++ on the path,
 else zig from the package `ziglang`, which pip then installs for the build. `MRA_HF_CXX=zig` makes a
 library for any Linux with glibc 2.17 or newer. Where nothing compiles, the package is installed
-without the library and says so; it then runs on plain torch.
+without the library and runs on plain torch; `pip -v` and `mra-hf env` say so.
 """
 
+import functools
 import os
 import platform
 import shlex
@@ -51,14 +52,34 @@ class BuildFailed(Exception):
 
 
 def find_compiler() -> list[str] | None:
-    """The command of a C++ compiler, None if there is none."""
+    """The command of a C++ compiler that can compile `csrc/`, None if there is none."""
     chosen = os.environ.get("MRA_HF_CXX")
     if chosen == "zig":
         return _zig()
     if chosen:
-        return shlex.split(chosen)
-    names = (name for name in ("c++", "g++", "clang++") if shutil.which(name))
-    return [name] if (name := next(names, None)) else _zig()
+        try:
+            return shlex.split(chosen)
+        except ValueError as error:
+            raise BuildFailed(f"MRA_HF_CXX={chosen!r} is not a command: {error}") from error
+    found = (name for name in ("c++", "g++", "clang++") if shutil.which(name) and _works(name))
+    return [name] if (name := next(found, None)) else _zig()
+
+
+def _has_kernels() -> bool:
+    """Whether there are kernels for this machine and system."""
+    return platform.machine() in MACHINES and platform.system() in ("Linux", "Darwin")
+
+
+@functools.cache
+def _works(compiler: str) -> bool:
+    """Whether it compiles the smallest of our sources that an old compiler may refuse."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = SOURCES / "isa_base.cpp", Path(folder) / "object.o"
+        try:
+            _run([compiler, *FLAGS, "-c", str(source), "-o", str(target)])
+        except BuildFailed:
+            return False
+        return True
 
 
 def _zig() -> list[str] | None:
@@ -80,7 +101,7 @@ def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
     Raises:
         BuildFailed: there is no compiler, no kernel for this machine, or an error of the compiler.
     """
-    if platform.machine() not in MACHINES or platform.system() not in ("Linux", "Darwin"):
+    if not _has_kernels():
         raise BuildFailed(f"no kernels for {platform.system()} on {platform.machine()}")
     compiler = find_compiler()
     if compiler is None:
@@ -106,8 +127,11 @@ def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
             [*compiler, *flags, *bare, "-shared", *objects, "-o", str(library), "-lpthread", "-lm"]
         )
         partial = output.with_suffix(".partial")
-        shutil.copyfile(library, partial)
-        partial.replace(output)
+        try:
+            shutil.copyfile(library, partial)
+            partial.replace(output)
+        except OSError as error:
+            raise BuildFailed(f"{output} cannot be written: {error}") from error
 
 
 def _run(command: list[str]) -> None:
@@ -135,13 +159,19 @@ class CustomBuildHook(BuildHookInterface):
     """Adds the library to a wheel; for an editable install, to the package folder."""
 
     def dependencies(self) -> list[str]:
-        return [] if self.target_name == "sdist" or find_compiler() else ["ziglang>=0.13"]
+        if self.target_name != "wheel" or not _has_kernels():
+            return []
+        try:
+            return [] if find_compiler() else ["ziglang>=0.13"]
+        except BuildFailed:  # said by `initialize`
+            return []
 
     def initialize(self, version: str, build_data: dict) -> None:
         if self.target_name != "wheel":
             return
         is_editable = version == "editable"
-        folder = PACKAGE if is_editable else Path(tempfile.mkdtemp())
+        self._folder = None if is_editable else tempfile.mkdtemp()
+        folder = Path(self._folder or PACKAGE)
         library = folder / library_name()
         try:
             compile_library(library)
@@ -155,6 +185,10 @@ class CustomBuildHook(BuildHookInterface):
             build_data["force_include"][str(library)] = f"{INSTALLED}/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{wheel_platform()}"
+
+    def finalize(self, version: str, build_data: dict, artifact_path: str) -> None:
+        if getattr(self, "_folder", None):
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,41 @@ def test_the_window_is_that_of_the_positions_not_of_the_table(tmp_path):
     assert open_result(tmp_path / "kept").config.distance_bias_window is None
 
 
+@pytest.mark.parametrize(("row", "size"), [(0, 3.0), (40, 3.0)])
+def test_a_row_that_training_moved_far_hides_no_period(row, size, tmp_path):
+    make_source(tmp_path / "source", max_position_embeddings=146)
+    convert(tmp_path / "source", tmp_path / "plain", distance_bias=False)
+    model = open_result(tmp_path / "plain")
+    with torch.no_grad():
+        table = model.roberta.embeddings.position_embeddings.weight[2:]
+        table[row] += size * (table[1:] - table[:-1]).norm(dim=-1).mean() / table.shape[1] ** 0.5
+    model.save_pretrained(tmp_path / "plain")
+    convert(tmp_path / "plain", tmp_path / "longer", max_length=700)
+    assert open_result(tmp_path / "longer").config.distance_bias_window == 3
+
+
+def test_a_last_row_like_the_first_is_no_period(tmp_path):
+    source = make_source(tmp_path / "source", max_position_embeddings=146)
+    with torch.no_grad():
+        table = source.roberta.embeddings.position_embeddings.weight[2:]
+        table[-1] = table[0] + 1e-4
+        table[100:-1] = 0
+    source.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out")
+    assert torch.equal(learned_rows(tmp_path / "out")[144:], learned_rows(tmp_path / "out")[:156])
+
+
+def test_the_first_block_opens_with_a_bias_that_comes_later(tmp_path):
+    """Converted at its own length first, say to be fine-tuned, and then lengthened."""
+    make_source(tmp_path / "source", "roberta", "Model", max_position_embeddings=146)
+    convert(tmp_path / "source", tmp_path / "same", max_length=144)
+    assert open_result(tmp_path / "same").config.initial_prior_first_n_blocks == 0
+    convert(tmp_path / "same", tmp_path / "longer")
+    assert open_result(tmp_path / "longer").config.initial_prior_first_n_blocks == 1
+    convert(tmp_path / "longer", tmp_path / "again", max_length=700)
+    assert open_result(tmp_path / "again").config.initial_prior_first_n_blocks == 1
+
+
 def test_equal_rows_are_no_period(tmp_path):
     source = make_source(tmp_path / "source", max_position_embeddings=146)
     with torch.no_grad():

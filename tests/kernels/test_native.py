@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -268,6 +269,35 @@ def test_memory_does_not_grow():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 8 * 2**10  # kB; one call takes about 3 MB
+
+
+@needs_native
+def test_growing_lengths_do_not_pile_up_buffers():
+    resource = pytest.importorskip("resource")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for length in range(4000, 6000, 50):
+            x = torch.zeros(1, 1, length, 64)
+            mra2_attention(x, x, x, block_per_row=1, impl="native")
+            if length == 4000:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    finally:
+        torch.set_num_threads(threads)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 60 * 2**10  # kB; one call takes about 10 MB
+
+
+def test_a_library_without_our_functions_is_no_library(monkeypatch, tmp_path):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "other.c").write_text("int other(void) { return 0; }")
+    path = tmp_path / "other.so"
+    subprocess.run([compiler, "-shared", "-o", path, tmp_path / "other.c"], check=True)
+    monkeypatch.setattr(library, "find", lambda: path)
+    with pytest.raises(ImportError, match="cannot be loaded"):
+        library.load.__wrapped__()
 
 
 FORKED = """

@@ -40,8 +40,23 @@ def test_without_a_compiler_pip_is_asked_for_one(build, monkeypatch):
         build.compile_library(Path("nowhere.so"))
     hook = SimpleNamespace(target_name="wheel")
     assert build.CustomBuildHook.dependencies(hook) == ["ziglang>=0.13"]
+    monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    assert build.CustomBuildHook.dependencies(hook) == []  # zig would not help
     hook.target_name = "sdist"
     assert build.CustomBuildHook.dependencies(hook) == []
+
+
+def test_a_compiler_that_is_too_old_is_passed_over(build, monkeypatch):
+    monkeypatch.setattr(build.shutil, "which", lambda name: name)
+    monkeypatch.setattr(build, "_works", lambda name: name == "clang++")
+    assert build.find_compiler() == ["clang++"]
+
+
+def test_a_compiler_that_is_no_command_is_refused_in_words(build, monkeypatch):
+    monkeypatch.setenv("MRA_HF_CXX", '"x')
+    with pytest.raises(build.BuildFailed, match="is not a command"):
+        build.find_compiler()
+    assert build.CustomBuildHook.dependencies(SimpleNamespace(target_name="wheel")) == []
 
 
 def test_an_error_of_the_compiler_leaves_a_pure_wheel_and_says_so(build, monkeypatch, tmp_path):

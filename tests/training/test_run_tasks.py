@@ -112,6 +112,8 @@ def test_pairs_are_classified_and_scored_by_set(capsys, real_pictures):
         ({"distance_bias_window": 2}, None, 1),
         ({"distance_bias_window": 2, "block_per_row": 2}, None, 0),  # no room for it
         ({"distance_bias_window": 2}, "initial_prior_first_n_blocks=0", 0),
+        ({"distance_bias_window": 2}, "block_per_row=2", 0),
+        ({"distance_bias_window": 2, "block_per_row": 2}, "block_per_row=4", 1),
     ],
 )
 def test_a_new_classifier_on_a_biased_model_gets_a_global_first_block(changes, overrides, first):

@@ -51,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for kind, meaning in priors.items():
         dest = f"initial_prior_{kind}_n_blocks"
-        default = "0, or 1 for heads that read the first token, with --distance-bias"
-        default = default if kind == "first" else "0"
-        text = f"{meaning} (default: {default}; {source_default})"
+        new_bias = "; at least 1 with a new distance bias, for heads that read the first token"
+        text = f"{meaning} (default: 0; {source_default}{new_bias if kind == 'first' else ''})"
         parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
     parser.add_argument(
         "--distance-bias",

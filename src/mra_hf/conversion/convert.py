@@ -92,8 +92,8 @@ def convert_checkpoint(
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
-            as in `MraConfig`. None: 8, "full", 0 (1 with a new bias if the head reads the first
-            token), 0; for a source of type mra or mra_hf its own.
+            as in `MraConfig`. None: 8, "full", 0, 0, for a source of type mra or mra_hf its own;
+            with a new bias the first block is global (1) if the head reads the first token.
         distance_bias: whether every head gets a trainable bias on the distance of blocks: 0 up to a
             window in which no two tokens share a position, `far_bias` beyond. None: where
             `max_length` exceeds the positions of the source. A source's own bias is kept.
@@ -320,8 +320,9 @@ def _open_first_block(
     something else was asked for or the budget has no room for it.
     """
     asked = changes["initial_prior_first_n_blocks"] is not None
-    is_new = config.distance_bias_window is not None and source.type.attention is None
-    if asked or not is_new or not head.reads_first_token:
+    had_bias = getattr(source.config, "distance_bias_window", None) is not None
+    is_new = config.distance_bias_window is not None and not had_bias
+    if asked or not is_new or not head.reads_first_token or config.initial_prior_first_n_blocks:
         return
     settings = AttentionSettings.of(config)
     needed = budget_for_a_global_block(settings)

@@ -29,6 +29,8 @@ _DISTANCE_BIAS = ".distance_bias.weight"
 _DECODER = "lm_head.decoder.weight"
 #: A table repeats itself if its copies are nearer than so much of the distance of neighbours.
 _COPY_DISTANCE = 0.5
+#: And if at least so many rows have copies.
+_COPIED_ROWS = 32
 #: Tensors that are one parameter under two names, when words and decoder are tied.
 _TIED = {
     _DECODER: _WORDS,
@@ -64,21 +66,28 @@ def position_period(source: Source, weights: SourceWeights) -> int:
     """Return after how many tokens the positions of the source repeat: its learned rows, unless its
     table was made by repeating a shorter one.
 
-    Training moves the copies apart, but a row stays nearer to its copies than to its neighbours.
+    Training moves the copies apart, but most rows stay nearer to their copies than to their
+    neighbours. Copies of fewer than 32 rows must be exact to count.
     """
     n_rows, name = source.learned_rows, weights.names.get(_POSITIONS)
     table = None if name is None else weights.tensors[name]
     if table is None or table.dim() != 2 or len(table) != source.reserved_rows + n_rows:
         return n_rows  # `new_state` refuses it
     learned = table[source.reserved_rows :].float()
-    step = (learned[1:] - learned[:-1]).norm(dim=-1).mean()
-    from_first = (learned - learned[0]).norm(dim=-1)
-    for period in (from_first < step).nonzero()[:, 0].tolist():
-        if period < 2:
-            continue
-        distance = (learned[period:] - learned[:-period]).norm(dim=-1).mean()
-        if distance < _COPY_DISTANCE * step:
-            return period
+    if torch.equal(learned[1:], learned[:-1]):
+        return n_rows  # positions say nothing
+    step = (learned[1:] - learned[:-1]).norm(dim=-1).median()
+    starts = min(_COPIED_ROWS, n_rows - 1)
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(learned[:starts], learned, compute_mode=exact)  # [starts, L]
+    for period in range(2, n_rows - 1):
+        if n_rows - period < _COPIED_ROWS:
+            if torch.equal(learned[period:], learned[:-period]):
+                return period
+        elif distances.diagonal(period).median() < _COPY_DISTANCE * step:
+            gaps = (learned[period:] - learned[:-period]).norm(dim=-1)
+            if gaps.median() < _COPY_DISTANCE * step:
+                return period
     return n_rows
 
 

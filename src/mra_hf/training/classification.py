@@ -22,7 +22,7 @@ from mra_hf.data import classification as data
 from mra_hf.data.samples import check_amounts, sample_rows
 from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation.metrics import load_metric
-from mra_hf.loading import check_length, load_model
+from mra_hf.loading import check_length, load_model, override
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
 from mra_hf.training.runs import option
@@ -162,7 +162,12 @@ def _global_block(model_args, do_train: bool) -> dict[str, int]:
     the first token, which text beyond the window of the bias could not reach, so its block becomes
     global, as `mra-hf convert` makes it for classifiers. `config_overrides` may say otherwise.
     """
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    config, overrides = AutoConfig.from_pretrained(model_args.model_name_or_path), ""
+    if model_args.config_overrides:
+        overrides = model_args.config_overrides
+        override(config, overrides)
+    if "initial_prior_first_n_blocks" in overrides:
+        return {}
     has_head = any("SequenceClassification" in name for name in config.architectures or ())
     is_biased = getattr(config, "distance_bias_window", None) is not None
     if not do_train or has_head or not is_biased or config.initial_prior_first_n_blocks:

@@ -7,6 +7,7 @@ the same bits for any number of threads.
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from . import library
 _BLOCK_SIZE = 32
 _STRIDED = ("query", "key", "value", "grad_output", "output")
 #: The instruction set that is forced, as an index of `library.instruction_sets()`; -1: the best.
-_forced_isa = -1
+_forced_isa: ContextVar[int] = ContextVar("forced_isa", default=-1)
 
 
 @contextlib.contextmanager
@@ -28,15 +29,14 @@ def instruction_set(name: str) -> Iterator[None]:
     Raises:
         ValueError: this machine cannot run it.
     """
-    global _forced_isa
     names = library.instruction_sets()
     if name not in names:
         raise ValueError(f"name must be an instruction set of this machine, {names}, got {name!r}.")
-    before, _forced_isa = _forced_isa, names.index(name)
+    token = _forced_isa.set(names.index(name))
     try:
         yield
     finally:
-        _forced_isa = before
+        _forced_isa.reset(token)
 
 
 def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> None:
@@ -130,7 +130,7 @@ def _call(
         dtype=library.DTYPES[query.dtype],
         sparse=sparse,
         threads=torch.get_num_threads(),
-        isa=_forced_isa,
+        isa=_forced_isa.get(),
         first_blocks=first_n_blocks,
     )
     kept = []

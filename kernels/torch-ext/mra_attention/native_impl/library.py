@@ -58,14 +58,14 @@ def load() -> ctypes.CDLL:
         raise ImportError("the compiled CPU kernels were not built")
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
+        library.mra_call_bytes.restype = c_int64
+        library.mra_isa_name.restype = ctypes.c_char_p
+        library.mra_isa_name.argtypes = [c_int64]
+        library.mra_set_parallel_for.argtypes = [c_void_p]
+    except (OSError, AttributeError) as error:
         raise ImportError(f"the compiled CPU kernels cannot be loaded: {error}") from error
-    library.mra_call_bytes.restype = c_int64
-    library.mra_isa_name.restype = ctypes.c_char_p
-    library.mra_isa_name.argtypes = [c_int64]
     if library.mra_call_bytes() != ctypes.sizeof(Call):
         raise ImportError(f"{path} was built from another version of this package; build it again")
-    library.mra_set_parallel_for.argtypes = [c_void_p]
     library.mra_set_parallel_for(_parallel_for())
     return library
 

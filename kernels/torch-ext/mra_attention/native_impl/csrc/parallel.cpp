@@ -16,7 +16,7 @@ ParallelFor parallel_for = nullptr;
 constexpr long kMostThreads = 256;
 // Buffers that are kept between calls: fresh memory would cost a page fault for each 4 kB.
 constexpr int kKept = 64;
-constexpr size_t kLargestKept = size_t{64} << 20;
+constexpr size_t kMostKeptBytes = size_t{256} << 20;
 
 struct Buffer {
   void* data;
@@ -24,6 +24,7 @@ struct Buffer {
 };
 Buffer kept[kKept];
 int kept_count = 0;
+size_t kept_bytes = 0;
 bool is_locked = false;
 
 // Never waits: a lock that is held, by another thread or in the parent of a fork, means malloc.
@@ -35,10 +36,16 @@ Buffer take_buffer(size_t bytes) {
     for (int i = kept_count - 1; i >= 0; i--)
       if (kept[i].bytes >= bytes) {
         Buffer found = kept[i];
+        kept_bytes -= found.bytes;
         kept[i] = kept[--kept_count];
         unlock();
         return found;
       }
+    // One that is too small makes way, so that growing lengths do not pile up buffers.
+    if (kept_count) {
+      kept_bytes -= kept[--kept_count].bytes;
+      free(kept[kept_count].data);
+    }
     unlock();
   }
   void* data = nullptr;
@@ -46,9 +53,9 @@ Buffer take_buffer(size_t bytes) {
 }
 
 void give_back(Buffer buffer) {
-  if (buffer.bytes <= kLargestKept && try_lock()) {
-    bool fits = kept_count < kKept;
-    if (fits) kept[kept_count++] = buffer;
+  if (try_lock()) {
+    bool fits = kept_count < kKept && kept_bytes + buffer.bytes <= kMostKeptBytes;
+    if (fits) kept[kept_count++] = buffer, kept_bytes += buffer.bytes;
     unlock();
     if (fits) return;
   }

@@ -142,16 +142,21 @@ MRA_NOINLINE void add_block_rows(int dim, const float* p, const float* a, float*
                            next + static_cast<long>(r) * dim + v * kTileRows);
 }
 
+// Lane i of the result is lane k_i of the pair (a, b).
+#if defined(__clang__) || __GNUC__ >= 12
+#define MRA_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MRA_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+
 template <int kStep, int... kLane>
 MRA_INLINE void transpose_stage(Vector* rows, std::integer_sequence<int, kLane...>) {
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; i++)
     if (!(i & kStep)) {
       Vector a = rows[i], b = rows[i + kStep];
-      rows[i] =
-          __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
-      rows[i + kStep] =
-          __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+      rows[i] = MRA_SHUFFLE(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+      rows[i + kStep] = MRA_SHUFFLE(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
     }
 }
 
