@@ -84,7 +84,8 @@ if namespace != "mra_attention":
     # ... and stands beside the installed package.
     import mra_attention
 
-    installed = output_and_gradients(mra_attention.mra2_attention, approx_mode="sparse")
+    settings = {"approx_mode": "sparse", "impl": "torch"}  # as in the build
+    installed = output_and_gradients(mra_attention.mra2_attention, **settings)
     assert mra_attention is not operator and all(map(torch.equal, installed, found))
 print("loaded", operator.__name__)
 """
