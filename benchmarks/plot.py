@@ -29,6 +29,8 @@ LOOKS = {name: (method.label, method.colour) for name, method in METHODS.items()
     "sdpa_cudnn": (f"{_DENSE.label} (SDPA, cuDNN)", "#999999"),
     "flex_exact_part": ("FlexAttention on the same blocks; {} per row", "#66a3d2"),
     "mra2": (f"{METHODS['mra2'].label}, {{}} blocks per row", None),
+    "mra2_native": (f"{METHODS['mra2'].label}, compiled; {{}} blocks per row", "#d95f02"),
+    "mra2_torch": (f"{METHODS['mra2'].label}, plain torch; {{}} blocks per row", "#66a3d2"),
     "longformer_64": (f"{_LONGFORMER.label}, window 64", "#66a3d2"),
     "longformer_256": (f"{_LONGFORMER.label}, window 256", _LONGFORMER.colour),
     "bigbird": (METHODS["bigbird"].label, "#b5a642"),
@@ -78,6 +80,7 @@ def draw_lengths(rows: list[dict[str, str]], png: Path, *, graph: bool = False) 
     first = groups[0][0]
     subjects = {
         "attention": "attention",
+        "implementations": "attention",
         "self_attention": "self-attention module",
         "scales": "two and three scales",
         "adamra": "attention layers of the Long Range Arena",
@@ -165,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("png", type=Path)
     parser.add_argument(
-        "--op", choices=("attention", "self_attention", "model", "scales", "adamra")
+        "--op",
+        choices=("attention", "implementations", "self_attention", "model", "scales", "adamra"),
     )
     parser.add_argument("--dtype", help="default: the first row's")
     parser.add_argument("--batch", help="default: all sizes that were measured at several lengths")

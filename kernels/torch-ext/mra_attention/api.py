@@ -84,10 +84,11 @@ def mra2_attention(
             `initial_prior_first_n_blocks` live block rows and columns are global and take none.
         scale: factor of the logits, default `D ** -0.5`.
         impl: `"reference"` (the definition, O(N^2) memory), `"torch"` (fast, no N x N buffer),
-            `"triton"` (kernels for CUDA and ROCm tensors: float32, bfloat16, float16, head dims 16
-            to 128, block_size 32), or `"auto"`: triton for such tensors where it is installed, else
-            torch. An explicit choice is never replaced. While `torch.export` traces, the reference
-            is used.
+            `"native"` (compiled kernels for CPU tensors: float32, bfloat16, float16, head dims up
+            to 256, block_size 32), `"triton"` (kernels for CUDA and ROCm tensors: the same dtypes,
+            head dims 16 to 128, block_size 32), or `"auto"`: native or triton for such tensors
+            where they are there, else torch. An explicit choice is never replaced. While
+            `torch.export` traces, the reference is used.
 
     Returns:
         `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on). Two runs give the
@@ -97,7 +98,7 @@ def mra2_attention(
         ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
             what to pass.
         RuntimeError: double backward, `torch.vmap` or forward-mode differentiation through
-            `impl="torch"` or `"triton"`.
+            `impl="torch"`, `"native"` or `"triton"`.
     """
     query, key, value = check_tensors(query, key, value)
     budgets = (block_per_row, block_budget)

@@ -3,7 +3,7 @@
 Paste the output into a bug report.
 
 example:
-  mra-hf env
+  mra-hf env > environment.txt
 """
 
 import argparse
