@@ -3,7 +3,6 @@
 import csv
 import datetime
 import importlib.metadata
-import platform
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,9 +69,10 @@ def conditions(device: str, threads: int) -> dict[str, str]:
     """Return date, commit, device and versions, the first columns of every row."""
     import torch
 
+    from mra_hf.commands.env import processor_name
     from mra_hf.results.files import source_commit
 
-    name = ", ".join((_cpu_name(), *_instruction_set(), f"{threads} threads"))
+    name = ", ".join((processor_name(), *_instruction_set(), f"{threads} threads"))
     return {
         "date": datetime.date.today().isoformat(),
         "commit": source_commit("--untracked-files=no", ":/") or "",
@@ -96,12 +96,3 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -131,6 +131,7 @@ def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
             shutil.copyfile(library, partial)
             partial.replace(output)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise BuildFailed(f"{output} cannot be written: {error}") from error
 
 

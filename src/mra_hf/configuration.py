@@ -400,7 +400,7 @@ class MraConfig(RobertaConfig):
     def _check_distance_bias(self) -> None:
         far, window, scales = self.distance_bias_far, self.distance_bias_window, self.resolutions
         if type(far) not in (int, float) or not abs(far) <= MAX_DISTANCE_BIAS:  # or NaN
-            raise ValueError(f"distance_bias_far must lie within -1e4..1e4, got {far!r}.")
+            raise ValueError(f"distance_bias_far must be in +-{MAX_DISTANCE_BIAS:g}, got {far!r}.")
         check_int_if_given("distance_bias_window", window, 0)
         if window is not None and scales is not None:
             raise ValueError(

@@ -15,7 +15,7 @@ def native_implementations():
     """The compiled CPU kernels on each instruction set of this machine."""
     problem = native_problem()
     if problem is not None:
-        skip = pytest.mark.skip(reason=f"native {problem}")
+        skip = pytest.mark.skip(reason=f'impl="native" {problem}')
         return [pytest.param(Implementation("native", is_general=False), id="native", marks=skip)]
     from mra_attention.native_impl.library import instruction_sets
 

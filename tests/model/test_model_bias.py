@@ -193,7 +193,7 @@ def test_config_round_trip_and_old_configs(tmp_path):
         ({"distance_bias_window": -1}, "distance_bias_window must be an integer of at least 0"),
         ({"distance_bias_window": 1.5}, "distance_bias_window must be an integer"),
         *(
-            ({"distance_bias_far": far}, "distance_bias_far must lie within -1e4..1e4")
+            ({"distance_bias_far": far}, r"distance_bias_far must be in \+-10000, got")
             for far in (float("inf"), float("nan"), -1e5, "low", True)
         ),
         (

@@ -23,7 +23,7 @@ def build(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler on the path to build with")
 def test_a_compiler_of_the_system_makes_the_library(build, tmp_path):
     build.compile_library(tmp_path / build.library_name())
     library = ctypes.CDLL(str(tmp_path / build.library_name()))

@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
     facts |= {name: _version(name) for name in LIBRARIES}
     facts["system"] = platform.platform()
     facts["processor"] = (
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     )
     facts["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     for name, implementation in FAST.items():
@@ -60,7 +60,8 @@ def _availability(name: str, is_for_gpus: bool) -> str:
     return f"available, on {sets[0]} (this machine runs {', '.join(sets)})"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The CPU's name as its system knows it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [

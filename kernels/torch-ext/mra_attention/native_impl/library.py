@@ -55,7 +55,7 @@ def load() -> ctypes.CDLL:
     """
     path = find()
     if path is None:
-        raise ImportError("the compiled CPU kernels were not built")
+        raise ImportError("the compiled CPU kernels were not built (pip install -v says why)")
     try:
         library = ctypes.CDLL(str(path))
         library.mra_call_bytes.restype = c_int64
