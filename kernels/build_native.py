@@ -16,9 +16,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 try:
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -36,12 +38,12 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
 #: Flags of single files: each instruction set is compiled from the same source.
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+_AVX512 += ["-mprefer-vector-width=512"]
 OWN_FLAGS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
-    "isa_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
-        "-mprefer-vector-width=512",
-    ],
+    "isa_avx512.cpp": _AVX512,
+    "isa_amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 #: Machines whose kernels are written; elsewhere the package is pure Python.
 MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
@@ -95,8 +97,12 @@ def library_name() -> str:
     return "libmra_attention.dylib" if platform.system() == "Darwin" else "libmra_attention.so"
 
 
-def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
-    """Compile `csrc/` into the shared library `output`.
+def compile_library(
+    output: Path,
+    extra_flags: Sequence[str] = (),
+    own_flags: Mapping[str, Sequence[str]] = MappingProxyType(OWN_FLAGS),
+) -> None:
+    """Compile `csrc/` into the shared library `output`; `own_flags`: of single files.
 
     Raises:
         BuildFailed: there is no compiler, no kernel for this machine, or an error of the compiler.
@@ -106,7 +112,7 @@ def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
     compiler = find_compiler()
     if compiler is None:
         raise BuildFailed("no C++ compiler was found (c++, g++, clang++, or the package ziglang)")
-    flags = FLAGS + (extra_flags or [])
+    flags = [*FLAGS, *extra_flags]
     is_x86 = MACHINES[platform.machine()] == "x86_64"
     sources = [
         path for path in sorted(SOURCES.glob("*.cpp")) if is_x86 or path.name not in OWN_FLAGS
@@ -115,7 +121,7 @@ def compile_library(output: Path, extra_flags: list[str] | None = None) -> None:
 
         def compile_one(source: Path) -> Path:
             object_file = Path(folder) / f"{source.stem}.o"
-            own = OWN_FLAGS.get(source.name, [])
+            own = own_flags.get(source.name, [])
             _run([*compiler, *flags, *own, "-c", str(source), "-o", str(object_file)])
             return object_file
 

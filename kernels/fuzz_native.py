@@ -2,8 +2,9 @@
 
     python kernels/fuzz_native.py --calls 3000
 
-Needs GCC. Builds the library anew, without touching the installed one, and runs every pass on
-random sizes, strides, dtypes, masks and selections, with NaN in padding. A write or read outside a
+Needs GCC. Builds the library anew, without touching the installed one, with AVX-512 and AMX
+emulated (the sanitizers see no load of a tile), and runs every pass on random sizes, strides,
+dtypes, masks and selections, with NaN in padding. A write or read outside a
 buffer or undefined behaviour ends the run with the report of the sanitizer.
 """
 
@@ -30,12 +31,13 @@ def main() -> int:
     args = parser.parse_args()
     if _CHILD in os.environ:
         return fuzz(args.calls, args.seed)
-    from build_native import compile_library, library_name
+    from build_native import library_name
+    from emulate_native import compile_emulated
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / library_name()
         os.environ["MRA_HF_CXX"] = "g++"
-        compile_library(path, SANITIZERS)
+        compile_emulated(path, *SANITIZERS)
         runtime = subprocess.check_output(["gcc", "-print-file-name=libasan.so"], text=True).strip()
         # Python and torch keep what they allocate; a test of the suite watches the memory.
         environment = os.environ | {

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 from attention_cases import REFERENCE, Implementation
 from triton_cases import TRITON, needs_triton
 
 from mra_attention.implementations import native_problem
+from mra_attention.native_impl import library
+
+# Kernels of another machine, emulated: kernels/emulate_native.py.
+if _tested_library := os.environ.get("MRA_HF_TEST_LIBRARY"):
+    library.find = lambda: Path(_tested_library)
+if _tested_program := os.environ.get("MRA_HF_TEST_PROGRAM"):
+    from native_program import Program
+
+    library.run = Program(_tested_program).run
+    library.instruction_sets = lambda: ["base"]
 
 
 def native_implementations():
@@ -17,13 +29,11 @@ def native_implementations():
     if problem is not None:
         skip = pytest.mark.skip(reason=f'impl="native" {problem}')
         return [pytest.param(Implementation("native", is_general=False), id="native", marks=skip)]
-    from mra_attention.native_impl.library import instruction_sets
-
     return [
         pytest.param(
             Implementation("native", is_general=False, instruction_set=name), id=f"native-{name}"
         )
-        for name in instruction_sets()
+        for name in library.instruction_sets()
     ]
 
 

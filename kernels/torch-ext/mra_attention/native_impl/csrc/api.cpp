@@ -1,6 +1,7 @@
 #include "api.h"
 
 #include <cstdlib>
+#include <iterator>
 
 #include "cpu.h"
 #include "head.h"
@@ -19,6 +20,7 @@ bool always() { return true; }
 // Best first.
 constexpr IsaRow kIsas[] = {
 #if defined(__x86_64__)
+    {has_amx, kernels_amx},
     {has_avx512, kernels_avx512},
     {has_avx2, kernels_avx2},
 #endif
@@ -26,8 +28,17 @@ constexpr IsaRow kIsas[] = {
 };
 
 const KernelTable* kernels_of(int64_t index) {
-  for (const IsaRow& row : kIsas)
-    if (row.is_supported() && index-- <= 0) return row.kernels();
+  // Asked once: cpuid leaves a virtual machine, which takes longer than a small call. Threads that
+  // ask at once write the same.
+  static int known[std::size(kIsas)];  // 0: not asked, 1: no, 2: yes
+  for (size_t i = 0; i < std::size(kIsas); i++) {
+    int is_supported = __atomic_load_n(&known[i], __ATOMIC_RELAXED);
+    if (!is_supported) {
+      is_supported = kIsas[i].is_supported() ? 2 : 1;
+      __atomic_store_n(&known[i], is_supported, __ATOMIC_RELAXED);
+    }
+    if (is_supported == 2 && index-- <= 0) return kIsas[i].kernels();
+  }
   return nullptr;
 }
 
@@ -66,9 +77,11 @@ struct PassOfCall {
   HeadPass pass;
 };
 
-int run(const MraCall& call, HeadPass pass) {
+// `pass_bf16`: the pass where the kernels have products of bfloat16.
+int run(const MraCall& call, HeadPass pass, HeadPass pass_bf16) {
   const KernelTable* kernels = kernels_of(call.isa < 0 ? 0 : call.isa);
   if (!kernels) return 1;
+  if (kernels->bf16 && call.dtype == kBFloat16 && call.scale > 0) pass = pass_bf16;
   int multiple = kernels->dim_multiple;
   int dim = (static_cast<int>(call.dim) + multiple - 1) / multiple * multiple;
   int n_blocks = static_cast<int>((call.length + kBlock - 1) / kBlock);
@@ -99,9 +112,15 @@ int run(const MraCall& call, HeadPass pass) {
 
 #define MRA_EXPORT extern "C" __attribute__((visibility("default")))
 
-MRA_EXPORT int mra_select(const MraCall* call) { return mra::run(*call, mra::select_head); }
-MRA_EXPORT int mra_forward(const MraCall* call) { return mra::run(*call, mra::forward_head); }
-MRA_EXPORT int mra_backward(const MraCall* call) { return mra::run(*call, mra::backward_head); }
+MRA_EXPORT int mra_select(const MraCall* call) {
+  return mra::run(*call, mra::select_head, mra::select_head);
+}
+MRA_EXPORT int mra_forward(const MraCall* call) {
+  return mra::run(*call, mra::forward_head, mra::forward_head_bf16);
+}
+MRA_EXPORT int mra_backward(const MraCall* call) {
+  return mra::run(*call, mra::backward_head, mra::backward_head_bf16);
+}
 MRA_EXPORT const char* mra_isa_name(int64_t index) {
   const mra::KernelTable* kernels = index < 0 ? nullptr : mra::kernels_of(index);
   return kernels ? kernels->name : nullptr;

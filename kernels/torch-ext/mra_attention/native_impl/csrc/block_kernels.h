@@ -12,6 +12,7 @@ namespace MRA_ISA {
 
 using mra::BlockList;
 using mra::CoarseRows;
+using mra::CoarseState;
 
 constexpr int kChunk = 4;  // key blocks whose logits are held at a time
 constexpr int kTile = kBlock * kBlock;
@@ -27,10 +28,13 @@ MRA_INLINE void hide_padding(uint32_t real, float* logits) {
         store(logits + j * kBlock + v * kLanes, all(-kInfinity));
 }
 
-// Logits of up to kChunk key blocks -> weights, in place; updates maxima and denominators, and
-// writes the factor for what was summed before. Returns whether any factor is not 1.
-MRA_NOINLINE bool softmax(int blocks, const float* biases, float* logits, float* maxima,
-                          float* denominators, float* factors) {
+// Logits of up to kChunk key blocks, times `scale` -> weights, in place; updates maxima and
+// denominators, and writes the factor for what was summed before. Returns whether any factor is
+// not 1.
+template <bool kScales>
+MRA_NOINLINE bool softmax(int blocks, float scale, const float* biases, float* logits,
+                          float* maxima, float* denominators, float* factors) {
+  auto scaled = [&](const float* at) { return kScales ? load(at) * scale : load(at); };
   bool has_changed = false;
   for (int v = 0; v < kBlockVectors; v++) {
     Vector old = load(maxima + v * kLanes), maximum = old, other = old;
@@ -38,8 +42,8 @@ MRA_NOINLINE bool softmax(int blocks, const float* biases, float* logits, float*
       const float* of_block = logits + b * kTile + v * kLanes;
       Vector bias = all(biases[b]);
       for (int j = 0; j < kBlock; j += 2) {
-        maximum = larger(maximum, load(of_block + j * kBlock) + bias);
-        other = larger(other, load(of_block + (j + 1) * kBlock) + bias);
+        maximum = larger(maximum, scaled(of_block + j * kBlock) + bias);
+        other = larger(other, scaled(of_block + (j + 1) * kBlock) + bias);
       }
     }
     maximum = larger(maximum, other);
@@ -49,8 +53,8 @@ MRA_NOINLINE bool softmax(int blocks, const float* biases, float* logits, float*
       float* of_block = logits + b * kTile + v * kLanes;
       Vector shift = all(biases[b]) - maximum;
       for (int j = 0; j < kBlock; j += 2) {
-        Vector x = exp2(load(of_block + j * kBlock) + shift);
-        Vector y = exp2(load(of_block + (j + 1) * kBlock) + shift);
+        Vector x = exp2(scaled(of_block + j * kBlock) + shift);
+        Vector y = exp2(scaled(of_block + (j + 1) * kBlock) + shift);
         store(of_block + j * kBlock, x);
         store(of_block + (j + 1) * kBlock, y);
         sum += x;
@@ -74,19 +78,37 @@ MRA_INLINE void scale_columns(int dim, const float* factors, float* x) {  // x [
       store(x + d * kBlock + v * kLanes, load(x + d * kBlock + v * kLanes) * f[v]);
 }
 
+// Maxima [32], denominators [32] and sums [dim, 32] of the coarse state, the same for each query.
+MRA_INLINE void start_from_coarse(int dim, const CoarseState& from, float* maxima,
+                                  float* denominators, float* sums) {
+  for (int v = 0; v < kBlockVectors; v++) {
+    store(maxima + v * kLanes, all(from.maximum ? *from.maximum : kNothing));
+    store(denominators + v * kLanes, all(from.denominator ? *from.denominator : 0.f));
+    for (int d = 0; d < dim; d++)
+      store(sums + d * kBlock + v * kLanes, all(from.numerator ? from.numerator[d] : 0.f));
+  }
+}
+
+// Sums [dim, 32] -> output [32, dim] and log-sum-exp [32].
+MRA_INLINE void divide_sums(int dim, const float* maxima, const float* denominators, float* factors,
+                            float* sums, float* output, float* lse) {
+  for (int i = 0; i < kBlock; i++) {
+    float z = denominators[i];
+    factors[i] = z == 0 ? 0.f : 1.f / z;  // NaN stays
+    lse[i] = z == 0 ? kInfinity : (maxima[i] + __builtin_log2f(z)) / kLog2E;
+  }
+  scale_columns(dim, factors, sums);
+  transpose(dim, kBlock, sums, kBlock, output, dim, 1.f);
+}
+
 MRA_NOINLINE void attend(int dim, float scale, const float* query, const BlockList& list,
-                         const float* coarse_max, const float* coarse_denominator,
-                         const float* coarse_numerator, float* output, float* lse, float* scratch) {
+                         const CoarseState& coarse_state, float* output, float* lse,
+                         float* scratch) {
   float *queries = scratch, *sums = queries + dim * kBlock, *logits = sums + dim * kBlock;
   float *maxima = logits + kChunk * kTile, *denominators = maxima + kBlock;
   float* factors = denominators + kBlock;
   transpose(kBlock, dim, query, dim, queries, kBlock, scale * kLog2E);
-  for (int v = 0; v < kBlockVectors; v++) {
-    store(maxima + v * kLanes, all(coarse_max ? *coarse_max : kNothing));
-    store(denominators + v * kLanes, all(coarse_denominator ? *coarse_denominator : 0.f));
-    for (int d = 0; d < dim; d++)
-      store(sums + d * kBlock + v * kLanes, all(coarse_numerator ? coarse_numerator[d] : 0.f));
-  }
+  start_from_coarse(dim, coarse_state, maxima, denominators, sums);
   for (int first = 0; first < list.count; first += kChunk) {
     const int* blocks = list.blocks + first;
     int count = list.count - first < kChunk ? list.count - first : kChunk;
@@ -96,20 +118,14 @@ MRA_NOINLINE void attend(int dim, float scale, const float* query, const BlockLi
       block_logits(dim, list.keys[blocks[c]], queries, logits + c * kTile, next);
       if (list.real[blocks[c]] != ~0u) hide_padding(list.real[blocks[c]], logits + c * kTile);
     }
-    if (softmax(count, list.biases + first, logits, maxima, denominators, factors))
+    if (softmax<false>(count, 1.f, list.biases + first, logits, maxima, denominators, factors))
       scale_columns(dim, factors, sums);
     for (int c = 0; c < count; c++) {
       const float* next = c + 1 < count ? list.values[blocks[c + 1]] : list.keys[following];
       add_block_values(dim, list.values[blocks[c]], logits + c * kTile, sums, next);
     }
   }
-  for (int i = 0; i < kBlock; i++) {
-    float z = denominators[i];
-    factors[i] = z == 0 ? 0.f : 1.f / z;  // NaN stays
-    lse[i] = z == 0 ? kInfinity : (maxima[i] + __builtin_log2f(z)) / kLog2E;
-  }
-  scale_columns(dim, factors, sums);
-  transpose(dim, kBlock, sums, kBlock, output, dim, 1.f);
+  divide_sums(dim, maxima, denominators, factors, sums, output, lse);
 }
 
 // Weights and the gradients of logits of one pair, in place of its logits and of dO V^T; returns
@@ -328,10 +344,10 @@ MRA_NOINLINE void coarse_logits(int dim, int n_blocks, double scale, const doubl
   }
 }
 
-constexpr mra::KernelTable table(const char* name) {
+constexpr mra::KernelTable table(const char* name, const mra::Bf16Kernels* bf16 = nullptr) {
   return {name,     kTileColumns,    scratch_floats, attend,          attend_backward,
           coarse,   coarse_backward, sum_rows,       sum_rows_double, weighted_sum,
-          row_dots, coarse_logits};
+          row_dots, coarse_logits,   widen_row,      narrow_row,      bf16};
 }
 
 }  // namespace MRA_ISA

@@ -5,5 +5,6 @@ namespace mra {
 
 bool has_avx2();    // and FMA
 bool has_avx512();  // F, BW, DQ and VL
+bool has_amx();     // tiles of bfloat16, AVX-512 with bfloat16, and leave to use them
 
 }  // namespace mra

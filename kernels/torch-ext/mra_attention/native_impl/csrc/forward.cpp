@@ -1,7 +1,5 @@
 #include "head.h"
 
-#include <cmath>
-
 namespace mra {
 
 void forward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
@@ -24,29 +22,22 @@ void forward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
   value.read(call.value, call.dtype, sample_number, head);
   const uint8_t* selected = selected_pairs(shape, item);
   bool is_merged = has_coarse(call);
-  if (is_merged) coarse.read(shape, sample, query, key, value);
-  float* output = call.new_output + item * call.length * call.dim;
-  float* lse = call.lse + item * call.length;
+  if (is_merged) {
+    coarse.read(shape, sample, query, key, value);
+    coarse.attend(shape, sample, head, selected, pair_biases, scratch);
+  }
   const float* biases = nullptr;
   for (int x = 0; x < shape.n_blocks; x++) {
-    long vector = static_cast<long>(x) * shape.dim, token = static_cast<long>(x) * kBlock;
-    if (x % kBlock == 0) {
-      biases = pair_biases.read(shape, sample, head, x);
-      if (is_merged)
-        shape.kernels.coarse(coarse.rows(shape, sample, selected, biases, x), coarse.maxima + x,
-                             coarse.denominators + x, coarse.numerators + vector, scratch);
-    }
+    if (x % kBlock == 0) biases = pair_biases.read(shape, sample, head, x);
     bool is_live = sample.counts[x] > 0;
     if (is_live) {
-      BlockList list = row_list.read(shape, sample, selected, biases, x, key, value);
-      shape.kernels.attend(
-          shape.dim, static_cast<float>(call.scale), query[x], list,
-          is_merged ? coarse.maxima + x : nullptr, is_merged ? coarse.denominators + x : nullptr,
-          is_merged ? coarse.numerators + vector : nullptr, block, block_lse, scratch);
+      BlockList list = row_list.read(shape, sample, selected, biases, x);
+      list.keys = key.pointers(), list.values = value.pointers();
+      CoarseState state = is_merged ? coarse.state(shape, x) : CoarseState{};
+      shape.kernels.attend(shape.dim, static_cast<float>(call.scale), query[x], list, state, block,
+                           block_lse, scratch);
     }
-    write_block(shape, sample, x, is_live ? block : nullptr, kFloat32, output);
-    for (int i = 0; i < kBlock && token + i < call.length; i++)
-      lse[token + i] = sample.real[x] >> i & 1 ? block_lse[i] : INFINITY;
+    write_output(shape, sample, item, x, is_live ? block : nullptr, block_lse);
   }
 }
 

@@ -7,36 +7,27 @@
 namespace mra {
 namespace {
 
-float widen(uint16_t x, int64_t dtype) {
-  uint32_t bits = x;
-  if (dtype == kBFloat16) {
-    bits <<= 16;
-  } else {  // float16: shift the exponent by a product, which subnormals survive
-    uint32_t sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
-    if (rest >= 0x0f800000) {  // infinity and NaN
-      bits = sign | rest | 0x7f800000;
-    } else {
-      float scaled;
-      memcpy(&scaled, &rest, 4);
-      scaled *= 5.192296858534828e33f;  // 2^112
-      memcpy(&bits, &scaled, 4);
-      bits |= sign;
-    }
+float widen_half(uint16_t x) {  // float16
+  uint32_t bits = x, sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
+  if (rest >= 0x0f800000) {  // infinity and NaN
+    bits = sign | rest | 0x7f800000;
+  } else {  // shift the exponent by a product, which subnormals survive
+    float scaled;
+    memcpy(&scaled, &rest, 4);
+    scaled *= 5.192296858534828e33f;  // 2^112
+    memcpy(&bits, &scaled, 4);
+    bits |= sign;
   }
   float result;
   memcpy(&result, &bits, 4);
   return result;
 }
 
-// Rounds to nearest, ties to even.
-uint16_t narrow(float x, int64_t dtype) {
+// To float16: rounds to nearest, ties to even.
+uint16_t narrow_half(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
   uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-  if (dtype == kBFloat16) {
-    if (size > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
   if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
   if (size >= 0x47800000) return static_cast<uint16_t>(sign | 0x7c00);
   if (size < 0x38800000) {  // subnormal: let an addition round
@@ -77,9 +68,42 @@ void Blocks::read(const MraTensor& tensor, int64_t dtype, long sample, long head
         memcpy(copy, static_cast<const float*>(tensor.data) + at, sizeof(float) * kept);
       } else if (kept) {
         const uint16_t* from = static_cast<const uint16_t*>(tensor.data) + at;
-        for (int d = 0; d < kept; d++) copy[d] = widen(from[d], dtype);
+        if (dtype == kBFloat16)
+          shape_.kernels.widen_row(kept, from, copy);
+        else
+          for (int d = 0; d < kept; d++) copy[d] = widen_half(from[d]);
       }
       if (kept < dim) memset(copy + kept, 0, sizeof(float) * (dim - kept));
+    }
+  }
+}
+
+HalfBlocks::HalfBlocks(const Shape& shape, Arena& arena) : shape_(shape) {
+  pointers_ = arena.take<const uint16_t*>(shape.n_blocks);
+  copies_ = arena.take<uint16_t>(shape.n_blocks * shape.block_floats());
+}
+
+void HalfBlocks::read(const MraTensor& tensor, int64_t dtype, long sample, long head) {
+  const MraCall& call = shape_.call;
+  int dim = shape_.dim, given = static_cast<int>(call.dim);
+  bool is_direct = dtype == kBFloat16 && tensor.token_stride == dim && given == dim;
+  long first = sample * tensor.batch_stride + head * tensor.head_stride;
+  const uint32_t* real = shape_.samples[sample].real;
+  for (int y = 0; y < shape_.n_blocks; y++) {
+    long at = first + static_cast<long>(y) * kBlock * tensor.token_stride;
+    if (is_direct && real[y] == ~0u) {
+      pointers_[y] = static_cast<const uint16_t*>(tensor.data) + at;
+      continue;
+    }
+    uint16_t* copy = copies_ + y * shape_.block_floats();
+    pointers_[y] = copy;
+    for (int i = 0; i < kBlock; i++, copy += dim, at += tensor.token_stride) {
+      int kept = real[y] >> i & 1 ? given : 0;
+      if (kept && dtype == kBFloat16)
+        memcpy(copy, static_cast<const uint16_t*>(tensor.data) + at, sizeof(uint16_t) * kept);
+      else if (kept)
+        shape_.kernels.narrow_row(kept, static_cast<const float*>(tensor.data) + at, copy);
+      if (kept < dim) memset(copy + kept, 0, sizeof(uint16_t) * (dim - kept));
     }
   }
 }
@@ -101,9 +125,25 @@ void write_block(const Shape& shape, const Sample& sample, int block, const floa
         memset(to, 0, sizeof(float) * dim);
     } else {
       uint16_t* to = static_cast<uint16_t*>(head_of_tensor) + at;
-      for (int d = 0; d < dim; d++) to[d] = is_real ? narrow(row[d], dtype) : uint16_t{0};
+      if (!is_real)
+        memset(to, 0, sizeof(uint16_t) * dim);
+      else if (dtype == kBFloat16)
+        shape.kernels.narrow_row(dim, row, to);
+      else
+        for (int d = 0; d < dim; d++) to[d] = narrow_half(row[d]);
     }
   }
+}
+
+void write_output(const Shape& shape, const Sample& sample, long item, int block,
+                  const float* output, const float* lse) {
+  const MraCall& call = shape.call;
+  write_block(shape, sample, block, output, kFloat32,
+              call.new_output + item * call.length * call.dim);
+  float* to = call.lse + item * call.length;
+  long token = static_cast<long>(block) * kBlock;
+  for (int i = 0; i < kBlock && token + i < call.length; i++)
+    to[token + i] = output && (sample.real[block] >> i & 1) ? lse[i] : INFINITY;
 }
 
 CoarsePart::CoarsePart(const Shape& shape, Arena& arena) {
@@ -118,19 +158,41 @@ CoarsePart::CoarsePart(const Shape& shape, Arena& arena) {
 
 void CoarsePart::read(const Shape& shape, const Sample& sample, const Blocks& query,
                       const Blocks& key, const Blocks& value) {
-  int dim = shape.dim;
+  for (int y = 0; y < shape.n_blocks; y++) {
+    long at = static_cast<long>(y) * shape.dim;
+    shape.kernels.sum_rows(shape.dim, query[y], query_means + at);
+    shape.kernels.sum_rows(shape.dim, key[y], key_means + at);
+    shape.kernels.sum_rows(shape.dim, value[y], value_sums + at);
+  }
+  divide_means(shape, sample);
+}
+
+void CoarsePart::read(const Shape& shape, const Sample& sample, const HalfBlocks& query,
+                      const HalfBlocks& key, const HalfBlocks& value, float* block) {
+  auto sum = [&](const uint16_t* from, float* to) {
+    shape.kernels.widen_row(static_cast<int>(shape.block_floats()), from, block);
+    shape.kernels.sum_rows(shape.dim, block, to);
+  };
+  for (int y = 0; y < shape.n_blocks; y++) {
+    long at = static_cast<long>(y) * shape.dim;
+    sum(query[y], query_means + at);
+    sum(key[y], key_means + at);
+    sum(value[y], value_sums + at);
+  }
+  divide_means(shape, sample);
+}
+
+// Sums of queries and keys become means; what is no live block becomes zeros.
+void CoarsePart::divide_means(const Shape& shape, const Sample& sample) {
   for (int y = 0; y < shape.padded_blocks; y++) {
-    long at = static_cast<long>(y) * dim;
+    long at = static_cast<long>(y) * shape.dim;
     if (y >= shape.n_blocks || sample.counts[y] == 0) {
       for (float* to : {query_means, key_means, value_sums})
-        memset(to + at, 0, sizeof(float) * dim);
+        memset(to + at, 0, sizeof(float) * shape.dim);
       continue;
     }
-    shape.kernels.sum_rows(dim, query[y], query_means + at);
-    shape.kernels.sum_rows(dim, key[y], key_means + at);
-    shape.kernels.sum_rows(dim, value[y], value_sums + at);
     float share = 1.f / sample.counts[y];
-    for (int d = 0; d < dim; d++) query_means[at + d] *= share, key_means[at + d] *= share;
+    for (int d = 0; d < shape.dim; d++) query_means[at + d] *= share, key_means[at + d] *= share;
   }
 }
 
@@ -148,6 +210,15 @@ CoarseRows CoarsePart::rows(const Shape& shape, const Sample& sample, const uint
           sample.counts,
           selected + static_cast<long>(first) * shape.n_blocks,
           biases};
+}
+
+void CoarsePart::attend(const Shape& shape, const Sample& sample, long head,
+                        const uint8_t* selected, PairBiases& pair_biases, float* scratch) {
+  for (int x = 0; x < shape.n_blocks; x += kBlock) {
+    const float* biases = pair_biases.read(shape, sample, head, x);
+    shape.kernels.coarse(rows(shape, sample, selected, biases, x), maxima + x, denominators + x,
+                         numerators + static_cast<long>(x) * shape.dim, scratch);
+  }
 }
 
 PairBiases::PairBiases(const Shape& shape, Arena& arena) {
@@ -175,16 +246,28 @@ RowList::RowList(const Shape& shape, Arena& arena) {
 }
 
 BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t* selected,
-                        const float* biases, int x, const Blocks& key, const Blocks& value) {
+                        const float* biases, int x) {
   long row = static_cast<long>(x) * shape.n_blocks;
+  if (biases) biases += static_cast<long>(x % kBlock) * shape.n_blocks;
+  return read(shape, sample, selected ? selected + row : nullptr, 1, biases);
+}
+
+BlockList RowList::read_column(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                               const float* biases, int y) {
+  if (biases) biases += static_cast<long>(y % kBlock) * shape.n_blocks;
+  return read(shape, sample, selected ? selected + y : nullptr, shape.n_blocks, biases);
+}
+
+BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                        long stride, const float* biases) {
   int count = 0;
   for (int y = 0; y < shape.n_blocks; y++) {
-    if (sample.counts[y] == 0 || (selected && !selected[row + y])) continue;
+    if (sample.counts[y] == 0 || (selected && !selected[y * stride])) continue;
     blocks_[count] = y;
-    biases_[count] = biases ? biases[static_cast<long>(x % kBlock) * shape.n_blocks + y] : 0.f;
+    biases_[count] = biases ? biases[y] : 0.f;
     count++;
   }
-  return {blocks_, biases_, count, key.pointers(), value.pointers(), sample.real};
+  return {blocks_, biases_, count, nullptr, nullptr, sample.real};
 }
 
 }  // namespace mra

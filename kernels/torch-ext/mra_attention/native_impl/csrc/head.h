@@ -64,22 +64,25 @@ class Blocks {
   float* copies_;
 };
 
+// The same of bfloat16, for `Bf16Kernels`.
+class HalfBlocks {
+ public:
+  HalfBlocks(const Shape& shape, Arena& arena);
+  // A tensor that is not bfloat16 is float32, and is rounded.
+  void read(const MraTensor& tensor, int64_t dtype, long sample, long head);
+  const uint16_t* operator[](int block) const { return pointers_[block]; }
+  const uint16_t* const* pointers() const { return pointers_; }
+
+ private:
+  const Shape& shape_;
+  const uint16_t** pointers_;
+  uint16_t* copies_;
+};
+
 // Writes the real tokens of block [32, dim] to a contiguous [length, call.dim] in the dtype, zeros
 // to the others; null: zeros to all.
 void write_block(const Shape& shape, const Sample& sample, int block, const float* from,
                  int64_t dtype, void* head_of_tensor);
-
-// Pooled blocks, the pairs that stay coarse, and the biases of pairs.
-struct CoarsePart {
-  CoarsePart(const Shape& shape, Arena& arena);
-  void read(const Shape& shape, const Sample& sample, const Blocks& query, const Blocks& key,
-            const Blocks& value);
-  CoarseRows rows(const Shape& shape, const Sample& sample, const uint8_t* selected,
-                  const float* biases, int first) const;
-
-  float *query_means, *key_means, *value_sums;  // [R rounded up to 32, dim]
-  float *maxima, *denominators, *numerators;    // [R rounded up to 32], and [.., dim]
-};
 
 // The bias of each pair in powers of two, [32, R] for the block rows from `first`; null without.
 class PairBiases {
@@ -91,14 +94,49 @@ class PairBiases {
   float* biases_;
 };
 
-// The selected live key blocks of block row x, with their biases.
+// Writes output and log-sum-exp of a block of queries; null: nothing is attended to.
+void write_output(const Shape& shape, const Sample& sample, long item, int block,
+                  const float* output, const float* lse);
+
+// Pooled blocks, the pairs that stay coarse, and the biases of pairs.
+struct CoarsePart {
+  CoarsePart(const Shape& shape, Arena& arena);
+  void read(const Shape& shape, const Sample& sample, const Blocks& query, const Blocks& key,
+            const Blocks& value);
+  // Widens one block after the other into `block` [32, dim].
+  void read(const Shape& shape, const Sample& sample, const HalfBlocks& query,
+            const HalfBlocks& key, const HalfBlocks& value, float* block);
+  CoarseRows rows(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                  const float* biases, int first) const;
+  CoarseState state(const Shape& shape, int x) const {
+    return {maxima + x, denominators + x, numerators + static_cast<long>(x) * shape.dim};
+  }
+  // The state of all rows; after `read`.
+  void attend(const Shape& shape, const Sample& sample, long head, const uint8_t* selected,
+              PairBiases& pair_biases, float* scratch);
+
+  float *query_means, *key_means, *value_sums;  // [R rounded up to 32, dim]
+  float *maxima, *denominators, *numerators;    // [R rounded up to 32], and [.., dim]
+
+ private:
+  void divide_means(const Shape& shape, const Sample& sample);
+};
+
+// The selected live key blocks of block row x, with their biases; keys and values are left to
+// the caller.
 class RowList {
  public:
   RowList(const Shape& shape, Arena& arena);
   BlockList read(const Shape& shape, const Sample& sample, const uint8_t* selected,
-                 const float* biases, int x, const Blocks& key, const Blocks& value);
+                 const float* biases, int x);
+  // The query blocks that attend to key block y instead; the biases are symmetric.
+  BlockList read_column(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                        const float* biases, int y);
 
  private:
+  BlockList read(const Shape& shape, const Sample& sample, const uint8_t* selected, long stride,
+                 const float* biases);
+
   int* blocks_;
   float* biases_;
 };
@@ -108,11 +146,19 @@ inline const uint8_t* selected_pairs(const Shape& shape, long item) {
   long pairs = static_cast<long>(shape.n_blocks) * shape.n_blocks;
   return shape.call.blocks ? shape.call.blocks + item * pairs : nullptr;
 }
+// Where the gradients of a head lie in a contiguous tensor of the inputs' dtype.
+inline void* head_of(const Shape& shape, void* tensor, long item) {
+  long at = item * shape.call.length * shape.call.dim, size = shape.call.dtype == kFloat32 ? 4 : 2;
+  return static_cast<char*>(tensor) + at * size;
+}
 inline bool has_coarse(const MraCall& call) { return call.blocks && !call.sparse; }
 
 // One work item each: sample item / heads, head item % heads. With an empty arena they only count.
 void select_head(const Shape& shape, long item, Arena arena, size_t* bytes);
 void forward_head(const Shape& shape, long item, Arena arena, size_t* bytes);
 void backward_head(const Shape& shape, long item, Arena arena, size_t* bytes);
+// The same where `shape.kernels.bf16` computes.
+void forward_head_bf16(const Shape& shape, long item, Arena arena, size_t* bytes);
+void backward_head_bf16(const Shape& shape, long item, Arena arena, size_t* bytes);
 
 }  // namespace mra

@@ -18,6 +18,14 @@ struct BlockList {
   const uint32_t* real;        // [R] a bit for each real token
 };
 
+// What the coarse part leaves for one query block: the softmax's maximum and denominator, and a
+// numerator [dim]. Null: there is none.
+struct CoarseState {
+  const float* maximum = nullptr;
+  const float* denominator = nullptr;
+  const float* numerator = nullptr;
+};
+
 // The coarse part of 32 block rows, and of all R columns.
 struct CoarseRows {
   int dim, n_blocks, rows;   // rows: block rows that exist, at most 32
@@ -30,6 +38,49 @@ struct CoarseRows {
   const float* biases;       // [rows, R] in powers of two, or null
 };
 
+// As BlockList, of bfloat16 blocks.
+struct Bf16BlockList {
+  BlockList list;                 // its keys and values are null
+  const uint16_t* const* keys;    // [R] blocks [32, dim]
+  const uint16_t* value_columns;  // [R, dim, 32]
+};
+
+// The query blocks that attend to a key block, and what the backward pass knows of them.
+struct Bf16QueryList {
+  const int* blocks;    // numbers of the query blocks
+  const float* biases;  // of each, in powers of two
+  int count;
+  const uint16_t* const* queries;  // [R] blocks [32, dim]
+  const uint16_t* const* grads;    // [R] blocks [32, dim] of the output's gradient
+  const uint16_t* query_columns;   // [R, dim, 32]
+  const uint16_t* grad_columns;    // [R, dim, 32]
+  const float *lse2, *delta;       // [R, 32]; lse2 is +inf at padding
+};
+
+// Exact attention in products of bfloat16, summed in float32. Calls stand between `open` and
+// `close`; the scale is positive.
+struct Bf16Kernels {
+  int dim_multiple;
+  long (*scratch_floats)(int dim);
+
+  // Set the thread up, and back: what `open` found is kept in 64 bytes, aligned to 64.
+  void (*open)(void* found);
+  void (*close)(const void* found);
+
+  void (*transpose)(int dim, const uint16_t* block, uint16_t* columns, float* scratch);
+
+  // As KernelTable::attend.
+  void (*attend)(int dim, float scale, const uint16_t* query, const Bf16BlockList& list,
+                 const CoarseState& coarse, float* output, float* lse, float* scratch);
+
+  // Its backward, for one key block. Adds to grad_queries ([R] blocks, before the factor `scale`),
+  // writes grad_key (before the factor `scale`) and grad_value [32, dim], and the gradient of each
+  // pair's bias to grad_biases (or null).
+  void (*attend_backward)(int dim, float scale, const uint16_t* key, const uint16_t* value,
+                          uint32_t real, const Bf16QueryList& list, float* grad_queries,
+                          float* grad_key, float* grad_value, float* grad_biases, float* scratch);
+};
+
 struct KernelTable {
   const char* name;
   int dim_multiple;
@@ -37,12 +88,10 @@ struct KernelTable {
   // Floats of scratch that a kernel below takes.
   long (*scratch_floats)(int dim);
 
-  // Exact attention of one query block, merged with the coarse state (maximum, denominator and
-  // numerator [dim]; null: none). Writes output [32, dim] and lse [32] (natural logarithm, +inf
-  // where there is nothing to attend to).
+  // Exact attention of one query block, merged with the coarse state. Writes output [32, dim] and
+  // lse [32] (natural logarithm, +inf where there is nothing to attend to).
   void (*attend)(int dim, float scale, const float* query, const BlockList& list,
-                 const float* coarse_max, const float* coarse_denominator,
-                 const float* coarse_numerator, float* output, float* lse, float* scratch);
+                 const CoarseState& coarse, float* output, float* lse, float* scratch);
 
   // Its backward. lse2 is lse * log2(e), +inf at padding. Writes grad_query [32, dim], starting
   // from grad_query_row [dim] (or null), adds to grad_keys and grad_values ([R] blocks), and writes
@@ -72,11 +121,17 @@ struct KernelTable {
   // up to 16) doubles.
   void (*coarse_logits)(int dim, int n_blocks, double scale, const double* query_means,
                         const double* key_means, double* logits, double* transposed);
+
+  void (*widen_row)(int count, const uint16_t* from, float* to);   // of bfloat16
+  void (*narrow_row)(int count, const float* from, uint16_t* to);  // to bfloat16
+
+  const Bf16Kernels* bf16;  // null: blocks of bfloat16 are widened
 };
 
 // The tables that this build has; null where the machine cannot run them.
 const KernelTable* kernels_base();
 const KernelTable* kernels_avx2();
 const KernelTable* kernels_avx512();
+const KernelTable* kernels_amx();
 
 }  // namespace mra

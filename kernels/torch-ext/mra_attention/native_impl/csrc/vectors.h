@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -19,7 +19,8 @@ namespace MRA_ISA {
 constexpr int kBlock = 32;  // tokens of a block: the lanes of all attention kernels
 
 // Lanes of a vector, and the rows and vectors of a tile of a product that stays in registers.
-#if defined(__AVX512F__)
+// MRA_LANES=16: those of AVX-512 without it, for tests (kernels/emulate_native.py).
+#if defined(__AVX512F__) || MRA_LANES == 16
 constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 2;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8, kTileRows = 4, kTileVectors = 2;
@@ -160,22 +161,65 @@ MRA_INLINE void transpose_stage(Vector* rows, std::integer_sequence<int, kLane..
     }
 }
 
+MRA_INLINE void transpose_lanes(Vector* rows) {  // [kLanes] in place
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  transpose_stage<1>(rows, Lanes{});
+  transpose_stage<2>(rows, Lanes{});
+  if constexpr (kLanes >= 8) transpose_stage<4>(rows, Lanes{});
+  if constexpr (kLanes >= 16) transpose_stage<8>(rows, Lanes{});
+}
+
 // to[c][r] = from[r][c] * factor; rows and columns are multiples of the lanes.
 MRA_NOINLINE void transpose(int rows, int columns, const float* from, long ld_from, float* to,
                             long ld_to, float factor) {
-  using Lanes = std::make_integer_sequence<int, kLanes>;
   for (int r = 0; r < rows; r += kLanes)
     for (int c = 0; c < columns; c += kLanes) {
       Vector x[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) x[i] = load(from + (r + i) * ld_from + c) * factor;
-      transpose_stage<1>(x, Lanes{});
-      transpose_stage<2>(x, Lanes{});
-      if constexpr (kLanes >= 8) transpose_stage<4>(x, Lanes{});
-      if constexpr (kLanes >= 16) transpose_stage<8>(x, Lanes{});
+      transpose_lanes(x);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; i++) store(to + (c + i) * ld_to + r, x[i]);
     }
+}
+
+// bfloat16 is the upper half of a float32.
+using Half = uint16_t;
+using Halves = Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+using Words = uint32_t __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+MRA_INLINE Words words(const Half* from) {
+  return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
+}
+
+// Rounds to nearest, ties to even; NaN stays.
+MRA_INLINE Words rounded_halves(Vector x) {
+  Words bits = (Words)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return x == x ? rounded : (bits >> 16 | 0x40);
+}
+
+MRA_INLINE Halves narrow(Vector x) {
+#if defined(__AVX512BF16__)
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded_halves(x), Halves);
+#endif
+}
+
+MRA_NOINLINE void widen_row(int count, const Half* from, float* to) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, (Vector)(words(from + i) << 16));
+  for (; i < count; i++) {
+    uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    memcpy(to + i, &bits, 4);
+  }
+}
+
+MRA_NOINLINE void narrow_row(int count, const float* from, Half* to) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    *reinterpret_cast<Halves*>(to + i) = narrow(load(from + i));
+  for (; i < count; i++) to[i] = static_cast<Half>(rounded_halves(all(from[i]))[0]);
 }
 
 }  // namespace MRA_ISA
