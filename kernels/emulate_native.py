@@ -4,9 +4,9 @@
     python kernels/emulate_native.py neon tests/kernels/test_golden.py -k native
 
 What follows the name is for pytest. "amx" is the code of AVX-512 and AMX, in vectors of AVX2 and
-tiles in plain C++: what is computed, not the instructions themselves. "neon" is compiled for 64-bit
-ARM and runs in a program under qemu-aarch64 (Debian's package qemu-user), a call at a time; it needs
-zig (`pip install ziglang`). Both are slow, "neon" by a factor of a hundred.
+tiles in plain C++: what is computed, not the instructions themselves. "neon" is compiled for
+64-bit ARM and runs in a program under qemu-aarch64 (Debian's package qemu-user), a call at a time;
+it needs zig (`pip install ziglang`).
 """
 
 import argparse

@@ -294,21 +294,38 @@ def test_a_library_without_our_functions_is_no_library(monkeypatch):
         library.load.__wrapped__()
 
 
-FORKED = """
-import os, torch
+IN_WORKERS = """
+import sys, torch
+from torch.utils.data import DataLoader, Dataset
 from mra_attention import mra2_attention
-x = torch.randn(1, 4, 200, 16)
-expected = mra2_attention(x, x, x, block_per_row=2, impl="native")
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)  # as a DataLoader's worker does
-    y = mra2_attention(x, x, x, block_per_row=2, impl="native")
-    os._exit(0 if torch.equal(y, expected) else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+class Attended(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        x = torch.randn(1, 4, 200, 16, generator=torch.Generator().manual_seed(number))
+        return mra2_attention(x, x, x, block_per_row=2, impl="native")
+
+if __name__ == "__main__":
+    here = [Attended()[number] for number in range(2)]  # torch's threads have started
+    loader = DataLoader(Attended(), None, num_workers=2, multiprocessing_context=sys.argv[1])
+    assert all(torch.equal(x, y) for x, y in zip(loader, here, strict=True))
 """
 
 
 @needs_native
 @pytest.mark.slow
-def test_a_forked_worker_computes_the_same():
-    assert subprocess.run([sys.executable, "-c", FORKED], timeout=100, check=False).returncode == 0
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_a_data_loader_compute_the_same(method, tmp_path):
+    script = tmp_path / "in_workers.py"
+    script.write_text(IN_WORKERS, encoding="utf-8")
+    subprocess.run([sys.executable, script, method], timeout=200, check=True)
+
+
+@needs_native
+def test_inference_mode_computes_the_same():
+    inputs = make_inputs(1, 2, 100, 16)[:3]
+    expected = mra2_attention(*inputs, block_per_row=2, impl="native")
+    with torch.inference_mode():
+        assert torch.equal(mra2_attention(*inputs, block_per_row=2, impl="native"), expected)
