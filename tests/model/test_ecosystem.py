@@ -149,7 +149,7 @@ def test_sentence_transformers_wraps_a_saved_directory(tmp_path):
 
 @pytest.mark.parametrize("is_stock", [False, True], ids=["ours", "stock"])
 def test_exporting_a_model_keeps_batch_and_length_dynamic(is_stock):
-    """With named dimensions, torch refuses a graph that would not take every size in their range."""
+    """With named sizes, torch refuses a graph that would not take every one in their range."""
     dims = torch.export.Dim("batch", max=64), torch.export.Dim("seq", max=256)
     small = {"num_hidden_layers": 1}
     model = MraModel(mra_config(block_per_row=1, **small), add_pooling_layer=False)
