@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The same as `mra-hf run-mnli`: classification of texts and pairs with Trainer."""
+"""The same as `mra-hf run-mnli`, another name of `run-classification`."""
 
 import sys
 

@@ -26,8 +26,8 @@ from mra_hf.modeling import (
     MraModel,
 )
 from mra_hf.registration import register, replace_builtin_mra
+from mra_hf_cli import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AdaMraAttention",
     "AdaMraConfig",

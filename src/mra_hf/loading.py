@@ -1,6 +1,7 @@
 """Models for the commands: loaded with all weights, the right attention and enough positions."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,34 @@ def load_masked_lm(
 ) -> PreTrainedModel:
     """Load a masked language model in float32 with all of its weights; see `load_model`."""
     return load_model(AutoModelForMaskedLM, name, "masked-LM head", attention, overrides)
+
+
+def read_config(name: "str | os.PathLike[str]", **settings: Any) -> PreTrainedConfig:
+    """Read the configuration of a checkpoint, a directory or hub id, with changed `settings`.
+
+    Raises:
+        ValueError: a directory or a file that is no checkpoint.
+        OSError: there is no such directory, and no such model could be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ValueError(
+            f"{name} is a file; pass the directory that holds config.json and weights."
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{name} is no model directory: it has no config.json. Pass the folder that "
+            "save_pretrained, mra-hf convert or a run wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(name, **settings)
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise OSError(
+            f"{name} is neither a directory here nor a model that could be fetched from the hub; "
+            "check the name and the connection, or pass a directory."
+        ) from error
 
 
 def load_model(
@@ -52,7 +81,7 @@ def load_model(
         ValueError: the checkpoint lacks other weights, settings change the shape of weights, or
             the model cannot use `attention`.
     """
-    config = AutoConfig.from_pretrained(name, **settings)
+    config = read_config(name, **settings)
     if overrides:
         override(config, overrides)
     if isinstance(config, MraConfig):
@@ -77,7 +106,10 @@ def load_model(
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_weights))
     if missing:
         listed = ", ".join(missing[:3])
-        raise ValueError(f"{name} has no {head} or lacks other weights ({listed}, ...).")
+        raise ValueError(
+            f"{name} has no {head} or lacks other weights ({listed}, ...); "
+            f"pass a checkpoint that was trained with a {head}."
+        )
     return with_attention(model, attention)
 
 
@@ -140,8 +172,11 @@ def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedM
     if attention is not None:
         try:
             model.set_attn_implementation(attention)
-        except ImportError as error:
-            raise ValueError(f"attention {attention!r} cannot be used here: {error}") from error
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"attention {attention!r} cannot be used here; take one of "
+                f"{', '.join((*ATTENTION_NAMES, 'sdpa', 'eager'))}. {error}"
+            ) from error
     return model
 
 

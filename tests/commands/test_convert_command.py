@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, RobertaConfig, RobertaForMaskedL
 from transformers.utils import logging
 
 from files import read_json
-from mra_hf.commands import COMMANDS, main, run_command
+from mra_hf.commands import main, run_command
 from sapiens import SPECIALS, VOCABULARY, letter_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -94,26 +94,6 @@ def test_a_model_without_lm_head_gets_its_own_next_command(tmp_path, capsys):
     letter_tokenizer(VOCABULARY, SPECIALS, 32).save_pretrained(folder)
     assert main(["convert", str(folder), str(tmp_path / "out"), "--max-length", "64"]) == 0
     assert "AutoModel.from_pretrained" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_shows_its_help_with_an_example(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0
-    assert f"mra-hf {name} " in capsys.readouterr().out.split("example:")[1]
-
-
-def test_the_program_lists_its_commands_and_refuses_others(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in COMMANDS)
-    for arguments in ([], ["fly"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
 
 
 def test_wrong_options_are_refused_by_name(source, tmp_path, capsys):

@@ -346,9 +346,9 @@ def test_an_exported_module_equals_eager_at_every_length(masked):
     module = _Biased(make_bias(2, 3), block_per_row=2, initial_prior_first_n_blocks=1)
     *inputs, _ = make_inputs(2, 2, 100, 16)
     mask = make_mask("right", 2, 100) if masked else None
-    shapes = {name: {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC} for name in
-              ("query", "key", "value")}  # fmt: skip
-    shapes["mask"] = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} if masked else None
+    dims = torch.export.Dim("batch", max=64), torch.export.Dim("tokens", min=2, max=4096)
+    shapes = {name: {0: dims[0], 2: dims[1]} for name in ("query", "key", "value")}
+    shapes["mask"] = dict(enumerate(dims)) if masked else None
     program = torch.export.export(module, (*inputs, mask), dynamic_shapes=shapes)
     assert_exports_no_operator_of_ours(program)
     for length in (2, 33, 250):

@@ -211,15 +211,25 @@ EXPORTED_SIZES = ((2, 70), (1, 129)) if INTERPRETED else (
         {"block_per_row": 6, "initial_prior_first_n_blocks": 1}
         | {"initial_prior_diagonal_n_blocks": 2},
         {"block_budget": 5},
+        {"block_per_row": 2, "selection": "refined"},
     ],
     masked=[False, True],
     mode=MODES,
+    named=[False, True],
 )
-def test_an_exported_module_equals_eager_at_every_batch_and_length(choice, masked, mode, fast):
-    """The exported graph is the reference, in aten: it runs where this package is not installed."""
+def test_an_exported_module_equals_eager_at_every_batch_and_length(
+    choice, masked, mode, named, fast
+):
+    """The exported graph is the reference, in aten: it runs where this package is not installed.
+
+    Every size of a named range must be allowed; of a dynamic one, torch may rule some out.
+    """
     module = Attention(approx_mode=mode, impl=fast.name, **choice)
-    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-    of_mask = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} if masked else None
+    dims = (torch.export.Dim.DYNAMIC,) * 2
+    if named:
+        dims = torch.export.Dim("batch", max=64), torch.export.Dim("tokens", min=2, max=4096)
+    dynamic = dict(zip((0, 2), dims, strict=True))
+    of_mask = dict(enumerate(dims)) if masked else None
     program = torch.export.export(
         module,
         (*fast.inputs(3, 2, 70, 16)[:3], fast.mask("right", 3, 70) if masked else None),

@@ -7,13 +7,20 @@ import torch
 from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
+    RobertaModel,
     Trainer,
     TrainingArguments,
     pipeline,
 )
 
-from mra_hf import MraForMaskedLM, MraForSequenceClassification, MraForTokenClassification, MraModel
-from tiny_models import mra_config, padded_batch, word_tokenizer
+from mra_hf import (
+    MraForMaskedLM,
+    MraForSequenceClassification,
+    MraForTokenClassification,
+    MraModel,
+    set_attention,
+)
+from tiny_models import mra_config, padded_batch, roberta_config, word_tokenizer
 
 needs_a_compiler = [
     pytest.mark.slow,
@@ -140,10 +147,18 @@ def test_sentence_transformers_wraps_a_saved_directory(tmp_path):
     torch.testing.assert_close(torch.tensor(together[:1]), torch.tensor(alone), atol=1e-5, rtol=0)
 
 
-def test_exporting_a_model_keeps_batch_and_length_dynamic():
-    model = MraModel(mra_config(block_per_row=1), add_pooling_layer=False).eval()
+@pytest.mark.parametrize("is_stock", [False, True], ids=["ours", "stock"])
+def test_exporting_a_model_keeps_batch_and_length_dynamic(is_stock):
+    """With named sizes, torch refuses a graph that would not take every one in their range."""
+    dims = torch.export.Dim("batch", max=64), torch.export.Dim("seq", max=256)
+    small = {"num_hidden_layers": 1}
+    model = MraModel(mra_config(block_per_row=1, **small), add_pooling_layer=False)
+    if is_stock:
+        model = RobertaModel(roberta_config(**small), add_pooling_layer=False)
+        set_attention(model, "mra2", block_per_row=1)
+    model.eval()
     batch = padded_batch(batch=2, length=100)
-    dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in batch}
+    dynamic = {name: dict(enumerate(dims)) for name in batch}
     program = torch.export.export(model, (), batch, dynamic_shapes=dynamic).module()
     for length in (31, 64, 130, 256):
         other = padded_batch(batch=3, length=length) if length > 90 else padded_batch(1, length)

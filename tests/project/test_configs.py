@@ -27,6 +27,7 @@ from mra_hf.commands import convert, experiments, main
 from mra_hf.conversion.sources import SOURCE_TYPES
 from mra_hf.loading import check_length, override, with_attention
 from mra_hf.results.paper import PAPER_ROWS
+from mra_hf_cli import ALIASES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -38,7 +39,7 @@ FILES = {
 ACCELERATE = {path.name: path for path in sorted((CONFIGS / "accelerate").glob("*.yaml"))}
 MODELS = {
     "run-mlm": transformers.AutoModelForMaskedLM.from_config,
-    "run-mnli": transformers.AutoModelForSequenceClassification.from_config,
+    "run-classification": transformers.AutoModelForSequenceClassification.from_config,
     "run-wikihop": mra_hf.MraForCandidateChoice,
 }
 
@@ -81,10 +82,10 @@ PAPER_PRIORS = {(512, 4): (0, 0), (512, 8): (0, 0), (4096, 8): (3, 1), (4096, 16
 
 
 def command_of(name: str) -> str:
-    """Files of pretrain/ are for run-mlm; others begin with the name of their task."""
+    """Files of pretrain/ are for run-mlm; others begin with their task, or with MNLI."""
     folder, file = name.split("/")
     task = "mlm" if folder == "pretrain" else re.split(r"[_.]", file)[0]
-    return f"run-{task}"
+    return "run-classification" if task == "mnli" else f"run-{task}"
 
 
 @functools.cache
@@ -201,7 +202,8 @@ def test_every_row_of_the_paper_has_its_file():
     trained = {row for row in PAPER_ROWS if not row.endswith("/mlm-before")}
     assert set(paper_files()) == trained
     for row, name in paper_files().items():
-        assert PAPER_ROWS[row].result == command_of(name).removeprefix("run-")
+        command = f"run-{PAPER_ROWS[row].result}"
+        assert ALIASES.get(command, command) == command_of(name)
         (run,) = [found for found in commands_in(FILES[name], "mra-hf") if found[0] != "convert"]
         assert run == [command_of(name), f"configs/{name}"]
 

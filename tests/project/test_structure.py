@@ -3,6 +3,7 @@
 import ast
 import re
 import shutil
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ FAMILY = ROOT / "src" / "mra_hf"
 PACKAGES = {
     "mra_attention": "kernels/torch-ext/mra_attention",
     "mra_hf": "src/mra_hf",
+    "mra_hf_cli": "src/mra_hf_cli",
     "benchmarks": "benchmarks",
     "scripts": "scripts",
 }
@@ -176,6 +178,9 @@ def _outside_faults(package: str, room: str, path: Path) -> list[str]:
         forbidden = {"mra_attention", "transformers", "mra_hf", "numpy", "datasets", "accelerate"}
         if room != "triton_impl":
             forbidden |= {"triton"}
+    if package == "mra_hf_cli":  # answers before anything slow is imported
+        allowed = set(sys.stdlib_module_names) | {"mra_hf_cli"}
+        forbidden = libraries_of(path) - allowed - ({"mra_hf"} if room == "program" else set())
     if package == "mra_hf":
         forbidden = {"triton", "tests", "kernels"}
         for node in ast.walk(ast.parse(path.read_text())):
@@ -216,6 +221,8 @@ def copy_of_sources(tmp_path):
         ("src/mra_hf/results/files.py", "from benchmarks import plot", "nothing sees benchmarks"),
         ("src/mra_hf/attention.py", "import triton", "attention.py imports triton"),
         ("src/mra_hf/attention.py", "from . import loading", "uses a relative import"),
+        ("src/mra_hf_cli/__init__.py", "import torch", "__init__.py imports torch"),
+        ("src/mra_hf_cli/__init__.py", "import mra_hf", "__init__.py imports mra_hf"),
         ("src/mra_hf/other.py", "import math", "'other' of mra_hf is not listed"),
         ("kernels/compile_check.py", "import transformers", "below kernels/ imports transformers"),
         ("scripts/compare.py", "import mra_hf.training.runs", "a script runs its command"),

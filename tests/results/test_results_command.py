@@ -320,3 +320,14 @@ def test_what_run_mlm_writes_is_read(tmp_path, monkeypatch):
     (together,) = table_rows(text, "Several seeds")
     assert (together["n"], together["runs"]) == ("2", "seed0, seed1")
     assert (tmp_path / "out" / "curves_masked-lm.png").exists()
+
+
+def test_a_run_of_the_arena_is_called_by_its_method(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, {"test_accuracy": 0.5})
+    settings = {"task": "listops", "attention": "adamra"}
+    settings["config_overrides"] = "segment_lengths=[4,32]"
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(settings))
+    (row,) = table_rows(results_of(tmp_path, folder), "Runs")
+    assert row["model"] == "AdaMRA"
+    assert "segment_lengths" in (tmp_path / "out" / "results.csv").read_text()

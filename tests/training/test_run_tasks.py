@@ -1,4 +1,4 @@
-"""`mra-hf run-mnli` and `run-wikihop`: data in, results out; going on after a stop."""
+"""`mra-hf run-classification` and `run-wikihop`: data in, results out; going on after a stop."""
 
 import json
 import random
@@ -291,7 +291,7 @@ def test_metrics_are_read_from_the_package():
     assert matrix["confusion_matrix"] == [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("name", ["run_mnli", "run_wikihop"])
+@pytest.mark.parametrize("name", ["run_classification", "run_mnli", "run_wikihop"])
 def test_scripts_are_the_commands(name):
     script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
     assert f'run_command("{name.replace("_", "-")}")' in script.read_text()

@@ -52,7 +52,7 @@ def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: i
     missing = n_blocks * block_size - x.shape[2]
     if not isinstance(missing, int) or missing:
         x = F.pad(x, (0, 0, 0, missing))
-    return x.unflatten(2, (n_blocks, block_size))
+    return split_blocks(x, 2, block_size)
 
 
 def fill_padding(x: Tensor, token_mask: Tensor, value: float) -> Tensor:
@@ -87,9 +87,34 @@ def mask_to_blocks(
     """Return `[B, R, M]` bool: True where a block holds a real token."""
     if token_mask is None:
         token_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return F.pad(token_mask, (0, n_blocks * block_size - length)).unflatten(
-        1, (n_blocks, block_size)
-    )
+    padded = F.pad(token_mask, (0, n_blocks * block_size - length))
+    return split_blocks(padded, 1, block_size)
+
+
+def split_blocks(x: Tensor, dim: int, block_size: int) -> Tensor:
+    """Cut dimension `dim`, of R * block_size entries, into the two dimensions (R, block_size)."""
+    if is_exporting():  # nothing has to be known of R
+        return x.unfold(dim, block_size, block_size).movedim(-1, dim + 1)
+    return x.unflatten(dim, (-1, block_size))
+
+
+def first_tokens(x: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` entries of `x` along `dim`: a view; for an exported graph a copy, because
+    whether a view of a symbolic length is contiguous would limit the lengths that the graph takes.
+    """
+    if is_exporting():
+        return x.index_select(dim, torch.arange(length, device=x.device))
+    return x.narrow(dim, 0, length)
+
+
+def upsample(x: Tensor, block_size: int) -> Tensor:
+    """Repeat every entry of `[..., R, R]` over its block of tokens: `[..., R * M, R * M]`."""
+    if is_exporting():  # expanding and flattening would compare strides of symbolic sizes
+        block = torch.arange(x.shape[-1] * block_size, device=x.device) // block_size
+        return x.index_select(-2, block).index_select(-1, block)
+    *leading, rows, columns = x.shape
+    x = x[..., :, None, :, None].expand(*leading, rows, block_size, columns, block_size)
+    return x.flatten(-4, -3).flatten(-2, -1)
 
 
 def block_sums(blocks: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:

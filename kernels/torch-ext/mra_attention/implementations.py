@@ -31,6 +31,9 @@ LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 OLDEST_CAPABILITY = (8, 0)
 
+#: What to do where triton is missing. It is no dependency: CPUs have no use for it.
+INSTALL_TRITON = 'pip install "triton>=3.5" (Linux; the CUDA and ROCm builds of torch bring it)'
+
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -123,7 +126,7 @@ native_problem._dynamo_marked_constant = True  # as `cuda_capability` below
 def triton_refusal(query: Tensor, block_size: int) -> str | None:
     """Why the Triton kernels cannot take a call."""
     if not _IS_INSTALLED:
-        return "needs triton, which is not installed (pip install triton)"
+        return f"needs triton, which is not installed: {INSTALL_TRITON}"
     if query.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
@@ -143,6 +146,11 @@ def triton_refusal(query: Tensor, block_size: int) -> str | None:
                 f"takes CUDA devices of compute capability {oldest} or newer, got one of {actual}"
             )
     return None
+
+
+def triton_is_installed() -> bool:
+    """Whether triton can be imported; where it cannot, `impl="auto"` takes torch on GPUs."""
+    return _IS_INSTALLED
 
 
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:

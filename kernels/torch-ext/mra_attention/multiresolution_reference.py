@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .blocks import compute_dtype
-from .reference import softmax_over_real, upsample
+from .blocks import compute_dtype, upsample
+from .reference import softmax_over_real
 from .scheme import Level, Scheme, levels_of
 from .selection import RULES, best_keys, score_dtype, sort_keys
 

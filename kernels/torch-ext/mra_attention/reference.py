@@ -14,7 +14,15 @@ the low resolution loses nothing of it.
 import torch
 from torch import Tensor
 
-from .blocks import bias_of_pairs, block_means, compute_dtype, mask_to_blocks, to_blocks
+from .blocks import (
+    bias_of_pairs,
+    block_means,
+    compute_dtype,
+    first_tokens,
+    mask_to_blocks,
+    to_blocks,
+    upsample,
+)
 
 
 def attention_matrix(
@@ -78,7 +86,8 @@ def softmax_over_real(logits: Tensor, real_tokens: Tensor, length: int) -> Tenso
     length P -> `[B, H, N, N]`. Rows of padding, and rows without a finite logit, are zero.
     """
     logits = logits.masked_fill(~real_tokens[:, None, None, :], -torch.inf)
-    logits, real_tokens = logits[:, :, :length, :length], real_tokens[:, :length]
+    logits = first_tokens(first_tokens(logits, 2, length), 3, length)
+    real_tokens = first_tokens(real_tokens, 1, length)
     nothing = (logits == -torch.inf).all(-1, keepdim=True) | ~real_tokens[:, None, :, None]
     return torch.softmax(logits.masked_fill(nothing, 0), dim=-1).masked_fill(nothing, 0)
 
@@ -108,10 +117,3 @@ def apply_matrix(matrix: Tensor, value: Tensor, token_mask: Tensor | None) -> Te
     # Filled before and after: NaN in padding reaches no real token, forward or backward.
     output = matrix @ real_value.masked_fill(padding, 0)
     return output.masked_fill(padding, 0).to(value.dtype)
-
-
-def upsample(x: Tensor, block_size: int) -> Tensor:
-    """Repeat every entry of `[..., R, R]` over its block of tokens: `[..., R * M, R * M]`."""
-    *leading, rows, columns = x.shape
-    x = x[..., :, None, :, None].expand(*leading, rows, block_size, columns, block_size)
-    return x.flatten(-4, -3).flatten(-2, -1)

@@ -28,7 +28,9 @@ from .blocks import (
     global_pairs,
     is_exporting,
     mask_to_blocks,
+    split_blocks,
     to_blocks,
+    upsample,
     zero_unsafe_padding,
 )
 
@@ -122,7 +124,7 @@ def refined_mass(means: Means, scale: float) -> Tensor:
     per_block = counts.shape[-1] // n_blocks
     log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
     if bias is not None:
-        bias = bias.float().repeat_interleave(per_block, -1).repeat_interleave(per_block, -2)
+        bias = upsample(bias.float(), per_block)
     masses = []
     if is_exporting():  # sizes stay symbolic
         strips = [slice(None)]
@@ -135,9 +137,9 @@ def refined_mass(means: Means, scale: float) -> Tensor:
         if bias is not None:
             logits = logits + bias[:, :, strip]
         shares = logits.softmax(-1).nan_to_num_()  # NaN in a sample without a real token
-        shares = shares.unflatten(-1, (n_blocks, per_block)).sum(-1)
+        shares = split_blocks(shares, 3, per_block).sum(-1)
         mass = shares * counts[:, None, strip, None]
-        masses.append(mass.unflatten(2, (-1, per_block)).sum(3))
+        masses.append(split_blocks(mass, 2, per_block).sum(3))
     return torch.cat(masses, dim=2)
 
 
@@ -188,7 +190,7 @@ def coarse_scores(
     ranking = RULES[rule]
     per_block = math.gcd(block_size, ranking.sub_blocks)
     means = _means(query, key, token_mask, block_size, n_blocks, per_block)
-    live = means.counts.unflatten(-1, (n_blocks, per_block)).any(-1)
+    live = split_blocks(means.counts, 1, per_block).any(-1)
     if distance_bias is not None:
         bias = distance_bias.to(means.query.dtype)
         means = means._replace(bias=bias_of_pairs(bias, live, initial_prior_first_n_blocks))

@@ -16,7 +16,7 @@ from mra_hf.attention import supported_attention_modules
 from mra_hf.baselines.measures import dense_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.distance_bias import MraSelfAttention
-from mra_hf.loading import check_length
+from mra_hf.loading import check_length, read_config
 
 if TYPE_CHECKING:
     import os
@@ -91,6 +91,7 @@ def record_checkpoint(
             model that cannot be recorded.
     """
     check_int("texts", texts, 1)
+    read_config(checkpoint)  # says more clearly what is missing
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     check_length("length", length, model)

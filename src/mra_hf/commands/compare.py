@@ -28,6 +28,9 @@ def run(args: argparse.Namespace) -> int:
     """Print a line per set of predictions that both runs have."""
     if args.draws < 100:
         raise ValueError(f"draws must be at least 100, got {args.draws}.")
+    for folder in (args.first, args.second):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; name the output_dir of two runs.")
     names = [
         {path.name for path in folder.glob("predictions_*.csv")}
         for folder in (args.first, args.second)

@@ -14,7 +14,7 @@ import platform
 import torch
 
 import mra_hf
-from mra_attention.implementations import FAST
+from mra_attention.implementations import FAST, INSTALL_TRITON, triton_is_installed
 from mra_attention.native_impl.library import instruction_sets
 
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "triton", "numpy", "safetensors")
@@ -37,6 +37,8 @@ def environment() -> dict[str, str]:
     """Name of a fact -> what is so here."""
     facts = {"mra_hf": mra_hf.__version__, "python": platform.python_version()}
     facts |= {name: _version(name) for name in LIBRARIES}
+    if not triton_is_installed():
+        facts["triton"] = f"not installed; only for GPUs: {INSTALL_TRITON}"
     facts["system"] = platform.platform()
     facts["processor"] = (
         f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

@@ -11,19 +11,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import TrainingArguments
 
+from mra_hf.commands.parsing import CommandParser
 from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME
+from mra_hf_cli import suggestion
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the YAML file as the first argument, and change defaults of `TrainingArguments`.
 
-    Progress bars are shown in a terminal only: in a log file they are a line per step.
+    Progress bars are shown in a terminal only: in a log file they are a line per step. Memory is
+    pinned only where there is a device to copy it to: elsewhere torch warns at every data loader.
     """
-    parser.add_argument("config", nargs="?", help="YAML file of settings; the command line wins")
-    parser.set_defaults(disable_tqdm=quiet_outside_terminals(), report_to="none")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="FILE.yaml",
+        help="settings as `name: value`, a line each; the command line wins",
+    )
+    parser.set_defaults(
+        disable_tqdm=quiet_outside_terminals(),
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+    )
 
 
 def quiet_outside_terminals() -> bool:
@@ -72,21 +85,24 @@ def _print_results(results: dict[str, Any], training_args: TrainingArguments) ->
     print(f"written to {training_args.output_dir}: {', '.join(written)}")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(parser: CommandParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, with the settings of the YAML file it names as defaults.
 
     Raises:
         ValueError: no such file, no mapping in it, or a setting that does not exist.
     """
-    first, _ = parser.parse_known_args(argv)
+    first, unknown = parser.parse_known_args(argv)
+    if unknown:  # before their values are taken for the file
+        parser.refuse(unknown)
     if first.config is not None:
         settings = _read(first.config)
         actions = {action.dest: action for action in parser._actions}
         unknown = sorted(str(name) for name in set(settings) - set(actions))
         if unknown:
+            named = [f"{name}{suggestion(name, tuple(actions))}" for name in unknown]
             raise ValueError(
-                f"{first.config} holds settings that do not exist: {', '.join(unknown)}; "
-                f"see {parser.prog} --help."
+                f"{first.config} holds settings that do not exist: {', '.join(named)}; "
+                f"see {parser.prog} --help, and --help-all for those of Trainer."
             )
         single = {name for name, action in actions.items() if action.nargs not in ("+", "*")}
         for name, value in settings.items():

@@ -1,10 +1,10 @@
 """Put run directories into one table (Markdown and CSV) and their curves into one picture per task.
 
-A run directory is the output_dir of run-mlm, run-mnli, run-wikihop or run-lra; folders are searched
-for them. Runs that differ only in the seed also get a mean and a 95 % interval; several attentions
-on a task of the Long Range Arena get a score of speed, memory and accuracy. With --paper, the
-tables of the paper are repeated beside our figures: only a run that names its row (paper_row) is
-matched.
+A run directory is the output_dir of run-mlm, run-classification, run-wikihop or run-lra; folders
+are searched for them. Runs that differ only in the seed also get a mean and a 95 % interval;
+several attentions on a task of the Long Range Arena get a score of speed, memory and accuracy. With
+--paper, the tables of the paper are repeated beside our figures: only a run that names its row
+(paper_row) is matched.
 
 example:
   mra-hf results runs --out results

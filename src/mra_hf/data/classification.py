@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, load_dataset
 
+from mra_hf.data.hub import fetching
 from mra_hf.data.tables import KINDS, read_table
 
 #: Columns that are recognised, most specific first.
@@ -136,7 +137,8 @@ def read_split(name: str, config_name: str | None, split: str, columns: Columns)
     Raises:
         ValueError: no such split or column, or an empty text.
     """
-    data = load_dataset(name, config_name, split=split)
+    with fetching(name):
+        data = load_dataset(name, config_name, split=split)
     where = f"split {split!r} of {name}"
     columns = columns.among(data.column_names, where)
     feature = data.features[columns.label]

@@ -17,6 +17,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from mra_attention.checks import check_int
+from mra_hf.data.hub import fetching
 from mra_hf.data.tables import read_table
 
 #: Documents tokenised and packed together; a shard loses its last incomplete chunk.
@@ -76,7 +77,8 @@ def load_documents(
     else:
         if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(str(names[0])):
             raise ValueError(f"no text files in {names}; pass .txt or .jsonl files, or a folder.")
-        documents = load_dataset(names[0], config_name, split=split, streaming=streaming)
+        with fetching(names[0]):
+            documents = load_dataset(names[0], config_name, split=split, streaming=streaming)
     columns = documents.column_names or [text_column]
     if text_column not in columns:
         raise ValueError(

@@ -38,7 +38,7 @@ def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, 
     if kind not in KINDS:
         raise ValueError(f"{path} must end in {', '.join(KINDS)} (then .gz or .xz, if packed).")
     if not path.is_file():
-        raise ValueError(f"{path} is no file.")
+        raise ValueError(f"{path} is no file; pass one that ends in {', '.join(KINDS)}.")
     number = 0
     with _OPENERS.get(compression, open)(path, "rb") as packed:
         lines = _lines(packed, path)
@@ -46,7 +46,7 @@ def read_table(path: "str | os.PathLike[str]") -> Iterator[tuple[int, dict[str, 
         for number, row in rows:
             yield number, row
     if number == 0:
-        raise ValueError(f"{path} holds no rows.")
+        raise ValueError(f"{path} holds no rows: a header, then a row a line (.jsonl: no header).")
 
 
 def _lines(packed, path: Path) -> Iterator[tuple[int, str]]:

@@ -41,7 +41,8 @@ def experiment_settings(*arguments: Any) -> dict[str, Any]:
     """The settings of dataclasses by name.
 
     Of `TrainingArguments` only what differs from its defaults is kept, and never
-    `resume_from_checkpoint`: a repetition starts from the beginning.
+    `resume_from_checkpoint`: a repetition starts from the beginning; nor `dataloader_pin_memory`,
+    which follows the machine and changes no number.
     """
     settings: dict[str, Any] = {}
     for group in arguments:
@@ -51,7 +52,7 @@ def experiment_settings(*arguments: Any) -> dict[str, Any]:
                 value = None if value == AcceleratorConfig() else value.to_dict()
             if isinstance(group, TrainingArguments) and _is_default(item, value):
                 continue
-            if item.name == "resume_from_checkpoint":
+            if item.name in ("resume_from_checkpoint", "dataloader_pin_memory"):
                 continue
             if item.init and isinstance(value, (str, int, float, bool, list, dict, type(None))):
                 settings[item.name] = getattr(value, "value", value)  # an enum by its value

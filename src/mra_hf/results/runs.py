@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mra_hf.encoders.methods import METHODS
 from mra_hf.results.files import EXPERIMENT_NAME, HISTORY_NAME, RESULTS_NAME, STATE_NAME, read_file
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ T_QUANTILES = (
 #: Settings that may differ between seeds of one result: the seed, and where and how a run reports.
 _IGNORED_SETTINGS = frozenset(
     {"seed", "data_seed", "output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to"}
+    | {"dataloader_pin_memory"}
 )
 
 #: Conditions in `results.json` that seeds of one result share.
@@ -69,14 +71,15 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The checkpoint it started from, without its folder; for the Long Range Arena, the
-        settings of the encoder that were overridden.
-        """
+        """The checkpoint it started from, without its folder; in the arena, the method's label."""
         checkpoint = self.settings.get("model_name_or_path")
         if checkpoint:
             return Path(checkpoint).name
         kind = self.settings.get("model_type")
-        return f"new {kind}" if kind else self.settings.get("config_overrides") or ""
+        if kind:
+            return f"new {kind}"
+        method = METHODS.get(self.settings.get("attention"))
+        return method.label if method else ""
 
     @property
     def paper_row(self) -> str | None:

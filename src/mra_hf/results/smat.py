@@ -81,7 +81,7 @@ def smat_table(runs: "Sequence[Run]") -> str:
         scores = smat_scores(*np.transpose(means))
         rows = [
             (
-                " ".join(filter(None, (group[0].results["attention"], group[0].model))),
+                " ".join(filter(None, (group[0].model, group[0].settings.get("config_overrides")))),
                 len(group),
                 f"{speed:.1f}",
                 f"{memory:.0f}",

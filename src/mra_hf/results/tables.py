@@ -24,7 +24,7 @@ def runs_csv(runs: "Sequence[Run]") -> str:
     columns = [
         *("run", "status", "task", "model", "attention", "approx_mode", "block_per_row"),
         *("max_seq_length", "seed", "steps", *metrics, "train_seconds", "seconds_per_step"),
-        *("resumed_from", "device", "dtype", "commit", "paper_row"),
+        *("resumed_from", "device", "dtype", "commit", "paper_row", "config_overrides"),
     ]
     rows = []
     for run in runs:

@@ -9,7 +9,6 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     TrainingArguments,
@@ -22,7 +21,7 @@ from mra_hf.data import classification as data
 from mra_hf.data.samples import check_amounts, sample_rows
 from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation.metrics import load_metric
-from mra_hf.loading import check_length, load_model, override
+from mra_hf.loading import check_length, load_model, override, read_config
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
 from mra_hf.training.runs import option
@@ -162,7 +161,7 @@ def _global_block(model_args, do_train: bool) -> dict[str, int]:
     the first token, which text beyond the window of the bias could not reach, so its block becomes
     global, as `mra-hf convert` makes it for classifiers. `config_overrides` may say otherwise.
     """
-    config, overrides = AutoConfig.from_pretrained(model_args.model_name_or_path), ""
+    config, overrides = read_config(model_args.model_name_or_path), ""
     if model_args.config_overrides:
         overrides = model_args.config_overrides
         override(config, overrides)
@@ -189,7 +188,7 @@ def _global_block(model_args, do_train: bool) -> dict[str, int]:
 
 def _labels_of(checkpoint: str) -> tuple[str, ...] | None:
     """The labels a checkpoint was trained with; None where its configuration does not name them."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = read_config(checkpoint)
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 

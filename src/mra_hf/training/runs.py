@@ -34,6 +34,7 @@ import mra_hf
 from mra_attention.checks import check_int
 from mra_hf.attention import ATTENTION_NAMES, attention_settings
 from mra_hf.evaluation.metrics import load_metric
+from mra_hf.loading import read_config
 from mra_hf.results.curves import plot_training_curve
 from mra_hf.results.files import (
     EXPERIMENT_NAME,
@@ -83,7 +84,14 @@ class ModelArguments:
     )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer `tokenizer_name`, or the checkpoint's own."""
+        """The tokenizer `tokenizer_name`, or the checkpoint's own.
+
+        Raises:
+            ValueError: the checkpoint is none.
+            OSError: there is no such checkpoint or tokenizer.
+        """
+        if self.model_name_or_path:
+            read_config(self.model_name_or_path)  # says more clearly what is missing
         return AutoTokenizer.from_pretrained(self.tokenizer_name or self.model_name_or_path)
 
 

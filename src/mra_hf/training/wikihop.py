@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from mra_attention.checks import check_int
 from mra_hf.configuration import AttentionSettings
 from mra_hf.data import wikihop
 from mra_hf.data.samples import check_amounts
-from mra_hf.loading import check_length, load_model, override
+from mra_hf.loading import check_length, load_model, override, read_config
 from mra_hf.modeling import MraForCandidateChoice
 from mra_hf.results.files import write_predictions, write_text
 from mra_hf.training import runs
@@ -153,7 +153,7 @@ def _priors(model_args, data_args, do_train: bool) -> dict[str, int]:
 
     A model that is only evaluated keeps the prior it was trained with unless another is asked for.
     """
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    config = read_config(model_args.model_name_or_path)
     if config.model_type != "mra_hf":
         raise ValueError(
             f"model_name_or_path must be a checkpoint of type mra_hf, "
