@@ -177,7 +177,7 @@ def _outside_faults(package: str, room: str, path: Path) -> list[str]:
         if room != "triton_impl":
             forbidden |= {"triton"}
     if package == "mra_hf":
-        forbidden = {"triton", "tests", "kernels"}
+        forbidden = {"triton", "tests", "kernels", "sentence_transformers"}
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 return [f"{path.name} uses a relative import"]
@@ -215,6 +215,7 @@ def copy_of_sources(tmp_path):
         ("src/mra_hf/training/lra.py", "import mra_hf.registration", "only `import mra_hf`"),
         ("src/mra_hf/results/files.py", "from benchmarks import plot", "nothing sees benchmarks"),
         ("src/mra_hf/attention.py", "import triton", "attention.py imports triton"),
+        ("src/mra_hf/attention.py", "import sentence_transformers", "sentence_transformers"),
         ("src/mra_hf/attention.py", "from . import loading", "uses a relative import"),
         ("src/mra_hf/other.py", "import math", "'other' of mra_hf is not listed"),
         ("kernels/compile_check.py", "import transformers", "below kernels/ imports transformers"),
