@@ -198,7 +198,7 @@ def train(name: str, model: Any, rows: list[dict[str, str]], folder: Path, args)
         seed=args.seed,
         logging_steps=1,
         save_steps=_SAVE_STEPS,
-        save_total_limit=1,
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
@@ -332,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", required=True, help="directory of the sentence encoder")
     parser.add_argument("--corpus", type=Path, required=True, help="of mra-hf build-corpus")
-    parser.add_argument("--steps", type=int, default=60, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of training (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="documents (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=16, help="per row (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=5e-5, help="default: %(default)s")
@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "%(default)s)",
     )
     parser.add_argument(
-        "--documents", type=int, default=80, help="of each of two sets, tested (default: 80)"
+        "--documents", type=int, default=60, help="of each of two sets, tested (default: 60)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of documents and training")
     parser.add_argument("--draws", type=int, default=10_000, help="of the bootstrap")

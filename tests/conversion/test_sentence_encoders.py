@@ -328,3 +328,12 @@ print(json.dumps([model.max_seq_length, *model.encode({TEXTS[1]!r}).tolist()]))
     length, *found = json.loads(printed.splitlines()[-1])
     assert length == LONGER
     torch.testing.assert_close(found, source.encode(TEXTS[1]).tolist(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_result_is_made_longer_still(tmp_path):
+    source = write_sentence_encoder(tmp_path / "source", "dense")
+    convert_checkpoint(tmp_path / "source", tmp_path / "first", max_length=LONGER)
+    convert_checkpoint(tmp_path / "first", tmp_path / "out", max_length=2 * LONGER)
+    result = open_sentences(tmp_path / "out")
+    assert result.max_seq_length == 2 * LONGER
+    assert_same_embeddings(source, result)
