@@ -66,7 +66,12 @@ class _Sentence:
 
 
 def build_documents(
-    corpus: Path, count_tokens: CountTokens, *, per_set: int = 100, seed: int = 0
+    corpus: Path,
+    count_tokens: CountTokens,
+    *,
+    per_set: int = 100,
+    seed: int = 0,
+    belongs: Callable[[str, str], bool] | None = None,
 ) -> list[Document]:
     """Return `per_set` documents of each of `SETS`; the same ones for the same arguments.
 
@@ -75,12 +80,15 @@ def build_documents(
         count_tokens: of the tokenizer; tokens must not cross white space.
         per_set: how many documents.
         seed: of all choices: which texts, how long, which sentences.
+        belongs: whether a text, by its package and title, is used; None: all are.
 
     Raises:
         OSError: there is no such corpus.
         ValueError: it does not hold so much text.
     """
     texts = read_corpus(corpus)
+    if belongs is not None:
+        texts = [text for text in texts if belongs(*text[:2])]
     lines = {line for _, _, text in texts for line in text.split("\n")}
     times = Counter(sentence for line in lines for sentence in split_sentences(line))
     generator = random.Random(seed)

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib.axes import Axes
-from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -36,6 +35,7 @@ from mra_hf import MraConfig, convert_checkpoint
 from mra_hf.configuration import AttentionSettings
 from mra_hf.english import english_checkpoint
 from mra_hf.evaluation import masked_token_scores
+from mra_hf.evaluation.agreement import pieces, states_in_windows, states_of_pieces
 from mra_hf.loading import longest_input
 from mra_hf.results.drawing import new_figure, save_figure
 
@@ -150,61 +150,28 @@ def english_row(converted: Converted, setting: Setting, texts: Sequence[str], ma
     return amounts | {"nll": round(scores.nll, 4), "accuracy": round(scores.accuracy, 4)}
 
 
-@torch.no_grad()
-def states_of_pieces(model: PreTrainedModel, ids: Tensor, borders: tuple[int, int], pieces):
-    """Hidden states of pieces (start, end) of a text, each between the special tokens `borders`.
-
-    Returns:
-        An iterator over `[end - start, D]`.
-    """
-    for start, end in pieces:
-        first, last = (torch.tensor([border]) for border in borders)
-        row = torch.cat([first, ids[start:end], last])[None]
-        yield model(row, attention_mask=torch.ones_like(row)).last_hidden_state[0, 1:-1]
-
-
-def windows(total: int, width: int, stride: int) -> list[tuple[int, int]]:
-    """Return overlapping windows (start, end) over `total` tokens; the last one ends with them."""
-    starts = [*range(0, max(1, total - width), stride), max(0, total - width)]
-    return [(start, min(start + width, total)) for start in dict.fromkeys(starts)]
-
-
-def most_central(places: Sequence[tuple[int, int]], total: int) -> Tensor:
-    """The window of which each token is nearest the middle, `[total]`."""
-    middles = torch.tensor([(start + end - 1) / 2 for start, end in places])
-    inside = torch.zeros(len(places), total, dtype=torch.bool)
-    for row, (start, end) in enumerate(places):
-        inside[row, start:end] = True
-    distance = (torch.arange(total) - middles[:, None]).abs()
-    return distance.masked_fill(~inside, torch.inf).argmin(0)
-
-
-def states_in_windows(model, ids: Tensor, borders: tuple[int, int], width: int) -> Tensor:
-    """States of every token, each from the window in whose middle it stands, `[N, D]`."""
-    places = windows(len(ids), width, _STRIDE)
-    chosen = most_central(places, len(ids))
-    result = torch.zeros(len(ids), model.config.hidden_size)
-    found = states_of_pieces(model, ids, borders, places)
-    for row, ((start, end), states) in enumerate(zip(places, found, strict=True)):
-        mine = chosen[start:end] == row
-        result[start:end][mine] = states[mine]
-    return result
-
-
 class WindowStates:
     """Texts of one model, and the states of their tokens in windows of the source."""
 
     def __init__(self, converted: Converted, texts: Sequence[str]):
         self.converted = converted
         tokenizer = converted.tokenizer
-        self.borders = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        self.borders = (
+            torch.tensor([tokenizer.cls_token_id]),
+            torch.tensor([tokenizer.sep_token_id]),
+        )
         self.width = longest_input(converted.source_model()) - 2
         options = {"add_special_tokens": False, "verbose": False}
         ids = [torch.tensor(tokenizer(text, **options)["input_ids"]) for text in texts]
         self.texts = [one[: LONGEST - 2] for one in ids if len(one) >= LONGEST - 2]
         source = converted.source_model()
-        self.wanted = [states_in_windows(source, x, self.borders, self.width) for x in self.texts]
+        with torch.no_grad():
+            self.wanted = [
+                states_in_windows(source, ids, self.borders, self.width, _STRIDE)
+                for ids in self.texts
+            ]
 
+    @torch.no_grad()
     def row(self, setting: Setting) -> dict[str, Any]:
         """Mean cosine of the states of all tokens to those in windows."""
         is_source = setting.attention == "chunks"
@@ -212,8 +179,8 @@ class WindowStates:
         width = self.width if is_source else LONGEST
         cosines = []
         for ids, wanted in zip(self.texts, self.wanted, strict=True):
-            pieces = [(x, min(x + width, len(ids))) for x in range(0, len(ids), width)]
-            states = torch.cat(list(states_of_pieces(model, ids, self.borders, pieces)))
+            whole = states_of_pieces(model, ids, self.borders, pieces(len(ids), width))
+            states = torch.cat([states[1:-1] for states in whole])
             cosines.append(torch.cosine_similarity(states, wanted, dim=-1).mean().item())
         row = {"tokens": sum(map(len, self.texts)), "texts": len(self.texts)}
         row["cosine"] = round(sum(cosines) / len(cosines), 4)

@@ -10,33 +10,11 @@ from benchmarks.long_positions import Setting
 from benchmarks.records import read_rows
 
 
-def test_windows_overlap_and_end_with_the_text():
-    assert long_positions.windows(1000, 510, 256) == [(0, 510), (256, 766), (490, 1000)]
-    assert long_positions.windows(300, 510, 256) == [(0, 300)]
-
-
-def test_each_token_is_read_where_it_is_most_central():
-    places = long_positions.windows(1000, 510, 256)
-    chosen = long_positions.most_central(places, 1000)
-    for token in (0, 254, 383, 500, 640, 999):
-        middles = [(start + end - 1) / 2 for start, end in places]
-        holding = [row for row, (start, end) in enumerate(places) if start <= token < end]
-        assert chosen[token] == min(holding, key=lambda row: abs(token - middles[row]))
-
-
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     source = write_tiny_bert(folder / "source")
     return long_positions.Converted(source, AutoModel, folder / "converted")
-
-
-def test_states_in_one_window_are_the_states_of_the_source(converted):
-    model, ids = converted.source_model(), torch.randint(5, 50, (100,))
-    states = long_positions.states_in_windows(model, ids, (2, 3), 510)
-    whole = torch.cat([torch.tensor([2]), ids, torch.tensor([3])])
-    with torch.no_grad():
-        torch.testing.assert_close(states, model(whole[None]).last_hidden_state[0, 1:-1])
 
 
 def test_a_setting_starts_the_bias_where_it_says(converted):

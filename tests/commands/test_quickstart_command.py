@@ -72,10 +72,48 @@ def test_a_tokenizer_without_english_gets_words_of_its_own(tmp_path, capsys):
     assert scores[0]["masked_tokens"] > 50
 
 
+@pytest.mark.parametrize("kind", ["base", "sentence encoder"])
+def test_a_source_without_a_masked_lm_head_is_compared_by_its_states(kind, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    folder = source(tmp_path / "source", "base")
+    if kind == "sentence encoder":
+        write_cls_pooling(tmp_path / "source")
+    arguments = ["quickstart", folder, "--max-length", "512", "--block-per-row", "8"]
+    arguments += ["--output", str(tmp_path / "out"), "--text", str(tmp_path / "text.txt")]
+    assert main(arguments) == 0
+    numbers = json.loads((tmp_path / "out" / "quickstart.json").read_text())
+    rows = numbers["agreement"]
+    assert [(row["model"], row["length"]) for row in rows] == [
+        ("source", 256),
+        ("untrained", 512),
+        ("untrained", 512),
+    ]
+    assert [row["attention"] for row in rows] == ["dense", "dense", "MRA-2, 8 blocks"]
+    assert rows[0]["pooled"] == 1 and all(0 < row["states"] <= 1 for row in rows)
+    assert {row["tokens"] for row in rows} == {700}
+    assert "masked_tokens" not in numbers and numbers["timing"]["milliseconds"]
+    printed = capsys.readouterr().out
+    assert "states" in printed and "pooled" in printed
+    opener = "SentenceTransformer" if kind == "sentence encoder" else "AutoModel"
+    assert f"import {opener}\n" in printed
+    assert f"({'cls' if kind == 'sentence encoder' else 'mean'})" in printed
+
+
+def write_cls_pooling(folder):
+    rows = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [
+        {"name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (path, name) in enumerate(rows)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    settings = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("base", [], "masked-LM head"),
         ("roberta", ["--max-length", "0"], "max_length"),
         ("roberta", ["--text", "nowhere.txt"], "nowhere.txt"),
     ],

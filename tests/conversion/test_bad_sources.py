@@ -72,10 +72,8 @@ def test_sources_that_cannot_be_converted_are_refused(source_type, head, changes
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_text_needs_a_masked_lm_head(tmp_path):
+def test_a_text_that_cannot_be_read_is_refused(tmp_path):
     make_source(tmp_path / "source", head="Model")
-    with pytest.raises(ValueError, match="masked-LM head"):
-        convert(tmp_path / "source", tmp_path / "out", text=["ABC"])
     with pytest.raises(OSError, match="no file"):
         convert(tmp_path / "source", tmp_path / "out", text=tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -124,3 +124,32 @@ def test_scores_of_bad_arguments_are_refused(tmp_path):
     assert (limited.n_chunks, limited.n_tokens) == (3, 25)
     first = masked_token_scores(model, tokenizer, "ABC" * 40, length=12, max_chunks=2)
     assert (first.n_chunks, first.n_tokens) == (2, 20)
+
+
+def test_agreement_takes_the_place_of_scores_without_a_masked_lm_head(tmp_path):
+    make_source(tmp_path / "source", "bert", "ForSequenceClassification")
+    text = "".join(LETTERS) * 20
+    report = convert(tmp_path / "source", tmp_path / "out", text=[text], max_length=200)
+    assert not report.scores
+    assert [(row.model, row.attention, row.length) for row in report.agreement] == [
+        ("source", "dense", LENGTH),
+        ("result", "MRA-2", LENGTH),
+        ("result", "MRA-2", 200),
+    ]
+    source, same, longer = report.agreement
+    assert source.states == pytest.approx(same.states, abs=1e-5) and source.states < 1 - 1e-5
+    assert source.pooled == pytest.approx(1) == pytest.approx(same.pooled, abs=1e-5)
+    assert longer.states < 1 - 1e-5 and longer.n_tokens == 520
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Agreement with the source" in card and f"{longer.states:.3f}" in card
+    assert f"states {longer.states:.3f}" in report.summary()
+    saved = json.loads((tmp_path / "out" / REPORT_NAME).read_text())
+    assert saved["agreement"][2]["pooled"] == longer.pooled
+
+
+def test_agreement_with_a_source_of_this_family(tmp_path):
+    make_source(tmp_path / "source", head="Model")
+    convert(tmp_path / "source", tmp_path / "first", max_length=128)
+    report = convert(tmp_path / "first", tmp_path / "out", max_length=128, text=["AEIOU" * 30])
+    source, result = report.agreement
+    assert source.attention == "MRA-2" and source[3:] == pytest.approx(result[3:], abs=1e-5)

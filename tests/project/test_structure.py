@@ -182,7 +182,7 @@ def _outside_faults(package: str, room: str, path: Path) -> list[str]:
         allowed = set(sys.stdlib_module_names) | {"mra_hf_cli"}
         forbidden = libraries_of(path) - allowed - ({"mra_hf"} if room == "program" else set())
     if package == "mra_hf":
-        forbidden = {"triton", "tests", "kernels"}
+        forbidden = {"triton", "tests", "kernels", "sentence_transformers"}
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 return [f"{path.name} uses a relative import"]
@@ -220,6 +220,7 @@ def copy_of_sources(tmp_path):
         ("src/mra_hf/training/lra.py", "import mra_hf.registration", "only `import mra_hf`"),
         ("src/mra_hf/results/files.py", "from benchmarks import plot", "nothing sees benchmarks"),
         ("src/mra_hf/attention.py", "import triton", "attention.py imports triton"),
+        ("src/mra_hf/attention.py", "import sentence_transformers", "sentence_transformers"),
         ("src/mra_hf/attention.py", "from . import loading", "uses a relative import"),
         ("src/mra_hf_cli/__init__.py", "import torch", "__init__.py imports torch"),
         ("src/mra_hf_cli/__init__.py", "import mra_hf", "__init__.py imports mra_hf"),

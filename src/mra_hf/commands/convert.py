@@ -1,7 +1,8 @@
 """Turn a checkpoint into one with multi-resolution attention and a longer position table.
 
 SOURCE is a directory or hub id of a RoBERTa-family or BERT model, or of a model of this package to
-make it longer; its weights and its head are kept. OUT gets weights, config,
+make it longer; its weights and its head are kept, and the modules of a directory of
+sentence-transformers. OUT gets weights, config,
 tokenizer, a model card and a report.
 
 example:
@@ -69,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where that bias starts; -8 closes far pairs until training opens them (default: -8)",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to score masked tokens of source and result on"
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text to score masked tokens of source and result on; without a masked-LM head, "
+        "how far their hidden states agree",
     )
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer (default: SOURCE)"
@@ -95,6 +99,12 @@ def _next_command(report: ConversionReport) -> str:
         code = (
             "import mra_hf; from transformers import pipeline; "
             f'fill = pipeline("fill-mask", {path}); print(fill("A " + fill.tokenizer.mask_token))'
+        )
+    elif report.modules:
+        call = 'predict([("A", "B")])' if report.opened_by == "CrossEncoder" else 'encode("A text")'
+        code = (
+            f"import mra_hf; from sentence_transformers import {report.opened_by}; "
+            f"print({report.opened_by}({path}).{call})"
         )
     else:
         code = (

@@ -2,12 +2,14 @@
 
 Converts SOURCE to a long MRA checkpoint, compares both on masked tokens of a held-out text, fills
 masks in a long document, times its attention against dense attention at 4096 tokens on this
-machine, and draws one head in two resolutions. Without SOURCE: a small English RoBERTa, before and
-after further training.
+machine, and draws one head in two resolutions. A SOURCE that fills in no masks, such as a sentence
+encoder, is compared by its hidden states. Without SOURCE: a small English RoBERTa, before and after
+further training.
 
 example:
   mra-hf quickstart
   mra-hf quickstart path/to/roberta --text notes.txt --output try-it
+  mra-hf quickstart path/to/all-MiniLM-L6-v2
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 
 from mra_attention import mra2_attention
 from mra_attention.benchmarking import interleaved_milliseconds, topical_inputs
@@ -31,9 +33,14 @@ from mra_hf.analysis.attention_maps import (
     plot_two_resolutions,
 )
 from mra_hf.conversion import REPORT_NAME, convert_checkpoint
-from mra_hf.conversion.convert import open_source_masked_lm
 from mra_hf.conversion.report import ConversionReport
-from mra_hf.conversion.sources import read_source
+from mra_hf.conversion.scoring import (
+    fills_masks,
+    open_source_encoder,
+    open_source_masked_lm,
+    source_states,
+)
+from mra_hf.conversion.sources import Source, read_source
 from mra_hf.english import LENGTHS as ENGLISH_LENGTHS
 from mra_hf.english import english_checkpoint, english_passage
 from mra_hf.evaluation import MaskedTokenLosses, masked_token_losses, read_texts
@@ -60,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        help="a checkpoint with a masked-LM head, of a type that mra-hf convert takes: a directory "
-        "or hub id. Default: the small English RoBERTa that comes with this package",
+        help="a checkpoint of a type that mra-hf convert takes: a directory or hub id. Default: "
+        "the small English RoBERTa that comes with this package",
     )
     parser.add_argument(
         "--output",
@@ -93,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     if args.source is not None and args.text is None:
         text = _readable(text, source)
 
-    read = open_source_masked_lm(read_source(source))
+    read = read_source(source)
 
     steps.begin(f"convert it to {args.max_length} tokens")
     report = convert_checkpoint(
@@ -106,20 +113,11 @@ def run(args: argparse.Namespace) -> int:
     )
     print(report.summary())
 
-    steps.begin("compare source and result on masked tokens")
-    # Half precision, in which a source may be stored, is slow on a CPU.
-    model = AutoModelForMaskedLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    continued = None
-    if args.source is None and args.max_length <= max(ENGLISH_LENGTHS):
-        continued = AutoModelForMaskedLM.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
-    scores = _compare(report, read, model, continued, tokenizer, text)
-    del read
-
-    best = model if continued is None else continued
-    kind = "converted" if continued is None else "continued"
-    steps.begin(f"fill masks in a long document with the {kind} checkpoint")
-    filled = _fill_masks(best, tokenizer, text)
+    if fills_masks(report.model_class, tokenizer):
+        best, measured = _masked_tokens(args, steps, report, read, tokenizer, text)
+    else:
+        best, measured = _agreement(steps, report, read, tokenizer, text)
 
     steps.begin(f"time attention at {_TIMED_LENGTH} tokens")
     timings = _time_attention()
@@ -132,7 +130,8 @@ def run(args: argparse.Namespace) -> int:
         "source": args.source or "the embedded English checkpoint",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        **{"masked_tokens": scores, "filled": filled, "timing": timings, "picture": drawn},
+        **measured,
+        **{"timing": timings, "picture": drawn},
         "seconds": round(steps.elapsed(), 1),
     }
     (args.output / "quickstart.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -142,11 +141,22 @@ def run(args: argparse.Namespace) -> int:
         f"picture     {picture if drawn else '-'}\n"
         f"numbers     {args.output / 'quickstart.json'}\n"
         "\nUse it:\n"
-        "  import mra_hf\n"
-        "  from transformers import AutoModelForMaskedLM\n"
-        f'  model = AutoModelForMaskedLM.from_pretrained("{checkpoint}")'
+        "  import mra_hf\n" + _opening_lines(report, checkpoint)
     )
     return 0
+
+
+def _opening_lines(report: ConversionReport, checkpoint: Path) -> str:
+    """Python that opens the result."""
+    if report.opened_by is not None:
+        return (
+            f"  from sentence_transformers import {report.opened_by}\n"
+            f'  model = {report.opened_by}("{checkpoint}")'
+        )
+    return (
+        f"  from transformers import {report.auto_class}\n"
+        f'  model = {report.auto_class}.from_pretrained("{checkpoint}")'
+    )
 
 
 class _Steps:
@@ -166,6 +176,74 @@ class _Steps:
     def end(self) -> None:
         sys.stdout.flush()
         print(f"\ndone in {self.elapsed():.0f} s", file=sys.stderr)
+
+
+def _masked_tokens(
+    args: argparse.Namespace,
+    steps: _Steps,
+    report: ConversionReport,
+    source: Source,
+    tokenizer,
+    text,
+) -> tuple[PreTrainedModel, dict]:
+    """Two steps for masked language models; the model to go on with, and the numbers."""
+    steps.begin("compare source and result on masked tokens")
+    read = open_source_masked_lm(source)
+    # Half precision, in which a source may be stored, is slow on a CPU.
+    options = {"dtype": torch.float32}
+    model = AutoModelForMaskedLM.from_pretrained(args.output / "checkpoint", **options).eval()
+    continued = None
+    if args.source is None and args.max_length <= max(ENGLISH_LENGTHS):
+        continued = AutoModelForMaskedLM.from_pretrained(english_checkpoint(max(ENGLISH_LENGTHS)))
+    scores = _compare(report, read, model, continued, tokenizer, text)
+    del read
+
+    best = model if continued is None else continued
+    kind = "converted" if continued is None else "continued"
+    steps.begin(f"fill masks in a long document with the {kind} checkpoint")
+    return best, {"masked_tokens": scores, "filled": _fill_masks(best, tokenizer, text)}
+
+
+def _agreement(
+    steps: _Steps, report: ConversionReport, source: Source, tokenizer, text: str
+) -> tuple[PreTrainedModel, dict]:
+    """Two steps for all other models; the encoder to go on with, and the numbers."""
+    steps.begin("read the text with the source, in overlapping windows")
+    encoder, source_attention = open_source_encoder(source)
+    states = source_states(report, source, encoder, tokenizer, text)
+    steps.begin("compare the hidden states of source and result")
+    folder = report.output
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    short, long = min(report.source_length, report.max_length), report.max_length
+    columns = "{:<11}{:<20}{:>6}{:>10}{:>10}"
+    print(columns.format("model", "attention", "chunk", "states", "pooled"))
+    rows: list[dict] = []
+    for name, compared, attention, length in (
+        ("source", encoder, None, short),
+        ("untrained", model, "sdpa", long),
+        ("untrained", model, "mra2", long),
+    ):
+        label = source_attention if attention is None else _with_attention(compared, attention)
+        found = states.agreement(compared, length)
+        row = {"model": name, "attention": label, "length": length}
+        row |= {"states": round(found.states, 4), "pooled": round(found.pooled, 4)}
+        rows.append(row | {"tokens": found.n_tokens, "documents": found.n_documents})
+        cosines = (f"{found.states:.3f}", f"{found.pooled:.3f}")
+        print(columns.format(name, label, length, *cosines), flush=True)
+    print(
+        f"{rows[0]['tokens']} tokens of {rows[0]['documents']} documents, the same in every row. "
+        "states: mean cosine of the\nlast hidden state of a token to its state in the middle of a "
+        "window of the source; pooled:\ncosine of the embedding of a document "
+        f"({states.pooling}) to the source's mean over its chunks."
+    )
+    return model, {"agreement": rows}
+
+
+def _with_attention(model: PreTrainedModel, attention: str) -> str:
+    """Switch the attention of a result and return its name for tables."""
+    model.set_attn_implementation(attention)
+    mode = "MRA-2" if model.config.approx_mode == "full" else "MRA-2-s"
+    return "dense" if attention == "sdpa" else f"{mode}, {model.config.block_per_row} blocks"
 
 
 def _readable(text: str, source: str) -> str:
@@ -193,7 +271,6 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
     continuation (or None) at the result's; every difference is taken token by token.
     """
     source_model, source_attention = source
-    mode = "MRA-2" if model.config.approx_mode == "full" else "MRA-2-s"
     short, long = min(report.source_length, report.max_length), report.max_length
     columns = "{:<11}{:<20}{:>6}{:>10}{:>8}{:>22}"
     print(columns.format("model", "attention", "chunk", "accuracy", "loss", "against the source"))
@@ -207,11 +284,7 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
     ):
         if scored is None:
             continue
-        label = source_attention
-        if attention is not None:
-            scored.set_attn_implementation(attention)
-            blocks = f"{mode}, {scored.config.block_per_row} blocks"
-            label = "dense" if attention == "sdpa" else blocks
+        label = source_attention if attention is None else _with_attention(scored, attention)
         losses = masked_token_losses(
             scored, tokenizer, text, length=length, max_tokens=max(_SCORED_TOKENS, long)
         )

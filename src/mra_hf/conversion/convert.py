@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mra_attention.checks import check_int
 from mra_attention.selection import MAX_BLOCK_ROWS
@@ -24,7 +24,9 @@ from mra_hf.configuration import (
     MraConfig,
 )
 from mra_hf.conversion.files import check_output, staged_directory
-from mra_hf.conversion.report import ConversionReport, ScoreRow
+from mra_hf.conversion.report import ConversionReport
+from mra_hf.conversion.scoring import with_scores
+from mra_hf.conversion.sentence_encoders import CLASSIFIER_FIELDS, write_modules
 from mra_hf.conversion.sources import (
     Source,
     SourceWeights,
@@ -40,8 +42,8 @@ from mra_hf.conversion.tensors import (
     untie_where_different,
 )
 from mra_hf.distance_bias import budget_for_a_global_block
-from mra_hf.evaluation import masked_token_scores, read_texts
-from mra_hf.modeling import Head, MraForMaskedLM
+from mra_hf.evaluation import read_texts
+from mra_hf.modeling import Head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,10 +52,7 @@ if TYPE_CHECKING:
 MAX_LENGTH = MAX_BLOCK_ROWS * AttentionSettings().block_size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "conversion_report.json"
-#: Most tokens of a text that are scored, unless a single chunk is longer.
-SCORED_TOKENS = 32768
 
-_MODE_NAMES = {"full": "MRA-2", "sparse": "MRA-2-s"}
 #: Fields of `MraConfig` that are not taken over from the source as they are.
 _RESULT_FIELDS = {
     *SETTING_NAMES,
@@ -88,7 +87,8 @@ def convert_checkpoint(
 
     Args:
         source: a directory or hub id of a type in `sources.SOURCE_TYPES`. Its head is kept: none,
-            masked LM, sequence or token classification, question answering, multiple choice.
+            masked LM, sequence or token classification, question answering, multiple choice; so
+            are modules of sentence-transformers.
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
@@ -98,7 +98,7 @@ def convert_checkpoint(
             window in which no two tokens share a position, `far_bias` beyond. None: where
             `max_length` exceeds the positions of the source. A source's own bias is kept.
         far_bias: None: -8, which closes pairs beyond the window until training opens them.
-        text: a UTF-8 text file, or texts, to score masked tokens of source and result on.
+        text: a UTF-8 text file, or texts, to compare source and result on, as `scoring` does.
         tokenizer: a directory or hub id to take the tokenizer from, instead of `source`.
         dtype: a name in `DTYPES` or the torch dtype; None: the source's, as config or weights say.
         force: replace a directory `output_dir` that is not empty.
@@ -132,16 +132,14 @@ def convert_checkpoint(
     config, notes = _result_config(checkpoint, weights, changes, bias, max_length, saved_tokenizer)
     head = find_head(checkpoint, weights, notes)
     _open_first_block(config, head, checkpoint, changes, notes)
-    if texts is not None:
-        _check_scorable(checkpoint, head, saved_tokenizer)
     say(f"building {head.class_name} for {max_length} tokens")
     model, state = _build_result(head, config, checkpoint, weights, dtype, notes)
     report = _report(source, output_dir, checkpoint, model, state, notes)
     with staged_directory(output, force=force) as folder:
         say(f"writing {os.fspath(output_dir)}")
-        _save(model, saved_tokenizer, folder, output)
+        _save(model, saved_tokenizer, checkpoint, folder, output)
         if texts is not None:
-            report = _with_scores(report, checkpoint, model, saved_tokenizer, texts, say)
+            report = with_scores(report, checkpoint, model, saved_tokenizer, texts, say)
         _write_report(report, folder)
     return report
 
@@ -250,15 +248,6 @@ def _check_output(output_dir, source, force: bool) -> Path:
     return output
 
 
-def _check_scorable(source: Source, head: Head, tokenizer: PreTrainedTokenizerBase) -> None:
-    if head.model_class is not MraForMaskedLM or tokenizer.mask_token_id is None:
-        raise ValueError(
-            "masked-token scores on a text need a masked-LM head and a mask token, "
-            f"but {source.label} has the head {head.ending!r} and the mask token "
-            f"{tokenizer.mask_token!r}; convert it without text (`mra-hf convert`)."
-        )
-
-
 def _result_config(
     source: Source,
     weights: SourceWeights,
@@ -293,7 +282,10 @@ def _result_config(
         )
     tokenizer.model_max_length = max_length
     rows = max_length + pad_token_id + 1
-    return MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict()), notes
+    config = MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict())
+    for name in source.raw_config.keys() & CLASSIFIER_FIELDS:
+        setattr(config, name, source.raw_config[name])
+    return config, notes
 
 
 def _result_settings(
@@ -322,7 +314,8 @@ def _open_first_block(
     asked = changes["initial_prior_first_n_blocks"] is not None
     had_bias = getattr(source.config, "distance_bias_window", None) is not None
     is_new = config.distance_bias_window is not None and not had_bias
-    if asked or not is_new or not head.reads_first_token or config.initial_prior_first_n_blocks:
+    is_read = head.reads_first_token or source.modules is not None
+    if asked or not is_new or not is_read or config.initial_prior_first_n_blocks:
         return
     settings = AttentionSettings.of(config)
     needed = budget_for_a_global_block(settings)
@@ -346,8 +339,6 @@ def _build_result(
     """The model of the result in evaluation mode, and its tensors; tensors that the source lacks
     are the same every time.
     """
-    if (source.location.folder / "modules.json").is_file():
-        notes.append("The modules of sentence-transformers (pooling) are not part of the result.")
     untie_where_different(config, weights, notes)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -384,66 +375,19 @@ def _report(
         notes=tuple(notes),
         distance_bias_window=model.config.distance_bias_window,
         distance_bias_far=model.config.distance_bias_far,
+        modules=() if source.modules is None else source.modules.names,
+        opened_by=None if source.modules is None else source.modules.opened_by,
     )
 
 
-def _save(model, tokenizer, folder: Path, output: Path) -> None:
+def _save(model, tokenizer, source: Source, folder: Path, output: Path) -> None:
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"OUT {output} could not be written: {error}.") from error
     tokenizer.save_pretrained(folder)
-
-
-def _with_scores(
-    report: ConversionReport, source: Source, model, tokenizer, texts, say
-) -> ConversionReport:
-    """Add the scores of the source at its own length, and of `model` there and at its longest."""
-    longest, notes = report.max_length, report.notes
-
-    def score(name: str, attention: str, scored: PreTrainedModel, tokens: int) -> ScoreRow:
-        say(f"scoring the {name} in chunks of {tokens} tokens")
-        scores = masked_token_scores(
-            scored, tokenizer, texts, length=tokens, max_tokens=max(SCORED_TOKENS, longest)
-        )
-        return ScoreRow(name, attention, **dataclasses.asdict(scores))
-
-    original, attention = open_source_masked_lm(source)
-    rows = [score("source", attention, original, report.source_length)]
-    del original
-    result, attention = model.float(), _MODE_NAMES[model.config.approx_mode]
-    lengths = sorted({min(report.source_length, longest), longest})
-    rows += [score("result", attention, result, length) for length in lengths]
-    n_tokens = rows[-1].n_tokens
-    if n_tokens < longest // 2:
-        notes += (f"The scored text has {n_tokens} tokens: it says little about {longest}.",)
-    return dataclasses.replace(report, scores=tuple(rows), notes=notes)
-
-
-def open_source_masked_lm(source: Source) -> tuple[PreTrainedModel, str]:
-    """The source as a masked language model in float32, and a name of its attention.
-
-    Raises:
-        ValueError: it has no masked-LM head.
-    """
-    folder = source.location.folder
-    if source.type.attention is None:
-        model, info = AutoModelForMaskedLM.from_pretrained(
-            folder,
-            config=source.config,
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-        attention = "dense"
-    else:  # in our classes: Transformers' own MRA attends to nothing on a CPU
-        model, info = MraForMaskedLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        attention = _MODE_NAMES[model.config.approx_mode]
-    if any(key.endswith("dense.weight") for key in info["missing_keys"]):
-        raise ValueError(f"{source.label} has no masked-LM head.")
-    return model.eval(), attention
+    if source.modules is not None:
+        write_modules(source.modules, folder, model.config.max_tokens)
 
 
 def _write_report(report: ConversionReport, folder: Path) -> None:

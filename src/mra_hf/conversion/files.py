@@ -37,6 +37,8 @@ VOCABULARY_NAMES = (
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model"),
 )
 _SMALL_FILES = ["*.json", "*.txt", "*.model"]
+#: Weights of the modules of sentence-transformers, in folders such as `2_Dense`.
+_MODULE_FILES = ["[0-9]*_*/model*.safetensors", "[0-9]*_*/pytorch_model*.bin"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -78,10 +80,11 @@ def resolve_checkpoint(
     if not _HUB_ID.fullmatch(name):
         raise OSError(f"there is no directory {name}; pass an existing directory or a hub id.")
     try:
-        patterns = [*_SMALL_FILES, "model*.safetensors"] if weights else _SMALL_FILES
+        patterns = [*_SMALL_FILES, *_MODULE_FILES, "model*.safetensors"]
+        patterns = patterns if weights else _SMALL_FILES
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if weights and not any((folder / file).is_file() for file in WEIGHT_NAMES[:2]):
-            patterns = [*_SMALL_FILES, "pytorch_model*.bin"]
+            patterns = [*_SMALL_FILES, *_MODULE_FILES, "pytorch_model*.bin"]
             folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client raises errors of several libraries
         raise OSError(

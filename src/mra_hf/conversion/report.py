@@ -38,6 +38,18 @@ class ScoreRow(NamedTuple):
     n_tokens: int
 
 
+class AgreementRow(NamedTuple):
+    """Cosines of one model at one chunk length to the source, as in `evaluation.Agreement`."""
+
+    model: str
+    attention: str
+    length: int
+    states: float
+    pooled: float
+    n_tokens: int
+    n_documents: int
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What `convert_checkpoint` read, wrote and measured.
@@ -56,6 +68,9 @@ class ConversionReport:
         notes: what else the reader should know, as sentences.
         scores: masked-token scores, empty unless the caller passed a text.
         distance_bias_window, distance_bias_far: as in `MraConfig`.
+        modules: of sentence-transformers, the encoder first; empty for other directories.
+        opened_by: its class that opens the result; None for other directories.
+        agreement: in place of the scores where masked tokens cannot be filled in.
     """
 
     source: str
@@ -74,6 +89,9 @@ class ConversionReport:
     scores: tuple[ScoreRow, ...] = ()
     distance_bias_window: int | None = None
     distance_bias_far: float = -8.0
+    modules: tuple[str, ...] = ()
+    opened_by: str | None = None
+    agreement: tuple[AgreementRow, ...] = ()
 
     @property
     def source_name(self) -> str:
@@ -114,7 +132,8 @@ class ConversionReport:
             record._asdict() | {"shape": list(record.shape)} for record in self.tensors
         ]
         facts["scores"] = [row._asdict() for row in self.scores]
-        facts["notes"] = list(self.notes)
+        facts["agreement"] = [row._asdict() for row in self.agreement]
+        facts |= {"notes": list(self.notes), "modules": list(self.modules)}
         return facts
 
     def summary(self) -> str:
@@ -125,6 +144,7 @@ class ConversionReport:
             f"  attention  {_budget(self)}",
             f"             dense up to {self.dense_length} tokens",
             *([f"             {_bias_summary(self)}"] if _has_bias(self) else []),
+            *([f"  modules    {', '.join(self.modules)}"] if self.modules else []),
             "  tensors    " + ", ".join(f"{n} {action}" for action, n in self.counts().items()),
         ]
         lines += [f"    {action:<8} {text}" for action, text in _groups(self.tensors)]
@@ -136,6 +156,13 @@ class ConversionReport:
                 f"{row.accuracy:.3f}  {row.nll:.3f}  ({row.n_masked} masked)"
                 for row in self.scores
             ]
+        if self.agreement:
+            lines.append("  agreement with the source in windows, untrained (cosine)")
+            lines += [
+                f"    {row.model:<7} {row.attention:<6} {row.length:>6} tokens  "
+                f"states {row.states:.3f}  pooled {row.pooled:.3f}  ({row.n_tokens} tokens)"
+                for row in self.agreement
+            ]
         return "\n".join(lines)
 
     def model_card(self) -> str:
@@ -145,6 +172,7 @@ class ConversionReport:
             *_usage_section(self),
             *_attention_section(self),
             *(_scores_section(self) if self.scores else ()),
+            *(_agreement_section(self) if self.agreement else ()),
             *_tensors_section(self),
         ]
         if self.notes:
@@ -154,9 +182,11 @@ class ConversionReport:
 
 def _front_matter(report: ConversionReport) -> list[str]:
     tag = report.head.pipeline_tag
+    if report.opened_by == "SentenceTransformer":
+        tag = "sentence-similarity"
     return [
         "---",
-        "library_name: transformers",
+        f"library_name: {'sentence-transformers' if report.modules else 'transformers'}",
         *([f"pipeline_tag: {tag}"] if tag else []),
         *([f"base_model: {report.hub_id}"] if report.hub_id else []),
         *("tags:", "- mra", "- mra_hf", "- long-context", "- multi-resolution-attention"),
@@ -174,16 +204,29 @@ def _front_matter(report: ConversionReport) -> list[str]:
 
 def _usage_section(report: ConversionReport) -> list[str]:
     name = report.output_name
+    if report.modules:
+        is_pair = report.opened_by == "CrossEncoder"
+        call = 'predict([("A question", "A long text")])' if is_pair else 'encode(["A long text"])'
+        code = [
+            f"from sentence_transformers import {report.opened_by}",
+            "",
+            f'model = {report.opened_by}("{name}")',
+            f"outputs = model.{call}",
+        ]
+    else:
+        code = [
+            f"from transformers import {report.auto_class}, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = {report.auto_class}.from_pretrained("{name}")',
+            *_example_call(report.head),
+        ]
     return [
         "## Use",
         "",
         "```python",
         "import mra_hf  # registers the classes",
-        f"from transformers import {report.auto_class}, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = {report.auto_class}.from_pretrained("{name}")',
-        *_example_call(report.head),
+        *code,
         "```",
         "",
         f'`"{name}"` stands for this directory or its hub id. Pad on the right.',
@@ -234,6 +277,25 @@ def _scores_section(report: ConversionReport) -> list[str]:
             f"| {row.model} | {row.attention} | {row.length} | {row.accuracy:.3f} | "
             f"{row.nll:.3f} | {row.n_masked} |"
             for row in report.scores
+        ),
+        "",
+    ]
+
+
+def _agreement_section(report: ConversionReport) -> list[str]:
+    return [
+        "## Agreement with the source (untrained)",
+        "",
+        "Cosine of the hidden state of every token to its state in the middle of a window that the "
+        "source reads, and of the pooled embedding of a document to the mean over chunks of the "
+        "source. No training took place. " + _cost(report),
+        "",
+        "| model | attention | tokens per chunk | states | pooled | tokens |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row.model} | {row.attention} | {row.length} | {row.states:.3f} | "
+            f"{row.pooled:.3f} | {row.n_tokens} |"
+            for row in report.agreement
         ),
         "",
     ]

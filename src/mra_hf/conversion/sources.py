@@ -38,6 +38,11 @@ from mra_hf.conversion.files import (
     read_weights,
     resolve_checkpoint,
 )
+from mra_hf.conversion.sentence_encoders import (
+    SentenceModules,
+    read_modules,
+    tokenizer_folder,
+)
 from mra_hf.modeling import BERT_LM_HEAD_KEYS, GELU_NAMES, HEADS, Head
 
 #: Heads that are kept, by the ending of their class names.
@@ -127,12 +132,15 @@ SOURCE_TYPES = {
 
 
 class Source(NamedTuple):
-    """A checkpoint to convert: its location, its type, its config.json and the completed config."""
+    """A checkpoint to convert: its location, its type, its config.json, the completed config, and
+    the modules that sentence-transformers put around it.
+    """
 
     location: CheckpointLocation
     type: SourceType
     raw_config: dict[str, Any]
     config: PreTrainedConfig
+    modules: SentenceModules | None = None
 
     @property
     def label(self) -> str:
@@ -167,6 +175,9 @@ def read_source(source: str | os.PathLike[str]) -> Source:
         ValueError: a type or a config that cannot be converted.
     """
     location = resolve_checkpoint(source)
+    modules = read_modules(location.folder)
+    if modules is not None:
+        location = location._replace(folder=modules.encoder_folder)
     config_file = location.folder / "config.json"
     raw_config = read_json(config_file)
     model_type = raw_config.get("model_type")
@@ -187,7 +198,7 @@ def read_source(source: str | os.PathLike[str]) -> Source:
         raise ValueError(
             f"architectures of {config_file} must be a list of class names, got {architectures!r}."
         )
-    checkpoint = Source(location, source_type, raw_config, config)
+    checkpoint = Source(location, source_type, raw_config, config, modules)
     _refuse_config(checkpoint)
     return checkpoint
 
@@ -232,6 +243,7 @@ def open_tokenizer(
         label, folder, _ = source.location
     else:
         label, folder, _ = resolve_checkpoint(tokenizer, weights=False)
+        folder = tokenizer_folder(folder)
     remedy = "pass the directory of a fitting one as tokenizer (--tokenizer)."
     if not any((folder / name).is_file() for name in VOCABULARY_NAMES):
         raise OSError(f"{label} has no tokenizer files; {remedy}")

@@ -141,7 +141,7 @@ def masked_token_losses(
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1], got {fraction}; 0.15 is usual.")
     check_amounts(batch_size=batch_size, max_chunks=max_chunks, max_tokens=max_tokens)
-    stream, ends, before, after = _token_stream(tokenizer, texts)
+    stream, ends, before, after = token_stream(tokenizer, texts)
     stream = stream[:max_tokens]  # [T]
     check_int("length", length, 1 + len(before) + len(after))
     masked = _draw_mask(stream, tokenizer, fraction, seed)  # [T]
@@ -209,7 +209,7 @@ def _pack(ends: list[int], total: int, per_chunk: int) -> list[tuple[int, int]]:
     return [*chunks, (start, end)] if end > start else chunks
 
 
-def _token_stream(tokenizer, texts: list[str]) -> tuple[Tensor, list[int], list[int], list[int]]:
+def token_stream(tokenizer, texts: list[str]) -> tuple[Tensor, list[int], list[int], list[int]]:
     """All tokens `[T]`, the ends of the texts, and the special tokens before and after a chunk."""
 
     def encode(text: str, special: bool) -> list[int]:
