@@ -6,8 +6,6 @@ attention and defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense m
 """
 
 import copy
-import os
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -44,6 +42,7 @@ from transformers.utils import logging
 from mra_hf.candidate_choice import CandidateChoiceOutput, candidate_logits
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 from mra_hf.distance_bias import DistanceBias, MraSelfAttention
+from mra_hf.remote_code import OwnCode, check_config_class
 from mra_hf.sparse_prediction import output_at_labels
 
 logger = logging.get_logger(__name__)
@@ -63,7 +62,7 @@ GELU_NAMES = ("gelu", "gelu_python")
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
 
 
-class MraPreTrainedMixin:
+class MraPreTrainedMixin(OwnCode):
     """Shared by all classes of the family: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
@@ -114,25 +113,11 @@ class MraPreTrainedMixin:
         """Say what a loaded head of Transformers' own MRA is if it would compute something else."""
         return None
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
-        if is_main_process and not os.path.isfile(save_directory):
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            names = ", ".join(sorted({"MraConfig", *(head.class_name for head in HEADS)}))
-            (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {names}\n")
-        self.config.auto_map = dict(AUTO_MAP)
         if self.config._attn_implementation == "mra2_s":
             self.config.approx_mode = "sparse"  # so that it computes the same when loaded again
-        return super().save_pretrained(
-            save_directory, *args, is_main_process=is_main_process, **kwargs
-        )
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Do nothing: `save_pretrained` writes the `auto_map` of all classes, which copied sources
-        would break.
-        """
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class MraEmbeddings(RobertaEmbeddings):
@@ -185,6 +170,7 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
     """
 
     def __init__(self, config: MraConfig, add_pooling_layer: bool = True):
+        check_config_class(config, MraConfig)
         config.check()  # fields that were set one by one may not fit together
         # Skips RobertaModel.__init__, which would build the embeddings twice.
         super(RobertaModel, self).__init__(config)
@@ -472,11 +458,3 @@ HEADS = (
     Head(MraForCandidateChoice, (), None, ("scorer.weight",)),
     Head(MraModel, (AutoModel,), "feature-extraction", (), reads_first_token=True),
 )  # fmt: skip
-
-#: The module that saved directories point to, for `trust_remote_code=True`.
-REMOTE_MODULE = "modeling_mra_hf"
-AUTO_MAP = {"AutoConfig": f"{REMOTE_MODULE}.MraConfig"} | {
-    auto_class.__name__: f"{REMOTE_MODULE}.{head.class_name}"
-    for head in HEADS
-    for auto_class in head.auto_classes
-}
