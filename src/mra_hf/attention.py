@@ -172,8 +172,8 @@ def set_attention(
         ValueError: an unknown name, setting or implementation, or a model that would ignore the
             attention function or be served wrongly by it (DeBERTa-v2, MPNet, sliding windows,
             causal models and towers, masks expanded by the model, relative position biases, grouped
-            key heads) or a wrapper (PEFT, ...); the message names the call to make; other scales for a model
-            with a distance bias.
+            key heads), or a wrapper (PEFT, ...), with the call to make instead; other scales for a
+            model with a distance bias.
     """
     if name not in ATTENTION_NAMES:
         raise ValueError(

@@ -32,16 +32,19 @@ from mra_hf.conversion.sources import (
     open_tokenizer,
     read_source,
     read_source_weights,
+    source_key_mapping,
 )
 from mra_hf.conversion.tensors import (
     NewState,
+    check_range,
     new_state,
     position_period,
     untie_where_different,
 )
+from mra_hf.conversion.tokenizers import prepare_tokenizer, save_tokenizer
 from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation import masked_token_scores, read_texts
-from mra_hf.modeling import Head, MraForMaskedLM
+from mra_hf.modeling import BUILTIN_KEYS, Head, MraForMaskedLM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -267,7 +270,7 @@ def _result_config(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[MraConfig, list[str]]:
-    """The result's config, and notes; sets `model_max_length` of the tokenizer."""
+    """The result's config, and notes; prepares the tokenizer."""
     notes: list[str] = []
     settings = _result_settings(source, changes, max_length, notes)
     fields = {
@@ -291,7 +294,7 @@ def _result_config(
             f"The tokenizer pads with id {tokenizer.pad_token_id}, the config says {pad_token_id}: "
             "set pad_token of the tokenizer before padding a batch."
         )
-    tokenizer.model_max_length = max_length
+    notes += prepare_tokenizer(tokenizer, max_length, source.config.type_vocab_size)
     rows = max_length + pad_token_id + 1
     return MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict()), notes
 
@@ -359,6 +362,7 @@ def _build_result(
         if isinstance(source.config.dtype, torch.dtype):  # what Transformers opens it in
             dtypes.append(source.config.dtype)
         dtype = functools.reduce(torch.promote_types, dtypes)
+    check_range(state, dtype)
     model.to(dtype).load_state_dict(state.tensors, strict=True)
     return model.eval(), state
 
@@ -392,7 +396,7 @@ def _save(model, tokenizer, folder: Path, output: Path) -> None:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"OUT {output} could not be written: {error}.") from error
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _with_scores(
@@ -426,10 +430,11 @@ def open_source_masked_lm(source: Source) -> tuple[PreTrainedModel, str]:
     Raises:
         ValueError: it has no masked-LM head.
     """
-    folder = source.location.folder
+    folder, key_mapping = source.location.folder, source_key_mapping(source)
     if source.type.attention is None:
         model, info = AutoModelForMaskedLM.from_pretrained(
             folder,
+            key_mapping=key_mapping or None,
             config=source.config,
             dtype=torch.float32,
             attn_implementation="sdpa",
@@ -438,7 +443,10 @@ def open_source_masked_lm(source: Source) -> tuple[PreTrainedModel, str]:
         attention = "dense"
     else:  # in our classes: Transformers' own MRA attends to nothing on a CPU
         model, info = MraForMaskedLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            key_mapping={**key_mapping, **BUILTIN_KEYS},
+            output_loading_info=True,
         )
         attention = _MODE_NAMES[model.config.approx_mode]
     if any(key.endswith("dense.weight") for key in info["missing_keys"]):
