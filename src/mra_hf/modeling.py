@@ -149,10 +149,39 @@ class MraEmbeddings(RobertaEmbeddings):
                 f"max_length={self.max_tokens}) or convert the checkpoint to a longer table "
                 "with `mra-hf convert SOURCE OUT --max-length N`."
             )
+        _check_rows("position_ids", position_ids, self.position_embeddings)
+        _check_rows("token_type_ids", token_type_ids, self.token_type_embeddings)
         embeddings = super().forward(
             input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
         return embeddings if self.projection is None else self.projection(embeddings)
+
+
+#: What to do about ids beyond a table.
+_REMEDIES = {
+    "position_ids": "convert the checkpoint to a longer table (`mra-hf convert SOURCE OUT "
+    "--max-length N`), or leave position_ids out",
+    "token_type_ids": "leave token_type_ids out (return_token_type_ids=False of the tokenizer)",
+}
+
+
+def _check_rows(name: str, ids: Tensor | None, table: nn.Embedding) -> None:
+    """Raise a `ValueError` for ids that a table has no row for, instead of its IndexError.
+
+    Read only where the values are at hand: from a GPU the host would have to wait for them, and a
+    graph that is being made has none.
+    """
+    if ids is None or ids.device.type != "cpu" or type(ids) is not Tensor or not ids.numel():
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    first, last = (int(limit) for limit in ids.aminmax())
+    if first < 0 or last >= table.num_embeddings:
+        given = first if first < 0 else last
+        raise ValueError(
+            f"{name} must lie between 0 and {table.num_embeddings - 1}, the rows of this model, "
+            f"got {given}; {_REMEDIES[name]}."
+        )
 
 
 class MraLMHead(RobertaLMHead):
@@ -360,7 +389,7 @@ class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         present = attention_mask.any(-1)  # [B, chunks]
-        if input_ids.shape[1] == 1:
+        if input_ids.shape[1] == 1 and not torch.jit.is_tracing():
             present = (slice(None), 0)  # no chunk to skip, and nothing is read on the host
         outputs = self.roberta(
             input_ids[present], attention_mask=attention_mask[present], return_dict=True, **kwargs

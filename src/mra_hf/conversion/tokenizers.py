@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mra_hf.loading import leave_out_token_types
+
 #: What a tokenizer takes over from a `tokenizer.json` that cuts or pads.
 _LENGTH_SETTINGS = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 _CONFIG_NAME = "tokenizer_config.json"
@@ -60,11 +62,7 @@ def prepare_tokenizer(
         backend.no_padding()
     for name in _LENGTH_SETTINGS:
         tokenizer.init_kwargs.pop(name, None)
-    types = tokenizer(PROBES[0], PROBES[1]).get("token_type_ids") or [0]
-    if type_vocab_size == 1 and max(types) > 0:
-        names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-        tokenizer.model_input_names = names
-        tokenizer.init_kwargs["model_input_names"] = names
+    if leave_out_token_types(tokenizer, type_vocab_size):
         notes.append(
             "The tokenizer tells the two texts of a pair apart by token types, but the model has "
             "one type only (type_vocab_size 1): the tokenizer of the result leaves them out."
