@@ -6,7 +6,9 @@ the model's config and refuses what it cannot serve.
 """
 
 import inspect
+import re
 from collections.abc import Sequence
+from enum import Enum
 from functools import cache
 from typing import Any
 
@@ -45,6 +47,20 @@ _REFUSED_KEYWORDS = {
     "cu_seq_lens_q": "packed sequences",
     "cu_seq_lens_k": "packed sequences",
 }
+#: How a model's code shows that it makes its padding mask [B, 1, 1, N] itself.
+_EXPANDS_MASK = re.compile(
+    r"get_extended_attention_mask\(|unsqueeze\(1\)\.unsqueeze\(2\)|\[:, None, None, :\]"
+)
+
+
+class Implementation(str, Enum):
+    """The `impl` that `set_attention` leaves on attention modules.
+
+    Of this package, so that a process that unpickles a stock model (a spawned worker, `torch.load`)
+    imports it, which registers the attention names.
+    """
+
+    AUTO, REFERENCE, TORCH, NATIVE, TRITON = "auto", "reference", "torch", "native", "triton"
 
 
 def mra2_attention_forward(
@@ -155,8 +171,9 @@ def set_attention(
     Raises:
         ValueError: an unknown name, setting or implementation, or a model that would ignore the
             attention function or be served wrongly by it (DeBERTa-v2, MPNet, sliding windows,
-            causal models, relative position biases, grouped key heads); other scales for a model
-            with a distance bias.
+            causal models and towers, masks expanded by the model, relative position biases, grouped
+            key heads), or a wrapper (PEFT, ...), with the call to make instead; other scales for a
+            model with a distance bias.
     """
     if name not in ATTENTION_NAMES:
         raise ValueError(
@@ -185,7 +202,7 @@ def set_attention(
     for config in configs:
         _store_settings(config, name, changes)
     for module in attention_modules:
-        module.mra_impl = impl
+        module.mra_impl = Implementation(impl)
     _remove_attention_dropout(attention_modules, configs)
     return model
 
@@ -209,8 +226,19 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"model must be a Transformers PreTrainedModel, got {type(model).__name__}."
+            f"model must be a Transformers PreTrainedModel, got {type(model).__name__}"
+            f"{_inner_model(model)}."
         )
+    try:
+        return _supported_attention_modules(model)
+    except ValueError as error:
+        fitting = _fitting_parts(model)
+        if not fitting:
+            raise
+        raise ValueError(f"{error} Switch only what it can serve: {fitting}.") from None
+
+
+def _supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     kind = type(model).__name__
     attention_modules = [m for m in model.modules() if _calls_attention_interface(type(m))]
     if not type(model)._can_set_attn_implementation() or not attention_modules:
@@ -218,6 +246,7 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"{kind} does not use Transformers' attention interface and would ignore the request; "
             "mra2 needs one that does, such as RoBERTa, BERT, XLM-R, ELECTRA, DistilBERT or ViT."
         )
+    _check_masks(model)
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(module, "is_causal", False) or getattr(config, "is_decoder", False):
@@ -245,6 +274,66 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         if (getattr(config, "num_key_value_heads", None) or heads) != heads:
             raise ValueError(f"{kind} has grouped key heads; mra2 needs one key head a query head.")
     return attention_modules
+
+
+def _check_masks(model: PreTrainedModel) -> None:
+    """Refuse a model of which some part asks for a causal mask, or expands the mask itself."""
+    for name, part in model.named_modules():
+        problem = _mask_problem(type(part)) if isinstance(part, PreTrainedModel) else None
+        if problem is not None:
+            kind = type(model).__name__
+            raise ValueError(f"{kind}, in its {name}, {problem}" if name else f"{kind} {problem}")
+
+
+@cache
+def _mask_problem(model_class: type[PreTrainedModel]) -> str | None:
+    """Why the masks of a model class do not fit, by its source; None if they do."""
+    try:
+        source = inspect.getsource(model_class)
+    except (OSError, TypeError):  # a class without source: its first forward call is refused
+        return None
+    if "create_bidirectional_mask(" in source:
+        return None
+    if "create_causal_mask(" in source and "is_decoder" not in source:
+        return "attends causally; mra2 is for bidirectional encoders only."
+    if _EXPANDS_MASK.search(source):
+        return (
+            "expands its padding mask itself, and mra2 needs it as [batch, tokens]; keep "
+            'attn_implementation="sdpa" or "eager" for this model.'
+        )
+    return None
+
+
+def _fitting_parts(model: PreTrainedModel) -> str:
+    """The calls that switch the parts of `model` that can be served, empty if there are none."""
+    parts: list[str] = []
+    for name, part in model.named_modules():
+        if name and isinstance(part, PreTrainedModel) and not name.startswith(tuple(parts)):
+            try:
+                _supported_attention_modules(part)
+            except ValueError:
+                continue
+            parts.append(f"{name}.")
+    return ", ".join(f"mra_hf.set_attention({_path(name[:-1])}, ...)" for name in parts)
+
+
+def _inner_model(wrapper: Any) -> str:
+    """Where a wrapper (PEFT, DistributedDataParallel, ...) has its model, as words; none for what
+    is no wrapper.
+    """
+    path = None
+    if callable(getattr(wrapper, "get_base_model", None)):
+        path = "model.get_base_model()"
+    elif isinstance(wrapper, nn.Module):
+        inner = (n for n, part in wrapper.named_modules() if isinstance(part, PreTrainedModel))
+        path = next(map(_path, inner), None)
+    return f", which wraps one: call mra_hf.set_attention({path}, ...)" if path else ""
+
+
+def _path(name: str) -> str:
+    """The expression for a submodule of `model`."""
+    is_plain = all(part.isidentifier() for part in name.split("."))
+    return f"model.{name}" if is_plain else f'model.get_submodule("{name}")'
 
 
 def _store_settings(config: PreTrainedConfig, name: str, changes: dict[str, Any]) -> None:
@@ -312,8 +401,8 @@ def _attend(name, module, query, key, value, attention_mask, **kwargs):
                 query, key, attention_mask, **settings.for_selection(), **shared
             )
         matrices = matrix_of(query, key, attention_mask, **arguments)
-    impl = getattr(module, "mra_impl", "auto")
-    output = attend(query, key, value, attention_mask, impl=impl, **arguments)
+    impl = getattr(module, "mra_impl", Implementation.AUTO)
+    output = attend(query, key, value, attention_mask, impl=impl.value, **arguments)
     return output.transpose(1, 2).contiguous(), matrices
 
 
@@ -329,6 +418,13 @@ def _refuse(module: nn.Module, keywords: dict[str, Any]) -> None:
     if getattr(module, "is_causal", False) or keywords.get("is_causal"):
         raise ValueError(
             f"{type(module).__name__} attends causally; mra2 is for bidirectional encoders only."
+        )
+    if keywords.get("global_attention_mask") is not None:
+        raise ValueError(
+            "global_attention_mask is an argument of Longformer, which mra2 does not take: it "
+            "chooses by itself which blocks see one another. Leave it out; "
+            "initial_prior_first_n_blocks=1 (in the config, or by mra_hf.set_attention) makes the "
+            "first block global, as Longformer's mask does for the first token."
         )
     for keyword, meaning in _REFUSED_KEYWORDS.items():
         if keywords.get(keyword) is not None:

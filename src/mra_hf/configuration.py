@@ -23,6 +23,7 @@ from mra_attention.checks import (
     check_int_if_given,
     check_scales,
 )
+from mra_hf.remote_code import OwnConfig
 
 logger = logging.get_logger(__name__)
 
@@ -286,17 +287,15 @@ def _check_names(settings: dict[str, Any]) -> None:
 
 
 def _refuse_both_descriptions(settings: dict[str, Any]) -> None:
-    if settings.get("resolutions") is None:
-        return
     for name in _TWO_SCALES:
-        if settings.get(name) is not None:
+        if settings.get("resolutions") is not None and settings.get(name) is not None:
             raise ValueError(
                 f"resolutions and {name} describe the same thing; give one of them, got "
                 f"resolutions={list(settings['resolutions'])} and {name}={settings[name]}."
             )
 
 
-class MraConfig(RobertaConfig):
+class MraConfig(OwnConfig, RobertaConfig):
     """Configuration of the models of this package, `model_type` "mra_hf".
 
     Reads directories of type `roberta`, `xlm-roberta`, `camembert` as they are, and of

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
@@ -203,3 +209,24 @@ def check_length(
             f"{name} must be at most {longest}, the positions of this model, "
             f"got {length}; {remedy}."
         )
+
+
+def leave_out_token_types(tokenizer: PreTrainedTokenizerBase, type_vocab_size: int | None) -> bool:
+    """Keep a tokenizer from giving token types to a model that has one type only; return whether
+    that changed it.
+
+    Raises:
+        ValueError: the tokenizer gives types that a model of several types has not.
+    """
+    types = tokenizer("a", "a").get("token_type_ids") or [0]
+    if type_vocab_size is None or max(types) < type_vocab_size:
+        return False
+    if type_vocab_size > 1:
+        raise ValueError(
+            f"the tokenizer gives token types up to {max(types)}, but type_vocab_size of the model "
+            f"is {type_vocab_size}; the two do not belong together: pass the model's own tokenizer."
+        )
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = names
+    tokenizer.init_kwargs["model_input_names"] = names  # what is saved
+    return True

@@ -6,8 +6,6 @@ attention and defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense m
 """
 
 import copy
-import os
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -44,6 +42,7 @@ from transformers.utils import logging
 from mra_hf.candidate_choice import CandidateChoiceOutput, candidate_logits
 from mra_hf.configuration import BUILTIN_TYPE, MraConfig
 from mra_hf.distance_bias import DistanceBias, MraSelfAttention
+from mra_hf.remote_code import OwnCode, check_config_class
 from mra_hf.sparse_prediction import output_at_labels
 
 logger = logging.get_logger(__name__)
@@ -63,7 +62,7 @@ GELU_NAMES = ("gelu", "gelu_python")
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
 
 
-class MraPreTrainedMixin:
+class MraPreTrainedMixin(OwnCode):
     """Shared by all classes of the family: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
@@ -114,25 +113,11 @@ class MraPreTrainedMixin:
         """Say what a loaded head of Transformers' own MRA is if it would compute something else."""
         return None
 
-    def save_pretrained(self, save_directory, *args, is_main_process: bool = True, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As the base class; `trust_remote_code=True` opens it where mra_hf is installed."""
-        if is_main_process and not os.path.isfile(save_directory):
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            names = ", ".join(sorted({"MraConfig", *(head.class_name for head in HEADS)}))
-            (folder / f"{REMOTE_MODULE}.py").write_text(f"from mra_hf import {names}\n")
-        self.config.auto_map = dict(AUTO_MAP)
         if self.config._attn_implementation == "mra2_s":
             self.config.approx_mode = "sparse"  # so that it computes the same when loaded again
-        return super().save_pretrained(
-            save_directory, *args, is_main_process=is_main_process, **kwargs
-        )
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Do nothing: `save_pretrained` writes the `auto_map` of all classes, which copied sources
-        would break.
-        """
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class MraEmbeddings(RobertaEmbeddings):
@@ -164,10 +149,39 @@ class MraEmbeddings(RobertaEmbeddings):
                 f"max_length={self.max_tokens}) or convert the checkpoint to a longer table "
                 "with `mra-hf convert SOURCE OUT --max-length N`."
             )
+        _check_rows("position_ids", position_ids, self.position_embeddings)
+        _check_rows("token_type_ids", token_type_ids, self.token_type_embeddings)
         embeddings = super().forward(
             input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs
         )
         return embeddings if self.projection is None else self.projection(embeddings)
+
+
+#: What to do about ids beyond a table.
+_REMEDIES = {
+    "position_ids": "convert the checkpoint to a longer table (`mra-hf convert SOURCE OUT "
+    "--max-length N`), or leave position_ids out",
+    "token_type_ids": "leave token_type_ids out (return_token_type_ids=False of the tokenizer)",
+}
+
+
+def _check_rows(name: str, ids: Tensor | None, table: nn.Embedding) -> None:
+    """Raise a `ValueError` for ids that a table has no row for, instead of its IndexError.
+
+    Read only where the values are at hand: from a GPU the host would have to wait for them, and a
+    graph that is being made has none.
+    """
+    if ids is None or ids.device.type != "cpu" or type(ids) is not Tensor or not ids.numel():
+        return
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    first, last = (int(limit) for limit in ids.aminmax())
+    if first < 0 or last >= table.num_embeddings:
+        given = first if first < 0 else last
+        raise ValueError(
+            f"{name} must lie between 0 and {table.num_embeddings - 1}, the rows of this model, "
+            f"got {given}; {_REMEDIES[name]}."
+        )
 
 
 class MraLMHead(RobertaLMHead):
@@ -185,6 +199,7 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
     """
 
     def __init__(self, config: MraConfig, add_pooling_layer: bool = True):
+        check_config_class(config, MraConfig)
         config.check()  # fields that were set one by one may not fit together
         # Skips RobertaModel.__init__, which would build the embeddings twice.
         super(RobertaModel, self).__init__(config)
@@ -374,7 +389,7 @@ class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         present = attention_mask.any(-1)  # [B, chunks]
-        if input_ids.shape[1] == 1:
+        if input_ids.shape[1] == 1 and not torch.jit.is_tracing():
             present = (slice(None), 0)  # no chunk to skip, and nothing is read on the host
         outputs = self.roberta(
             input_ids[present], attention_mask=attention_mask[present], return_dict=True, **kwargs
@@ -472,11 +487,3 @@ HEADS = (
     Head(MraForCandidateChoice, (), None, ("scorer.weight",)),
     Head(MraModel, (AutoModel,), "feature-extraction", (), reads_first_token=True),
 )  # fmt: skip
-
-#: The module that saved directories point to, for `trust_remote_code=True`.
-REMOTE_MODULE = "modeling_mra_hf"
-AUTO_MAP = {"AutoConfig": f"{REMOTE_MODULE}.MraConfig"} | {
-    auto_class.__name__: f"{REMOTE_MODULE}.{head.class_name}"
-    for head in HEADS
-    for auto_class in head.auto_classes
-}

@@ -25,28 +25,27 @@ from mra_hf.encoders.modeling import (
     LraModel,
 )
 from mra_hf.modeling import HEADS
+from mra_hf.remote_code import add_model_class
 
-#: (configuration, Auto class, model class) of the small encoders.
+#: (configuration, model class, Auto classes) of the small encoders.
 ENCODERS = (
-    (AdaMraConfig, AutoModel, AdaMraModel),
-    (AdaMraConfig, AutoModelForSequenceClassification, AdaMraForSequenceClassification),
-    (LraConfig, AutoModel, LraModel),
-    (LraConfig, AutoModelForSequenceClassification, LraForSequenceClassification),
-    (MraImageConfig, AutoModelForImageClassification, MraForImageClassification),
+    (AdaMraConfig, AdaMraModel, (AutoModel,)),
+    (AdaMraConfig, AdaMraForSequenceClassification, (AutoModelForSequenceClassification,)),
+    (LraConfig, LraModel, (AutoModel,)),
+    (LraConfig, LraForSequenceClassification, (AutoModelForSequenceClassification,)),
+    (MraImageConfig, MraForImageClassification, (AutoModelForImageClassification,)),
 )
 
 
 def register() -> None:
     """Register config, models, tokenizer and attention names. Called by `import mra_hf`."""
-    heads = tuple(
-        (MraConfig, auto_class, head.model_class)
-        for head in HEADS
-        for auto_class in head.auto_classes
-    )
-    for config_class, auto_class, model_class in heads + ENCODERS:
+    heads = tuple((MraConfig, head.model_class, head.auto_classes) for head in HEADS)
+    for config_class, model_class, auto_classes in heads + ENCODERS:
         # By class name "MraConfig" is taken by Transformers' own MRA, hence exist_ok.
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        auto_class.register(config_class, model_class, exist_ok=True)
+        for auto_class in auto_classes:
+            auto_class.register(config_class, model_class, exist_ok=True)
+        add_model_class(config_class, model_class, auto_classes)
     AutoTokenizer.register(MraConfig, fast_tokenizer_class=RobertaTokenizer, exist_ok=True)
     AttentionInterface.register("mra2", attention.mra2_attention_forward)
     AttentionInterface.register("mra2_s", attention.mra2_s_attention_forward)

@@ -1,6 +1,7 @@
 """The result computes what the source does, and the report names every tensor."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_full_budget_equals_the_source(source_type, head, tmp_path):
     file = load_file(tmp_path / "source" / "model.safetensors")
     assert_report_is_complete(report, file, tmp_path / "out")
     assert report.counts()["new"] == report.counts()["dropped"] == 0
+
+
+def test_bert_with_padding_on_the_left_is_another_model_and_the_readme_says_so(tmp_path):
+    source = make_source(tmp_path / "source", "bert")
+    convert(tmp_path / "source", tmp_path / "out")
+    inputs = random_inputs("bert", "ForMaskedLM", "left")
+    with pytest.raises(AssertionError):
+        assert_same_outputs(source, open_result(tmp_path / "out"), inputs, 1)
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert "re-expressed exactly as RoBERTa, with padding on the right" in readme
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering"])

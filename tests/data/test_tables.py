@@ -5,6 +5,7 @@ import json
 import lzma
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from mra_hf.data import classification as data
 from mra_hf.data.tables import read_table
@@ -173,3 +174,96 @@ def test_labels_lose_blanks_and_headers_name_a_column_once(tmp_path):
     file = write(tmp_path / "b.tsv", "text\ttext\tlabel\na\tb\tc\n")
     with pytest.raises(ValueError, match="line 1: two columns have one name"):
         list(read_table(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"premise,hypothesis,label\ra,b,entailment\rc,d,neutral\r"),
+        ("a.tsv", b"text\tlabel\rone\tpos\rtwo\tneg"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\r{"text": "b", "label": 0}\r'),
+        ("a.csv.gz", gzip.compress(b"text,label\rone,pos\rtwo,neg\r")),
+    ],
+)
+def test_lines_that_end_in_cr_only_are_named_with_the_remedy(tmp_path, name, content):
+    with pytest.raises(ValueError, match=r"lines end in CR only.*tr '\\r' '\\n'"):
+        list(read_table(write(tmp_path / name, content)))
+
+
+def test_a_cr_inside_a_row_is_named_or_read(tmp_path):
+    quoted = write(tmp_path / "a.csv", b'a,b\r\n"one\rtwo",2\r\n')
+    assert [row["b"] for _, row in read_table(quoted)] == ["2"]
+    with pytest.raises(ValueError, match=r"line 2: a carriage return \(CR\) stands inside"):
+        list(read_table(write(tmp_path / "b.csv", b"a,b\none\rtwo,2\n")))
+
+
+FAULTY = (
+    {"text": "a", "label": 0},
+    {"text": " ", "label": 1},
+    {"text": "b", "label": None},
+    {"text": "c", "label": 0.5},
+    [1],
+    {"text": "d", "label": 1},
+)
+
+
+def test_faulty_rows_are_left_out_and_counted_on_request(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in FAULTY) + "{cut off\n"
+    file = write(tmp_path / "a.jsonl", lines)
+    with pytest.raises(ValueError, match="line 2: column 'text' is empty"):
+        data.read_files([file], data.Columns())
+    part = data.read_files([file], data.Columns(), skip_faulty=True)
+    assert part.labels == [0, 1] and [number for _, number in part.origins] == [1, 6]
+    assert (part.without_text, part.without_label, part.faulty) == (1, 1, 3)
+    line = (
+        "Left out: 1 rows with an empty text, 1 rows without a label, 3 rows that cannot be read."
+    )
+    assert data.left_out({"train": part}) == line
+    short = write(tmp_path / "a.tsv", "text\tlabel\na\t0\nb\nc\t1\n")
+    part = data.read_files([short], data.Columns(), skip_faulty=True)
+    assert part.labels == ["0", "1"] and part.faulty == 1
+
+
+def labelled(path, labels):
+    return write(path, "".join(json.dumps({"text": "a", "label": x}) + "\n" for x in labels))
+
+
+def test_minus_one_beside_zero_to_n_is_said_and_left_out_on_request(tmp_path):
+    for kind in (int, str):
+        file = labelled(tmp_path / "snli.jsonl", [kind(x) for x in (0, 1, 2, -1, 0, -1)])
+        part = data.read_files([file], data.Columns())
+        assert data.label_names([part]) == ("-1", "0", "1", "2")
+        note = data.note_minus_one([part], ())
+        assert note.startswith("2 rows have the label -1 beside 0 to 2")
+        assert "--skip_faulty_rows true" in note
+        assert data.note_minus_one([part], ("-1", "0", "1", "2")) is None
+        part = data.read_files([file], data.Columns(), skip_faulty=True)
+        assert data.label_names([part]) == ("0", "1", "2") and part.without_label == 2
+        declared = {"skip_faulty": True, "declared": ("-1", "0", "1", "2")}
+        assert len(data.read_files([file], data.Columns(), **declared).labels) == 6
+
+
+@pytest.mark.parametrize("labels", [(-1, 1), (-1, 0), (0, 1), ("a", "-1"), (-1, 0, 2)])
+def test_minus_one_beside_other_labels_is_a_class(labels, tmp_path):
+    file = labelled(tmp_path / "a.jsonl", labels)
+    part = data.read_files([file], data.Columns(), skip_faulty=True)
+    assert part.labels == list(labels) and data.note_minus_one([part], ()) is None
+
+
+@pytest.mark.parametrize("declares", [False, True])
+def test_rows_of_a_named_data_set_without_text_or_label_are_left_out(declares, tmp_path):
+    rows = [{"question1": "a", "question2": "b", "label": row % 2} for row in range(6)]
+    rows[1]["question2"], rows[2]["question1"], rows[3]["label"] = "", None, -1
+    features = None
+    if declares:
+        features = Features(
+            {"question1": Value("string"), "question2": Value("string")}
+            | {"label": ClassLabel(names=["no", "yes"])}
+        )
+    (tmp_path / "qqp").mkdir()
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "qqp" / "train.parquet")
+    part = data.read_split(str(tmp_path / "qqp"), None, "train", data.Columns())
+    assert part.labels == (["no", "no", "yes"] if declares else [0, 0, 1])
+    assert (part.without_text, part.without_label, part.faulty) == (2, 1, 0)
+    given = data.read_split(str(tmp_path / "qqp"), None, "train", data.Columns(), ("-1", "0", "1"))
+    assert (given.without_label == 0) is not declares, "-1 is a class where --labels says so"

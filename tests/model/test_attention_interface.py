@@ -1,5 +1,9 @@
 """`attn_implementation="mra2"` on stock models: padding, refusals, settings, matrices, memory."""
 
+import copy
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -159,6 +163,8 @@ def test_vision_models_run():
     torch.testing.assert_close(model(pixels)[0], expected, atol=2e-5, rtol=0)
 
 
+SMALL = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+PICTURE = SMALL | {"num_hidden_layers": 1, "image_size": 32, "patch_size": 4}
 REFUSED = {
     "DeBERTa-v2": lambda: transformers.DebertaV2Config(**TEXT),
     "MPNet": lambda: transformers.MPNetConfig(**TEXT),
@@ -177,6 +183,10 @@ REFUSED = {
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
         image_size=32, patch_size=8, use_relative_position_bias=True,
     ),
+    "causal tower": lambda: transformers.CLIPTextConfig(**TEXT),
+    "two towers": lambda: transformers.CLIPConfig(text_config=TEXT, vision_config=PICTURE),
+    "expanded mask": lambda: transformers.LayoutLMConfig(**TEXT),
+    "expanded mask of MarkupLM": lambda: transformers.MarkupLMConfig(**TEXT),
     "encoder-decoder": lambda: transformers.BartConfig(
         vocab_size=100, d_model=32, encoder_layers=1, decoder_layers=1,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
@@ -192,6 +202,87 @@ def test_models_that_would_ignore_or_misuse_it_are_refused(kind):
     with pytest.raises(ValueError, match="MPNetModel.*RoBERTa" if kind == "MPNet" else "mra2"):
         set_attention(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_model_with_a_causal_tower_names_the_tower_that_can_be_switched():
+    model = AutoModel.from_config(REFUSED["two towers"]()).eval()
+    towers = model.text_model, model.vision_model
+    before = [tower.config.to_dict() for tower in towers]
+    with pytest.raises(
+        ValueError, match=r"text_model.*causally.*set_attention\(model\.vision_model"
+    ):
+        set_attention(model, block_per_row=2)
+    assert [tower.config.to_dict() for tower in towers] == before
+    set_attention(model.vision_model, block_per_row=2)
+    inputs = {"input_ids": torch.randint(5, 99, (1, 20)), "pixel_values": torch.rand(1, 3, 32, 32)}
+    model(**inputs)
+    names = [tower.config._attn_implementation for tower in towers]
+    assert names == ["sdpa", "mra2"]
+    text = {name: TEXT[name] for name in TEXT if name != "type_vocab_size"}
+    both = transformers.SiglipConfig(text_config=text, vision_config=PICTURE)
+    set_attention(AutoModel.from_config(both).eval())(**inputs)
+
+
+def test_a_head_on_an_encoder_that_expands_its_mask_is_refused_by_the_part():
+    model = transformers.LayoutLMForMaskedLM(REFUSED["expanded mask"]())
+    with pytest.raises(ValueError, match=r"in its layoutlm, expands its padding mask.*sdpa"):
+        set_attention(model)
+
+
+class Adapted(torch.nn.Module):
+    """What PEFT puts around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def get_base_model(self):
+        return self.inner
+
+
+def test_a_wrapper_is_refused_with_the_call_to_make():
+    model = RobertaModel(roberta_config())
+    wrappers = {
+        r"set_attention\(model\.get_base_model\(\), ": Adapted(model),
+        r"set_attention\(model\.module, ": torch.nn.DataParallel(model),
+        r"set_attention\(model\._orig_mod, ": torch.compile(model),
+        r'set_attention\(model\.get_submodule\("0"\), ': torch.nn.Sequential(model),
+    }
+    for message, wrapper in wrappers.items():
+        with pytest.raises(ValueError, match=message):
+            set_attention(wrapper)
+    assert model.config._attn_implementation == "sdpa"
+    set_attention(Adapted(model).get_base_model())
+
+
+def test_arguments_of_longformer_are_refused():
+    ids = torch.randint(5, 99, (1, 40))
+    globally = torch.zeros_like(ids)
+    for model in (MraForMaskedLM(mra_config()), set_attention(RobertaModel(roberta_config()))):
+        with pytest.raises(
+            ValueError, match=r"global_attention_mask.*initial_prior_first_n_blocks"
+        ):
+            model.eval()(ids, global_attention_mask=globally)
+
+
+LOAD_AND_RUN = """
+import sys, torch
+model, ids, expected = torch.load(sys.argv[1], weights_only=False)
+assert "mra_hf" in sys.modules
+torch.testing.assert_close(model(ids)[0], expected)
+"""
+
+
+def test_a_stock_model_runs_in_a_process_that_unpickles_it(tmp_path):
+    """What spawned workers and `torch.load` do, without `import mra_hf`; a part, too."""
+    model = set_attention(peaked(RobertaModel(roberta_config())), impl="torch", block_per_row=1)
+    ids = torch.randint(5, 99, (1, 200))
+    kept = copy.deepcopy(model)
+    assert kept.encoder.layer[0].attention.self.mra_impl.value == "torch"
+    with torch.no_grad():
+        assert torch.equal(kept(ids)[0], model(ids)[0])
+        torch.save((model, ids, model(ids)[0]), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-c", LOAD_AND_RUN, str(tmp_path / "model.pt")], check=True)
 
 
 def test_a_causal_model_is_refused_at_its_first_forward():

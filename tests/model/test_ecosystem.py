@@ -14,6 +14,12 @@ from transformers import (
 )
 
 from mra_hf import (
+    AdaMraConfig,
+    AdaMraModel,
+    LraConfig,
+    LraForSequenceClassification,
+    LraModel,
+    MraForCandidateChoice,
     MraForMaskedLM,
     MraForSequenceClassification,
     MraForTokenClassification,
@@ -166,3 +172,73 @@ def test_exporting_a_model_keeps_batch_and_length_dynamic(is_stock):
             other = {name: x.repeat(3, 1) for name, x in other.items()}
         expected = model(**other)[0]
         torch.testing.assert_close(program(**other)[0], expected, atol=1e-5, rtol=0)
+
+
+class FirstOutput(torch.nn.Module):
+    """A model as `torch.jit.trace` takes it: tensors in, one tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.model(**inputs, return_dict=False)[0]
+
+
+def traceable_models():
+    stock = RobertaModel(roberta_config(), add_pooling_layer=False)
+    sizes = {"vocab_size": 100, "max_position_embeddings": 256}
+    return {
+        "mra_hf": MraModel(mra_config(block_per_row=1), add_pooling_layer=False),
+        "biased": MraForSequenceClassification(mra_config(block_per_row=1, distance_bias_window=1)),
+        "stock": set_attention(stock, block_per_row=1),
+        "adamra": AdaMraModel(AdaMraConfig(**sizes)),
+        "lra": LraForSequenceClassification(LraConfig(**sizes, block_per_row=1)),
+    }
+
+
+@pytest.mark.parametrize("name", traceable_models())
+@pytest.mark.parametrize("example", [20, 250])
+def test_a_model_traced_at_one_length_is_right_at_others(name, example):
+    net = FirstOutput(traceable_models()[name]).eval()
+    with torch.no_grad():
+        for key, parameter in net.named_parameters():
+            if "query" in key or "key" in key:
+                parameter.mul_(30)
+        batch = padded_batch(batch=1, length=example)
+        traced = torch.jit.trace(net, tuple(batch.values()), check_trace=False)
+        for length in (33, 100, 256):
+            other = padded_batch(length=length, batch=2).values()
+            torch.testing.assert_close(traced(*other), net(*other), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["nystromformer", "longformer"])
+def test_layers_that_pad_to_their_own_lengths_refuse_tracing(attention):
+    config = LraConfig(vocab_size=100, max_position_embeddings=256, attention=attention)
+    net = FirstOutput(LraModel(config)).eval()
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace would fix this attention"):
+        torch.jit.trace(net, tuple(padded_batch(batch=1).values()), check_trace=False)
+
+
+def test_candidates_in_chunks_are_read_by_a_graph_traced_on_one_chunk():
+    model = MraForCandidateChoice(mra_config()).eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, spans, mask):
+            return self.model(input_ids, spans, mask, return_dict=False)[0]
+
+    def inputs(chunks):
+        ids = torch.randint(5, 99, (2, chunks, 64))
+        spans = torch.tensor([[3, 9], [10, 20]]).expand(2, chunks, 2, 2).clone()
+        return ids, spans, torch.ones_like(ids)
+
+    net = Logits().eval()
+    traced = torch.jit.trace(net, inputs(1), check_trace=False)
+    for chunks in (1, 3):
+        given = inputs(chunks)
+        torch.testing.assert_close(traced(*given), net(*given), atol=1e-5, rtol=1e-5)

@@ -200,6 +200,37 @@ def test_the_longest_sequence_runs_and_one_more_token_is_a_clear_error():
     assert all(f in str(error.value) for f in ("input_ids", "truncation=True", "mra-hf convert"))
 
 
+@pytest.mark.parametrize(
+    ("name", "ids", "words"),
+    [
+        (
+            "token_type_ids",
+            torch.tensor([[0, 1, 0]]),
+            "between 0 and 0.*got 1; leave token_type_ids",
+        ),
+        ("token_type_ids", torch.tensor([[-1, 0, 0]]), "between 0 and 0.*got -1"),
+        ("position_ids", torch.tensor([[2, 3, 258]]), "between 0 and 257.*got 258.*mra-hf convert"),
+    ],
+)
+def test_ids_beyond_a_table_are_named(name, ids, words):
+    model = mra_hf.MraModel(mra_config()).eval()
+    with pytest.raises(ValueError, match=f"{name} must lie {words}"):
+        model(torch.tensor([[5, 6, 7]]), **{name: ids})
+
+
+def test_ids_are_not_read_where_a_graph_is_made():
+    """Reading a value would break the graph, and on a GPU wait for the device."""
+    model = mra_hf.MraModel(mra_config(block_per_row=1), add_pooling_layer=False).eval()
+    ids = torch.randint(5, 99, (2, 40))
+    inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+    inputs["position_ids"] = torch.arange(2, 42).expand(2, -1).clone()
+    expected = model(**inputs)[0]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs)[0], expected)
+    program = torch.export.export(model, (), inputs).module()
+    torch.testing.assert_close(program(**inputs)[0], expected, atol=1e-5, rtol=0)
+
+
 def test_an_empty_sequence_is_a_clear_error():
     with pytest.raises(ValueError, match="at least one token"):
         mra_hf.MraModel(mra_config())(torch.zeros(1, 0, dtype=torch.long))

@@ -51,7 +51,7 @@ OPERATOR_IMPORTS = {
 FAMILY_LAYERS = (
     {
         *("configuration", "distance_bias", "attention", "modeling", "candidate_choice"),
-        *("sparse_prediction", "loading", "english"),
+        *("sparse_prediction", "loading", "english", "remote_code"),
     },
     {"baselines", "encoders", "evaluation", "data"},
     {"training", "conversion", "analysis", "results", "registration", ""},

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, RobertaModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizerFast,
+    RobertaModel,
+)
 
 import mra_hf
 from files import read_csv, read_json, write_json_lines
 from mra_hf.commands import main
 from mra_hf.evaluation.metrics import load_metric
+from mra_hf.loading import leave_out_token_types
 from mra_hf.training import runs
 from tiny_models import mra_config, roberta_config, word_tokenizer
 
@@ -274,6 +280,35 @@ def test_a_faulty_row_stops_a_run_before_it_begins(refused):
     text = Path("dev.json").read_text()
     Path("dev.json").write_text(text[: len(text) // 2])
     assert "dev.json, line" in refused(*command("wikihop"))
+
+
+def test_rows_left_out_are_counted_in_the_results():
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    lines[4]["sentence2"], lines[5]["gold_label"] = " ", ""
+    write_json_lines("train.jsonl", lines)
+    results = run("mnli", skip_faulty_rows=True, max_steps=1)
+    assert (results["rows_without_text"], results["rows_without_label"]) == (1, 1)
+    assert results["data"]["train_rows"] == 28
+
+
+def test_token_types_are_left_out_where_the_model_has_one():
+    """BERT's tokenizer on a RoBERTa, as KLUE-RoBERTa comes; converted or not."""
+    words = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(5, 100))]
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    assert max(tokenizer("w5", "w6")["token_type_ids"]) == 1
+    tokenizer.save_pretrained("base")
+    run("mnli", max_steps=1)
+    saved = AutoTokenizer.from_pretrained("run")
+    assert set(saved("w5", "w6")) == {"input_ids", "attention_mask"}
+
+
+def test_token_types_beyond_the_models_are_refused():
+    tokenizer = word_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert not leave_out_token_types(tokenizer, 1), "all of one type"
+    assert "token_type_ids" in tokenizer.model_input_names
+    with pytest.raises(ValueError, match=r"token types up to 2, but type_vocab_size .* is 2"):
+        leave_out_token_types(lambda *texts: {"token_type_ids": [0, 2]}, 2)
 
 
 def test_another_type_of_checkpoint_is_refused_with_the_way_out(refused):

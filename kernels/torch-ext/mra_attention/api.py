@@ -22,6 +22,7 @@ from .checks import (
     check_settings,
     check_tensors,
     refuse_distance_bias,
+    refuse_tracing,
     to_token_mask,
 )
 from .implementations import FAST, IMPLEMENTATIONS, resolve_impl
@@ -115,6 +116,7 @@ def mra2_attention(
         return _traceable_attention(*tensors, selection, bias, settings, arguments)
     match resolve_impl(impl, query, block_size):
         case "reference":
+            refuse_tracing('impl="reference"', 'use impl="auto"')
             blocks = _reference_blocks(query, key, token_mask, selection, bias, settings)
             return _reference_attention(*tensors, blocks, bias, arguments)
         case fast:
@@ -187,6 +189,7 @@ def multiresolution_attention(
         settings |= {"distance_bias": distance_bias, "impl": impl}
         return mra2_attention(query, key, value, attention_mask, **settings)
     refuse_distance_bias(distance_bias, resolutions)
+    refuse_tracing(f"resolutions={list(resolutions)}", "use two scales that end in 1")
     query, key, value = check_tensors(query, key, value)
     scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
@@ -262,6 +265,7 @@ def mra2_attention_matrix(
     Raises:
         ValueError: as `mra2_attention`.
     """
+    refuse_tracing("the matrix", "leave output_attentions off")
     query, key, _ = check_tensors(query, key, key)
     budgets = (block_per_row, block_budget)
     priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
@@ -312,6 +316,7 @@ def multiresolution_attention_matrix(
         settings |= {"distance_bias": distance_bias}
         return mra2_attention_matrix(query, key, attention_mask, **settings)
     refuse_distance_bias(distance_bias, resolutions)
+    refuse_tracing("the matrix", "leave output_attentions off")
     query, key, _ = check_tensors(query, key, key)
     scheme = check_scheme(query, resolutions, block_budgets, **settings)
     token_mask = to_token_mask(attention_mask, query)
@@ -339,6 +344,9 @@ def _bias_by_distance(
     bias = check_distance_bias(distance_bias, query)
     if bias is None or is_exporting():
         return bias
+    if torch.jit.is_tracing():  # the next length may have other distances
+        distances = torch.arange(count_blocks(query.shape[2], block_size), device=bias.device)
+        return bias[:, distances.clamp(max=bias.shape[1] - 1)]
     # Not by an index: its gradient would be summed by atomics on a GPU.
     missing = count_blocks(query.shape[2], block_size) - bias.shape[1]
     if missing <= 0:
@@ -364,11 +372,14 @@ def _fast_attention(
         if largest_budget is None:
             largest_budget = n_blocks * settings["block_per_row"]
         blocks = None  # every live pair, whatever the values
-        if largest_budget < n_blocks**2:
+        # A traced graph is run at other lengths, too, so that it always has to choose.
+        is_traced = torch.jit.is_tracing()
+        if is_traced or largest_budget < n_blocks**2:
             selection_bias = None if bias is None else bias.detach()
             blocks = ops.mra2_select(
                 *detached[:2], token_mask, **settings, **shared, distance_bias=selection_bias
             )
+        largest_budget = None if is_traced else largest_budget
     arguments = arguments | shared | {"largest_budget": largest_budget, "distance_bias": bias}
     output, _ = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)
     return output.to(query.dtype)

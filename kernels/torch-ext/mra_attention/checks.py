@@ -110,6 +110,15 @@ def to_token_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor | None
     return attention_mask.bool()
 
 
+def refuse_tracing(what: str, remedy: str) -> None:
+    """Raise a `ValueError` while `torch.jit.trace` runs."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            f"torch.jit.trace would fix {what} to the length of its example, and the graph would "
+            f"be wrong at others: {remedy}, or use torch.export or torch.compile."
+        )
+
+
 def check_distance_bias(distance_bias: Tensor | None, query: Tensor) -> Tensor | None:
     """Check the bias of block distances and return it in the compute dtype. No value is read."""
     if distance_bias is None:

@@ -37,10 +37,12 @@ from mra_hf.conversion.sources import (
 )
 from mra_hf.conversion.tensors import (
     NewState,
+    check_range,
     new_state,
     position_period,
     untie_where_different,
 )
+from mra_hf.conversion.tokenizers import prepare_tokenizer, save_tokenizer
 from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation import read_texts
 from mra_hf.modeling import Head
@@ -256,7 +258,7 @@ def _result_config(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[MraConfig, list[str]]:
-    """The result's config, and notes; sets `model_max_length` of the tokenizer."""
+    """The result's config, and notes; prepares the tokenizer."""
     notes: list[str] = []
     settings = _result_settings(source, changes, max_length, notes)
     fields = {
@@ -280,7 +282,7 @@ def _result_config(
             f"The tokenizer pads with id {tokenizer.pad_token_id}, the config says {pad_token_id}: "
             "set pad_token of the tokenizer before padding a batch."
         )
-    tokenizer.model_max_length = max_length
+    notes += prepare_tokenizer(tokenizer, max_length, source.config.type_vocab_size)
     rows = max_length + pad_token_id + 1
     config = MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict())
     for name in source.raw_config.keys() & CLASSIFIER_FIELDS:
@@ -350,6 +352,7 @@ def _build_result(
         if isinstance(source.config.dtype, torch.dtype):  # what Transformers opens it in
             dtypes.append(source.config.dtype)
         dtype = functools.reduce(torch.promote_types, dtypes)
+    check_range(state, dtype)
     model.to(dtype).load_state_dict(state.tensors, strict=True)
     return model.eval(), state
 
@@ -385,7 +388,7 @@ def _save(model, tokenizer, source: Source, folder: Path, output: Path) -> None:
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"OUT {output} could not be written: {error}.") from error
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     if source.modules is not None:
         write_modules(source.modules, folder, model.config.max_tokens)
 

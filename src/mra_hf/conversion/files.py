@@ -36,7 +36,7 @@ VOCABULARY_NAMES = (
     *("tokenizer.json", "vocab.txt", "vocab.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model"),
 )
-_SMALL_FILES = ["*.json", "*.txt", "*.model"]
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.codes"]
 #: Weights of the modules of sentence-transformers, in folders such as `2_Dense`.
 _MODULE_FILES = ["[0-9]*_*/model*.safetensors", "[0-9]*_*/pytorch_model*.bin"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -12,9 +12,9 @@ from transformers import (
 )
 
 from mra_hf.conversion.report import AgreementRow, ConversionReport, ScoreRow
-from mra_hf.conversion.sources import Source
+from mra_hf.conversion.sources import Source, source_key_mapping
 from mra_hf.evaluation import SourceStates, masked_token_scores
-from mra_hf.modeling import MraForMaskedLM, MraModel
+from mra_hf.modeling import BUILTIN_KEYS, MraForMaskedLM, MraModel
 
 #: Most tokens of a text that are scored, unless a single chunk is longer.
 SCORED_TOKENS = 32768
@@ -128,14 +128,20 @@ def open_source_encoder(source: Source) -> tuple[PreTrainedModel, str]:
 
 def _open(source: Source, auto_class, own_class) -> tuple[PreTrainedModel, str, set[str]]:
     """The source in evaluation mode, a name of its attention, and the weights it lacks."""
-    folder = source.location.folder
+    folder, key_mapping = source.location.folder, source_key_mapping(source)
     options = {"dtype": torch.float32, "output_loading_info": True}
     if source.type.attention is None:
         model, info = auto_class.from_pretrained(
-            folder, config=source.config, attn_implementation="sdpa", **options
+            folder,
+            key_mapping=key_mapping or None,
+            config=source.config,
+            attn_implementation="sdpa",
+            **options,
         )
         attention = "dense"
     else:  # in our classes: Transformers' own MRA attends to nothing on a CPU
-        model, info = own_class.from_pretrained(folder, **options)
+        model, info = own_class.from_pretrained(
+            folder, key_mapping={**key_mapping, **BUILTIN_KEYS}, **options
+        )
         attention = _MODE_NAMES[model.config.approx_mode]
     return model.eval(), attention, info["missing_keys"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -43,11 +44,19 @@ from mra_hf.conversion.sentence_encoders import (
     read_modules,
     tokenizer_folder,
 )
+from mra_hf.conversion.wrappers import (
+    refuse_other_weights,
+    refuse_quantisation,
+    wrapper_note,
+    wrapper_patterns,
+)
 from mra_hf.modeling import BERT_LM_HEAD_KEYS, GELU_NAMES, HEADS, Head
 
 #: Heads that are kept, by the ending of their class names.
 CONVERTED_HEADS = {head.ending: head for head in HEADS if head.auto_classes}
 
+#: Dtypes of weights that can be converted.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DECODERS = ("LMHeadModel", "ForCausalLM")
 
 
@@ -206,6 +215,7 @@ def read_source(source: str | os.PathLike[str]) -> Source:
 def _refuse_config(source: Source) -> None:
     """Raise a `ValueError` for decoders and for positions or activations unknown here."""
     raw_config, config = source.raw_config, source.config
+    refuse_quantisation(raw_config, source.label)
     architectures = raw_config.get("architectures") or []
     decoders = [name for name in architectures if name.endswith(_DECODERS)]
     decoders += [f"{n}=true" for n in ("is_decoder", "add_cross_attention") if raw_config.get(n)]
@@ -273,19 +283,45 @@ def read_source_weights(source: Source) -> SourceWeights:
 
     Raises:
         OSError, ValueError: as `read_weights`.
+        ValueError: quantised weights, an adapter, or values that are not finite.
     """
     tensors = read_weights(source.location.folder)
+    refuse_other_weights(tensors, source.label)
+    _refuse_damaged(tensors)
     prefix = source.type.weight_prefix
-    patterns = {**source.type.renamed_weights, rf"^{prefix}\.": "roberta."}
-    if not any(name.startswith(f"{prefix}.") for name in tensors):  # saved as a bare encoder
+    unwrapped = wrapper_patterns(tensors, prefix, source.label)
+    patterns = {**unwrapped, **source.type.renamed_weights, rf"^{prefix}\.": "roberta."}
+    if not any(_renamed(name, unwrapped).startswith(f"{prefix}.") for name in tensors):
+        # Saved as a bare encoder.
         patterns[r"^(?=(embeddings|encoder|pooler)\.)"] = "roberta."
     names: dict[str, str] = {}
     for source_name in tensors:
         name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", source_name))
-        for pattern, replacement in patterns.items():
-            name = re.sub(pattern, replacement, name)
-        names.setdefault(name, source_name)
+        names.setdefault(_renamed(name, patterns), source_name)
     return SourceWeights(tensors, names)
+
+
+def source_key_mapping(source: Source) -> dict[str, str]:
+    """Patterns -> replacements with which `from_pretrained` reads what wrappers have renamed."""
+    names = read_weights(source.location.folder)
+    return wrapper_patterns(names, source.type.weight_prefix, source.label)
+
+
+def _renamed(name: str, patterns: Mapping[str, str]) -> str:
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _refuse_damaged(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` for a tensor that holds NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
+            held = "NaN" if tensor.isnan().any() else "inf"
+            raise ValueError(
+                f"the tensor {name} of the source holds {held}; it is corrupt, or was saved in a "
+                "dtype that is too small for it (float16)."
+            )
 
 
 def find_head(source: Source, weights: SourceWeights, notes: list[str]) -> Head:
@@ -296,6 +332,7 @@ def find_head(source: Source, weights: SourceWeights, notes: list[str]) -> Head:
     Raises:
         ValueError: the head cannot be expressed by one of this package.
     """
+    notes += wrapper_note(weights.tensors, source.type.weight_prefix, source.label)
     head = _head_by_architecture(source)
     if head is None:
         head = _head_by_weights(source, weights)

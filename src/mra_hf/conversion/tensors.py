@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion.report import TensorRecord
-from mra_hf.conversion.sources import Source, SourceWeights
+from mra_hf.conversion.sources import FLOATS, Source, SourceWeights
 from mra_hf.modeling import MraForMaskedLM, MraModel
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WORDS = "roberta.embeddings.word_embeddings.weight"
 _POSITIONS = "roberta.embeddings.position_embeddings.weight"
 _DISTANCE_BIAS = ".distance_bias.weight"
@@ -144,6 +143,18 @@ def new_state(model: PreTrainedModel, source: Source, weights: SourceWeights) ->
     return NewState(tensors, records + dropped)
 
 
+def check_range(state: NewState, dtype: torch.dtype) -> None:
+    """Raise a `ValueError` for a tensor of the result that `dtype` cannot hold."""
+    for name, tensor in state.tensors.items():
+        if not tensor.to(dtype).isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the tensor {name} holds {tensor.abs().max():g}, beyond the largest {kind}, "
+                f"{torch.finfo(dtype).max:g}; pass dtype='bfloat16' (--dtype bfloat16), which "
+                "reaches as far as float32, or leave dtype out."
+            )
+
+
 def _origin(
     model: PreTrainedModel, roberta_name: str, weights: SourceWeights
 ) -> tuple[str | None, str]:
@@ -172,15 +183,13 @@ def _biases_differ(weights: SourceWeights) -> bool:
 
 
 def _check_tensor(source_name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    is_plain = tensor.layout == torch.strided and tensor.dtype in _FLOATS
+    is_plain = tensor.layout == torch.strided and tensor.dtype in FLOATS
     if tuple(tensor.shape) != shape or not is_plain:
         raise ValueError(
             f"the tensor {source_name} of the source is {tensor.dtype} {list(tensor.shape)}, "
             f"but its config.json asks for plain floating point {list(shape)}; "
             "the two do not belong together, or the weights are quantised."
         )
-    if tensor.isnan().any():
-        raise ValueError(f"the tensor {source_name} of the source holds NaN; it is corrupt.")
 
 
 def _tile(old_table: Tensor, source: Source, period: int, max_length: int) -> tuple[Tensor, str]:

@@ -1,7 +1,8 @@
 """Texts and pairs of texts with a label: MNLI and data of its form, from files or by name."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ KNOWN_LABELS = (
 
 #: The marks of rows whose annotators did not agree (MNLI, SNLI), or whose label is held back.
 NO_LABEL = ("-", -1)
+#: -1 as the name of a class.
+MINUS_ONE = "-1"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class LabelledTexts:
         origins: where each row comes from: a file or split, and the number of its line or row.
         label_names: the names of the labels, if the data set declares them.
         without_label: rows left out because they have no label.
+        without_text: rows left out because a text is empty.
+        faulty: rows left out because they cannot be read.
     """
 
     texts: list[tuple[str, ...]]
@@ -84,6 +89,8 @@ class LabelledTexts:
     origins: list[tuple[str, int]]
     label_names: tuple[str, ...] | None = None
     without_label: int = 0
+    without_text: int = 0
+    faulty: int = 0
 
     def select(self, rows: Sequence[int]) -> "LabelledTexts":
         """The rows of these indices."""
@@ -95,47 +102,106 @@ class LabelledTexts:
         )
 
 
-def read_files(files: Sequence[str], columns: Columns) -> LabelledTexts:
+def read_files(
+    files: Sequence[str],
+    columns: Columns,
+    *,
+    skip_faulty: bool = False,
+    declared: Sequence[str] = (),
+) -> LabelledTexts:
     """Read tables (see `mra_hf.data.tables.read_table`) one after another.
+
+    Args:
+        files: paths.
+        columns: which to read.
+        skip_faulty: leave faulty rows out and count them, also those with a label of -1 beside 0
+            to n, which is how data sets mark rows without one.
+        declared: labels that the user named, none of which marks a row without label.
 
     Raises:
         ValueError: a file that cannot be read, no such column, or a row with an empty text or no
             label; the message gives file and line.
     """
-    texts, labels, origins, without_label = [], [], [], 0
+    texts, labels, origins = [], [], []
+    count = Counter()
+
+    def skip(fault: str) -> None:
+        count["faulty"] += 1
+
     for file in files:
         present = None
-        for line, row in read_table(file):
+        for line, row in read_table(file, skip if skip_faulty else None):
             where = f"{file}, line {line}"
             if present is None:
                 present = columns.among(row, where)
             values = tuple(row.get(name) for name in present.texts)
-            for name, value in zip(present.texts, values, strict=True):
-                if not isinstance(value, str) or not value.strip():
-                    raise ValueError(f"{where}: column {name!r} is empty or no text.")
             label = row.get(present.label)
             label = label.strip() if isinstance(label, str) else label
-            if label is None or label == "":
-                raise ValueError(f"{where}: column {present.label!r} is empty.")
-            if isinstance(label, (float, list, dict)):
-                raise ValueError(
-                    f"{where}: column {present.label!r} must be a class, a text or an integer, "
-                    f"got {label!r}."
-                )
-            if label == "-":  # MNLI's mark of pairs that its annotators did not agree on
-                without_label += 1
+            kind, fault = _fault_of(present, values, label)
+            if fault and not skip_faulty:
+                raise ValueError(f"{where}: {fault}")
+            if fault or label == "-":  # MNLI's mark of pairs that its annotators did not agree on
+                count[kind or "without_label"] += 1
                 continue
             texts.append(values)
             labels.append(label)
             origins.append((f"{file}, line", line))
-    return LabelledTexts(texts, labels, origins, None, without_label)
+    rows = LabelledTexts(texts, labels, origins, None, **count)
+    if skip_faulty and MINUS_ONE not in declared and _marks_missing(labels):
+        named = [index for index, label in enumerate(labels) if str(label) != MINUS_ONE]
+        count["without_label"] += len(labels) - len(named)
+        rows = replace(rows.select(named), **count)
+    return rows
 
 
-def read_split(name: str, config_name: str | None, split: str, columns: Columns) -> LabelledTexts:
-    """Read a split of a data set by its name ("nyu-mll/multi_nli", or "glue" with "mnli").
+def _fault_of(columns: Columns, values: tuple, label: Any) -> tuple[str | None, str]:
+    """Under what a row of a file is counted if it is left out, and what is wrong with it."""
+    for name, value in zip(columns.texts, values, strict=True):
+        if not isinstance(value, str) or not value.strip():
+            return "without_text", f"column {name!r} is empty or no text."
+    if label is None or label == "":
+        return "without_label", f"column {columns.label!r} is empty."
+    if isinstance(label, (float, list, dict)):
+        return "faulty", (
+            f"column {columns.label!r} must be a class, a text or an integer, got {label!r}."
+        )
+    return None, ""
+
+
+def _marks_missing(labels: Iterable[Any]) -> bool:
+    """Whether the labels are the numbers 0 to n, n at least 1, and -1 beside them."""
+    names = {str(label) for label in labels}
+    others = names - {MINUS_ONE}
+    is_range = len(others) > 1 and others == {str(number) for number in range(len(others))}
+    return MINUS_ONE in names and is_range
+
+
+def note_minus_one(sets: Iterable[LabelledTexts], declared: Sequence[str]) -> str | None:
+    """A sentence on rows of files with the label -1 beside 0 to n; None where there are none."""
+    labels = [label for texts in sets for label in texts.labels]
+    if MINUS_ONE in declared or not _marks_missing(labels):
+        return None
+    count = sum(str(label) == MINUS_ONE for label in labels)
+    return (
+        f"{count} rows have the label -1 beside 0 to {len(set(map(str, labels))) - 2}, which makes "
+        "it a class of its own. Where it marks rows without a label, as in data sets of the hub, "
+        "pass --skip_faulty_rows true to leave them out."
+    )
+
+
+def read_split(
+    name: str,
+    config_name: str | None,
+    split: str,
+    columns: Columns,
+    declared: Sequence[str] = (),
+) -> LabelledTexts:
+    """Read a split of a data set by its name ("nyu-mll/multi_nli", or "glue" with "mnli"). Rows
+    without a label (-1, unless it is among the `declared` ones) or with an empty text are left out
+    and counted.
 
     Raises:
-        ValueError: no such split or column, or an empty text.
+        ValueError: no such split or column.
     """
     with fetching(name):
         data = load_dataset(name, config_name, split=split)
@@ -143,19 +209,33 @@ def read_split(name: str, config_name: str | None, split: str, columns: Columns)
     columns = columns.among(data.column_names, where)
     feature = data.features[columns.label]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    texts, labels, origins, without_label = [], [], [], 0
+    is_class = names is None and MINUS_ONE in declared
+    no_label = (None, "-") if is_class else (None, *NO_LABEL)
+    texts, labels, origins = [], [], []
+    count = Counter()
     for number, row in enumerate(data.select_columns([*columns.texts, columns.label])):
         values = tuple(row[column] for column in columns.texts)
-        if not all(isinstance(value, str) and value.strip() for value in values):
-            raise ValueError(f"{where}, row {number}: a text is empty.")
         label = row[columns.label]
-        if label in NO_LABEL:
-            without_label += 1
-            continue
-        texts.append(values)
-        labels.append(names[label] if names else label)
-        origins.append((f"{where}, row", number))
-    return LabelledTexts(texts, labels, origins, names, without_label)
+        if label in no_label:
+            count["without_label"] += 1
+        elif not all(isinstance(value, str) and value.strip() for value in values):
+            count["without_text"] += 1
+        else:
+            texts.append(values)
+            labels.append(names[label] if names else label)
+            origins.append((f"{where}, row", number))
+    return LabelledTexts(texts, labels, origins, names, **count)
+
+
+def left_out(sets: Mapping[str, LabelledTexts]) -> str | None:
+    """A line on the rows of all sets that were left out; None if there are none."""
+    sums = {
+        "with an empty text": sum(rows.without_text for rows in sets.values()),
+        "without a label": sum(rows.without_label for rows in sets.values()),
+        "that cannot be read": sum(rows.faulty for rows in sets.values()),
+    }
+    parts = [f"{count} rows {what}" for what, count in sums.items() if count]
+    return f"Left out: {', '.join(parts)}." if parts else None
 
 
 def label_names(sets: Iterable[LabelledTexts]) -> tuple[str, ...]:

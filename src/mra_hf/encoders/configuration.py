@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from mra_attention.checks import SELECTION_RULES, check_choice, check_int
 from mra_hf.encoders.methods import ARENA_ATTENTIONS, METHODS
 from mra_hf.encoders.prenorm import NO_PREDICTIONS
+from mra_hf.remote_code import OwnConfig
 
 FEATURE_MAPS = ("relu", "elu1", "softmax")
 ROUTINGS = ("learned", "random", "soft")
@@ -15,7 +16,7 @@ ROUTER_GATES = ("straight_through", "prob", "none")
 POOLINGS = ("mean", "mean_over_all")
 
 
-class SmallEncoderConfig(PreTrainedConfig):
+class SmallEncoderConfig(OwnConfig, PreTrainedConfig):
     """Base class: the sizes that all small encoders have. Subclasses extend `check`."""
 
     hidden_size: int = 64

@@ -13,6 +13,7 @@ from transformers import LongformerConfig, NystromformerConfig, PreTrainedConfig
 
 from mra_attention import mra2_attention
 from mra_attention.blocks import compute_dtype, count_blocks
+from mra_attention.checks import refuse_tracing
 from mra_hf.baselines.kernelized import linear, linformer, orthogonal_directions, performer
 
 
@@ -224,6 +225,7 @@ def _padded(
     hidden_states: Tensor, token_mask: Tensor | None, multiple: int
 ) -> tuple[Tensor, Tensor]:
     """States and mask, padded to a multiple of so many tokens."""
+    refuse_tracing("this attention", "take another one")
     batch, length, _ = hidden_states.shape
     if token_mask is None:
         token_mask = hidden_states.new_ones((batch, length), dtype=torch.bool)

@@ -14,6 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from mra_hf.remote_code import OwnCode, check_config_class
+
 
 @dataclass
 class EncoderOutput(ModelOutput):
@@ -245,7 +247,7 @@ def initialise(module: nn.Module, std: float) -> None:
         nn.init.zeros_(module.bias)
 
 
-class PreNormPreTrainedModel(PreTrainedModel):
+class PreNormPreTrainedModel(OwnCode, PreTrainedModel):
     """Base class of all models around the encoder: initial weights, and the token table.
 
     A module with parameters of its own initialises them in `reset_own_parameters`.
@@ -254,6 +256,10 @@ class PreNormPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The losses are means over a batch, see MraPreTrainedMixin.
     accepts_loss_kwargs = False
+
+    def __init__(self, config: PreTrainedConfig):
+        check_config_class(config, type(self).config_class)
+        super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config.initializer_range)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,13 @@ from mra_hf.data import classification as data
 from mra_hf.data.samples import check_amounts, sample_rows
 from mra_hf.distance_bias import budget_for_a_global_block
 from mra_hf.evaluation.metrics import load_metric
-from mra_hf.loading import check_length, load_model, override, read_config
+from mra_hf.loading import (
+    check_length,
+    leave_out_token_types,
+    load_model,
+    override,
+    read_config,
+)
 from mra_hf.sparse_prediction import cross_entropy
 from mra_hf.training import runs
 from mra_hf.training.runs import option
@@ -63,6 +69,11 @@ class ClassificationDataArguments:
     labels: list[str] | None = option(
         None, "all labels in their order; not set: taken from the data"
     )
+    skip_faulty_rows: bool = option(
+        False,
+        "leave rows of files out, counted, that have an empty text, no label (or -1 beside 0 to n) "
+        "or cannot be read, in place of an error",
+    )
     max_seq_length: int = option(512, "longer texts and pairs are cut to so many tokens")
     pad_to_max_length: bool = option(False, "pad every batch to max_seq_length, not to its longest")
     preprocessing_num_workers: int | None = option(None, "processes that tokenise; not set: one")
@@ -99,7 +110,16 @@ def run_classification(
     settings = (model_args, data_args, stopping_args, training_args)
     experiment = runs.Experiment("classification", "text", *settings)
     tokenizer = model_args.load_tokenizer()
+    config = read_config(model_args.model_name_or_path)
+    if leave_out_token_types(tokenizer, getattr(config, "type_vocab_size", None)):
+        logger.warning(
+            "The tokenizer's token types are left out: the model has one type only "
+            "(type_vocab_size 1)."
+        )
     texts = _read_texts(data_args, training_args)
+    for note in (data.left_out(texts), data.note_minus_one(texts.values(), data_args.labels or ())):
+        if note:
+            logger.warning(note)
     trained_labels = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
     names = _label_names(data_args, texts, trained_labels)
     sets = _tokenise(data_args, training_args, tokenizer, names, texts)
@@ -151,6 +171,8 @@ def run_classification(
         "paper_row": model_args.paper_row,
         "labels": list(names),
         "rows_without_label": sum(each.without_label for each in texts.values()),
+        "rows_without_text": sum(each.without_text for each in texts.values()),
+        "faulty_rows": sum(each.faulty for each in texts.values()),
         "majority": {name: _majority(rows) for name, rows in sets.items()},
     }
     return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
@@ -269,20 +291,22 @@ def _read_texts(
     Training files are read for an evaluation too: its rows may be held out of them.
     """
     columns = data.Columns(tuple(data_args.text_columns or ()), data_args.label_column)
+    declared = data_args.labels or ()
+    of_files = {"skip_faulty": data_args.skip_faulty_rows, "declared": declared}
     texts = {}
     if data_args.dataset_name:
         dataset = (data_args.dataset_name, data_args.dataset_config_name)
         if training_args.do_train:
-            texts[_TRAIN] = data.read_split(*dataset, data_args.train_split, columns)
+            texts[_TRAIN] = data.read_split(*dataset, data_args.train_split, columns, declared)
         if _evaluates(training_args):
             for split in data_args.validation_split:
-                texts[data.set_name(split)] = data.read_split(*dataset, split, columns)
+                texts[data.set_name(split)] = data.read_split(*dataset, split, columns, declared)
         return texts
     if data_args.train_file:
-        texts[_TRAIN] = data.read_files(data_args.train_file, columns)
+        texts[_TRAIN] = data.read_files(data_args.train_file, columns, **of_files)
     if _evaluates(training_args):
         for file in data_args.validation_file or ():
-            texts[data.set_name(file)] = data.read_files([file], columns)
+            texts[data.set_name(file)] = data.read_files([file], columns, **of_files)
     count = data_args.held_out_rows
     if count is not None:
         rows = texts[_TRAIN]
@@ -291,7 +315,14 @@ def _read_texts(
             raise ValueError(
                 f"held_out_rows must leave rows to train on, got {count} of {len(order)}."
             )
-        texts = {_TRAIN: rows.select(order[count:]), "held_out": rows.select(order[:count])}
+        kept = rows.select(order[count:])
+        kept = replace(
+            kept,
+            without_label=rows.without_label,
+            without_text=rows.without_text,
+            faulty=rows.faulty,
+        )
+        texts = {_TRAIN: kept, "held_out": rows.select(order[:count])}
     return texts
 
 
