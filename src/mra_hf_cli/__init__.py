@@ -53,6 +53,7 @@ def command_of(argv: Sequence[str]) -> str:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", metavar="COMMAND", help="what to do; see below")
+    parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"mra_hf {__version__}")
     if not argv:
         parser.error("name a command; mra-hf --help lists them.")

@@ -13,3 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mra_hf.commands import main as run
 
     return run(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -40,6 +40,7 @@ def parser_of(name: str) -> CommandParser:
     ("arguments", "status", "said"),
     [
         (["--help"], 0, "run-classification"),
+        (["--help-all"], 0, "run-classification"),
         (["--version"], 0, mra_hf.__version__),
         (["run-mlmm"], 2, "did you mean run-mlm?"),
         (["fly"], 2, "there is no command 'fly'; mra-hf --help lists them"),

@@ -43,10 +43,8 @@ class CommandParser(HfArgumentParser):
         if kinds:
             settings["usage"] = "%(prog)s [FILE.yaml] [--OPTION VALUE ...]"
         super().__init__(kinds, formatter_class=_HelpFormatter, **settings)
-        if kinds:
-            self.add_argument(
-                "--help-all", action=_HelpAll, help="show every option of Trainer too, and exit"
-            )
+        more = "show every option of Trainer too, and exit" if kinds else argparse.SUPPRESS
+        self.add_argument("--help-all", action=_HelpAll, help=more)
 
     def format_help(self, everything: bool = False) -> str:
         """The help text, with all options of `TrainingArguments` if `everything`."""
