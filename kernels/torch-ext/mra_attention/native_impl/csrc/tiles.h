@@ -36,22 +36,15 @@ MRA_INLINE void store_tile(void* to, long stride) {
 // C += A B, with two terms in each word of A and B.
 template <int kC, int kA, int kB>
 MRA_INLINE void multiply_tiles() {
-  auto number = [](uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-  };
-  for (int m = 0; m < 16; m++)
+  for (int m = 0; m < 16; m++) {
+    auto* sums = reinterpret_cast<float*>(emulated[kC].rows[m]);
     for (int k = 0; k < 16; k++) {
-      uint32_t a = emulated[kA].rows[m][k];
-      for (int n = 0; n < 16; n++) {
-        uint32_t b = emulated[kB].rows[k][n];
-        float sum = number(emulated[kC].rows[m][n]);
-        sum += number(a << 16) * number(b << 16);
-        sum += number(a & 0xffff0000) * number(b & 0xffff0000);
-        memcpy(&emulated[kC].rows[m][n], &sum, 4);
-      }
+      Words a = Words{} + emulated[kA].rows[m][k];
+      Words b = *reinterpret_cast<const Words*>(emulated[kB].rows[k]);
+      Vector sum = load(sums) + (Vector)(a << 16) * (Vector)(b << 16);
+      store(sums, sum + (Vector)(a & 0xffff0000) * (Vector)(b & 0xffff0000));
     }
+  }
 }
 #else
 // All eight tiles are 16 rows of 64 bytes. Other code of the thread may have set them up in its own
