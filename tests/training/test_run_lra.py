@@ -102,7 +102,7 @@ def test_several_attentions_get_a_score(tmp_path, capsys):
     for seed in (1, 2):
         run(tmp_path / "runs" / f"linear-{seed}", "--attention", "linear", "--seed", str(seed))
     table = smat_table(find_runs([tmp_path / "runs"]))
-    assert "| mra2 | 1 |" in table and "| linear | 3 |" in table
+    assert "| MRA-2 | 1 |" in table and "| linear attention | 3 |" in table
     other = TASK.replace("max_length=60", "max_length=80")
     run(tmp_path / "runs" / "longer", "--attention", "linear", "--task_settings", other)
     assert smat_table(find_runs([tmp_path / "runs"])) == table, "of other data: not compared"
