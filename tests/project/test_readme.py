@@ -74,12 +74,19 @@ def test_a_block_runs_alone(block, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1], ids=["tokens", "answers"])
-def test_a_block_of_the_guide_to_other_heads_runs_alone(number, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [
+        pytest.param(0, "runs/*/model.safetensors", id="tokens"),
+        pytest.param(1, "runs/*/model.safetensors", id="answers"),
+        pytest.param(2, "tokenizer-for-words/tokenizer.json", id="tokenizer"),
+    ],
+)
+def test_a_block_of_the_guide_to_other_heads_runs_alone(number, written, tmp_path):
     blocks = blocks_of((ROOT / "docs" / "guide" / "other-heads.md").read_text())
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     run(blocks[number], tmp_path)
-    assert list((tmp_path / "runs").glob("*/model.safetensors"))
+    assert list(tmp_path.glob(written))
 
 
 def test_the_blocks_are_found():
