@@ -73,7 +73,7 @@ def implementations(case: Case) -> list[dict]:
     inputs = topical_inputs(case.length, dtype=DTYPES[case.dtype], device=case.device)
     providers: Providers = {("sdpa", None): F.scaled_dot_product_attention}
     for name, implementation in FAST.items():
-        if implementation.refusal(inputs[0], BLOCK_SIZE) is None:
+        if implementation.refusal(inputs[0], BLOCK_SIZE, BLOCK_SIZE) is None:
             for block_per_row in case.budgets:
                 function = partial(mra2_attention, block_per_row=block_per_row, impl=name)
                 providers[f"mra2_{name}", block_per_row] = function

@@ -188,6 +188,7 @@ def _recorded(
         scale = dim**-0.5
         summaries = triton_impl.summarize(query, key, value, mask)
         settings = {"summaries": summaries, "scale": scale, "block_size": 32}
+        settings["key_block_size"] = 32
         settings |= {"distance_bias": bias, "initial_prior_first_n_blocks": 1}
         choice = {"block_per_row": 8, "block_budget": None, "rule": "row_normalized"}
         choice["initial_prior_diagonal_n_blocks"] = 3

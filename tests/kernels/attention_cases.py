@@ -203,7 +203,7 @@ def assert_agrees(impl, inputs, mask=None, tolerance=2e-5, **arguments):
     """
     arguments = dict(arguments)
     if not isinstance(arguments.get("selection"), BlockSelection):
-        names = ("block_per_row", "block_budget", "block_size", "selection")
+        names = ("block_per_row", "block_budget", "block_size", "key_block_size", "selection")
         choice = {
             name: arguments.pop(name)
             for name in list(arguments)
@@ -211,6 +211,7 @@ def assert_agrees(impl, inputs, mask=None, tolerance=2e-5, **arguments):
         }
         arguments["selection"] = select_blocks(*inputs[:2], mask, **choice)
         arguments["block_size"] = arguments["selection"].block_size
+        arguments["key_block_size"] = arguments["selection"].key_block_size
     results = impl.attend(inputs, mask, **arguments)
     exact = REFERENCE.attend([x.double() for x in inputs], mask, **arguments)
     dtype = inputs[0].dtype

@@ -111,7 +111,7 @@ def test_public_choice_is_that_of_sorting_the_coarse_logits(case, rule):
 def test_coarse_logits_are_products_of_means_over_real_tokens():
     query, key, *_ = make_inputs(2, 2, 100, 8, dtype=torch.float64)
     mask = make_mask("holes", 2, 100)
-    scores, live = selection.coarse_scores(
+    scores, live, _ = selection.coarse_scores(
         query, key, mask, block_size=M, n_blocks=25, scale=0.7, rule="global"
     )
     for sample in range(2):
@@ -211,7 +211,7 @@ def test_every_live_row_keeps_its_best_pair_when_the_budget_allows_one_each(seed
     query, key, *_ = make_inputs(2, 2, length, 8, seed=seed)
     mask = make_mask(kind, 2, length)
     n_blocks = -(-length // 16)
-    scores, live = selection.coarse_scores(
+    scores, live, _ = selection.coarse_scores(
         query, key, mask, block_size=16, n_blocks=n_blocks, scale=8**-0.5, rule="row_normalized"
     )
     best = scores.masked_fill(~live[:, None, None, :], -torch.inf).argmax(-1, keepdim=True)
@@ -227,10 +227,10 @@ def test_global_rule_ranks_the_whole_matrix_and_may_leave_a_row_empty():
     assert by_row == {(0, 0), (1, 0), (2, 0)}
 
 
-def test_what_the_scheme_and_the_kernels_rank_by_is_the_coarse_logit():
+def test_what_the_scheme_and_triton_rank_by_is_the_coarse_logit():
     """They compute it themselves, so a row that says more would be ranked by something else."""
     for name, rule in selection.RULES.items():
-        if rule.scheme or rule.kernel:
+        if rule.scheme or "triton" in rule.kernels:
             assert rule.score is selection.coarse_logits and rule.sub_blocks == 1, name
 
 
@@ -239,7 +239,7 @@ def test_refined_mass_of_parts_of_one_token_is_that_of_softmax(mask_kind, block_
     query, key, *_ = make_inputs(2, 2, 61, 8)
     mask = make_mask(mask_kind, 2, 61)
     n_blocks = -(-61 // block_size)
-    mass, live = selection.coarse_scores(
+    mass, live, _ = selection.coarse_scores(
         query, key, mask, block_size=block_size, n_blocks=n_blocks, scale=0.3, rule="refined"
     )
     real = torch.ones(2, 61, dtype=torch.bool) if mask is None else mask.bool()
@@ -270,7 +270,7 @@ def test_refined_strips_do_not_matter(monkeypatch):
     query, key, *_ = make_inputs(2, 3, 700, 8)
     mask = make_mask("holes", 2, 700)
     whole = select_blocks(query, key, mask, block_per_row=3, selection="refined").blocks
-    monkeypatch.setattr(selection, "_REFINED_SCORES", 1)
+    monkeypatch.setattr(selection, "_SUB_BLOCK_SCORES", 1)
     again = select_blocks(query, key, mask, block_per_row=3, selection="refined").blocks
     assert torch.equal(whole, again)
 

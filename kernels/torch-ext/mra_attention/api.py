@@ -1,6 +1,7 @@
 """The public functions: checks in words, then one `match` on the implementation.
 
-Letters: B batch, H heads, N tokens, D head dim, M tokens per block, R = ceil(N / M) block rows.
+Letters: B batch, H heads, N tokens, D head dim, M queries per block, R = ceil(N / M) blocks, W keys
+per key block, C = R * M / W key blocks.
 """
 
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def mra2_attention(
     block_budget: int | None = None,
     approx_mode: Literal["full", "sparse"] = "full",
     block_size: int = 32,
+    key_block_size: int | None = None,
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
@@ -67,7 +69,13 @@ def mra2_attention(
         block_budget: budget in exact blocks per head; replaces `block_per_row`. Clamped to the live
             pairs of a sample.
         approx_mode: `"full"` is MRA-2. `"sparse"` is MRA-2-s: it keeps the *high* resolution only.
-        block_size: tokens per block.
+        block_size: queries per block.
+        key_block_size: keys per block, a divisor of `block_size`; None is `block_size`, the squares
+            of the paper. What a head needs are few keys for many queries: with 8 the same number of
+            exact entries has less error, best with `selection="mass"` and the own block of each
+            row kept (`initial_prior_diagonal_n_blocks=1`). Budgets and priors keep counting
+            squares: a square of the budget is `block_size / key_block_size` narrower pairs, and a
+            prior takes all pairs of a square.
         initial_prior_first_n_blocks: the first n block rows and columns that hold a real token are
             chosen before all others.
         initial_prior_diagonal_n_blocks: pairs with `abs(row - column) <= n // 2` are chosen first
@@ -75,9 +83,9 @@ def mra2_attention(
         selection: the rule that ranks pairs, by its name in `mra_attention.selection.RULES`, where
             every row says in a sentence what it ranks by. The default `"row_normalized"` takes the
             coarse logit minus the largest one of its row, so that every row gets its best pair
-            when the budget allows one each; `"global"` and `"refined"` are others. Or a ready
-            `BlockSelection` from `select_blocks`; the budget and the priors given here are then not
-            used to select.
+            when the budget allows one each; `"global"`, `"mass"` and `"refined"` are others. Or a
+            ready `BlockSelection` from `select_blocks`; the budget and the priors given here are
+            then not used to select.
         distance_bias: `[H, K]`, any floating dtype, differentiable, finite: entry
             `[h, min(abs(x - y), K - 1)]` is added to the logits of all token pairs of the block
             pair (x, y), exact or not, and counts in the selection. It is constant on blocks, so
@@ -104,7 +112,8 @@ def mra2_attention(
     query, key, value = check_tensors(query, key, value)
     budgets = (block_per_row, block_budget)
     priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
-    settings = check_settings(query, block_size, budgets, priors, selection, scale)
+    sizes = (block_size, key_block_size)
+    settings = check_settings(query, sizes, budgets, priors, selection, scale)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     check_choice("impl", impl, IMPLEMENTATIONS)
     token_mask = to_token_mask(attention_mask, query)
@@ -114,7 +123,7 @@ def mra2_attention(
 
     if is_exporting():
         return _traceable_attention(*tensors, selection, bias, settings, arguments)
-    match resolve_impl(impl, query, block_size):
+    match resolve_impl(impl, query, block_size, key_block_size):
         case "reference":
             refuse_tracing('impl="reference"', 'use impl="auto"')
             blocks = _reference_blocks(query, key, token_mask, selection, bias, settings)
@@ -208,6 +217,7 @@ def select_blocks(
     block_per_row: int = 8,
     block_budget: int | None = None,
     block_size: int = 32,
+    key_block_size: int | None = None,
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str = "row_normalized",
@@ -232,14 +242,15 @@ def select_blocks(
         )
     budgets = (block_per_row, block_budget)
     priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
-    settings = check_settings(query, block_size, budgets, priors, selection, scale)
+    sizes = (block_size, key_block_size)
+    settings = check_settings(query, sizes, budgets, priors, selection, scale)
     token_mask = to_token_mask(attention_mask, query)
-    impl = resolve_impl("auto", query, block_size)
+    impl = resolve_impl("auto", query, block_size, key_block_size)
     impl = impl if impl in FAST else "torch"
     bias = _bias_by_distance(distance_bias, query, block_size)
     settings |= {"distance_bias": None if bias is None else bias.detach(), "impl": impl}
     blocks = ops.mra2_select(query.detach(), key.detach(), token_mask, **settings)
-    return BlockSelection(blocks, block_size)
+    return BlockSelection(blocks, block_size, settings["key_block_size"])
 
 
 def mra2_attention_matrix(
@@ -251,6 +262,7 @@ def mra2_attention_matrix(
     block_budget: int | None = None,
     approx_mode: Literal["full", "sparse"] = "full",
     block_size: int = 32,
+    key_block_size: int | None = None,
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
     selection: str | BlockSelection = "row_normalized",
@@ -269,7 +281,8 @@ def mra2_attention_matrix(
     query, key, _ = check_tensors(query, key, key)
     budgets = (block_per_row, block_budget)
     priors = (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks)
-    settings = check_settings(query, block_size, budgets, priors, selection, scale)
+    sizes = (block_size, key_block_size)
+    settings = check_settings(query, sizes, budgets, priors, selection, scale)
     check_choice("approx_mode", approx_mode, APPROX_MODES)
     token_mask = to_token_mask(attention_mask, query)
     bias = _bias_by_distance(distance_bias, query, block_size)
@@ -331,7 +344,7 @@ def _are_two_scales(resolutions: tuple[int, ...]) -> bool:
 
 def _arguments_of(settings: dict, approx_mode: str) -> dict:
     """What attention to selected blocks needs besides tensors."""
-    shared = ("scale", "block_size", "initial_prior_first_n_blocks")
+    shared = ("scale", "block_size", "key_block_size", "initial_prior_first_n_blocks")
     return {"sparse": approx_mode == "sparse"} | {name: settings[name] for name in shared}
 
 
@@ -368,18 +381,19 @@ def _fast_attention(
         blocks, largest_budget = selection.blocks, None
     else:
         n_blocks = count_blocks(query.shape[2], settings["block_size"])
-        largest_budget = settings["block_budget"]
-        if largest_budget is None:
-            largest_budget = n_blocks * settings["block_per_row"]
+        squares = settings["block_budget"]
+        if squares is None:
+            squares = n_blocks * settings["block_per_row"]
         blocks = None  # every live pair, whatever the values
         # A traced graph is run at other lengths, too, so that it always has to choose.
         is_traced = torch.jit.is_tracing()
-        if is_traced or largest_budget < n_blocks**2:
+        if is_traced or squares < n_blocks**2:
             selection_bias = None if bias is None else bias.detach()
             blocks = ops.mra2_select(
                 *detached[:2], token_mask, **settings, **shared, distance_bias=selection_bias
             )
-        largest_budget = None if is_traced else largest_budget
+        per_block = settings["block_size"] // settings["key_block_size"]
+        largest_budget = None if is_traced else squares * per_block
     arguments = arguments | shared | {"largest_budget": largest_budget, "distance_bias": bias}
     output, _ = ops.mra2_forward(query, key, value, token_mask, blocks, **arguments)
     return output.to(query.dtype)
@@ -397,7 +411,7 @@ def _refuse_forward_mode(*inputs: Tensor) -> None:
 
 
 def _reference_blocks(query, key, token_mask, selection, bias, settings, traceable=False) -> Tensor:
-    """The selected pairs `[B, H, R, R]` bool: of a ready selection, or chosen by torch."""
+    """The selected pairs `[B, H, R, C]` bool: of a ready selection, or chosen by torch."""
     if isinstance(selection, BlockSelection):
         return selection.blocks
     return select(query, key, token_mask, **settings, distance_bias=bias, traceable=traceable)

@@ -1,9 +1,10 @@
 """Blocks of tokens: the few definitions that every implementation shares, and what makes them fast
 on a CPU.
 
-A sequence of N tokens is cut from position 0 into R = ceil(N / M) blocks of M tokens. Padding
-tokens, and the tail that completes the last block, are not real: they become zeros and are never
-counted.
+A sequence of N tokens is cut from position 0 into R = ceil(N / M) blocks of M tokens
+(`block_size`), and its keys into C = R * M / W key blocks of W tokens (`key_block_size`, which
+divides M; W = M are the squares of the paper). Padding tokens, and the tail that completes the last
+block, are not real: they become zeros and are never counted.
 """
 
 from collections.abc import Iterator
@@ -107,14 +108,28 @@ def first_tokens(x: Tensor, dim: int, length: int) -> Tensor:
     return x.narrow(dim, 0, length)
 
 
-def upsample(x: Tensor, block_size: int) -> Tensor:
-    """Repeat every entry of `[..., R, R]` over its block of tokens: `[..., R * M, R * M]`."""
+def upsample(x: Tensor, block_size: int, key_block_size: int | None = None) -> Tensor:
+    """Repeat every entry of `[..., R, C]` over its block of tokens, block_size queries times
+    key_block_size keys (None: block_size): `[..., R * block_size, C * key_block_size]`.
+    """
+    key_block_size = key_block_size or block_size
     if is_exporting():  # expanding and flattening would compare strides of symbolic sizes
-        block = torch.arange(x.shape[-1] * block_size, device=x.device) // block_size
-        return x.index_select(-2, block).index_select(-1, block)
+        return repeat_columns(repeat_columns(x.mT, block_size).mT, key_block_size)
     *leading, rows, columns = x.shape
-    x = x[..., :, None, :, None].expand(*leading, rows, block_size, columns, block_size)
+    x = x[..., :, None, :, None].expand(*leading, rows, block_size, columns, key_block_size)
     return x.flatten(-4, -3).flatten(-2, -1)
+
+
+def repeat_columns(pairs: Tensor, times: int) -> Tensor:
+    """Repeat every column: `[..., C]` -> `[..., C * times]`, as from square blocks to the narrower
+    key blocks they are cut into.
+    """
+    if times == 1:
+        return pairs
+    if is_exporting():
+        column = torch.arange(pairs.shape[-1] * times, device=pairs.device) // times
+        return pairs.index_select(-1, column)
+    return pairs.repeat_interleave(times, dim=-1)
 
 
 def block_sums(blocks: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -153,7 +168,8 @@ def block_means(
 
 
 def bias_of_pairs(distance_bias: Tensor, live: Tensor, initial_prior_first_n_blocks: int) -> Tensor:
-    """The bias of every block pair, `[B, H, R, R]` (B = 1 where samples do not differ).
+    """The bias of every pair of blocks, `[B, H, R, R]` (B = 1 where samples do not differ); key
+    blocks have that of the block they are part of.
 
     Args:
         distance_bias: `[H, K]`; entry `[h, min(abs(x - y), K - 1)]` is the bias of the pair (x, y).

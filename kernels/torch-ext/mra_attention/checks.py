@@ -12,7 +12,13 @@ from torch import Tensor
 
 from .blocks import compute_dtype, count_blocks, is_exporting
 from .scheme import Scheme, fit_scales
-from .selection import MAX_BLOCK_ROWS, SCHEME_RULES, SELECTION_RULES, BlockSelection
+from .selection import (
+    MAX_BLOCK_ROWS,
+    SCHEME_RULES,
+    SELECTION_RULES,
+    BlockSelection,
+    max_block_rows,
+)
 
 APPROX_MODES = ("full", "sparse")
 #: Larger blocks are refused: inputs are padded to whole blocks.
@@ -157,15 +163,15 @@ def refuse_distance_bias(distance_bias: Tensor | None, resolutions: tuple[int, .
         )
 
 
-def check_settings(query: Tensor, block_size, budgets, priors, selection, scale) -> dict:
+def check_settings(query: Tensor, sizes, budgets, priors, selection, scale) -> dict:
     """Check what the selection needs and return it as keyword arguments of `selection.select`; the
     rule of a ready `BlockSelection` is "".
 
-    `budgets` are (block_per_row, block_budget); `priors` are (initial_prior_first_n_blocks,
-    initial_prior_diagonal_n_blocks).
+    `sizes` are (block_size, key_block_size), `budgets` (block_per_row, block_budget), `priors`
+    (initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks).
     """
     block_per_row, block_budget = budgets
-    check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
+    block_size, key_block_size = check_block_sizes(*sizes)
     check_int("block_per_row", block_per_row, 1)
     if block_budget is not None:
         check_int("block_budget", block_budget, 1)
@@ -174,24 +180,41 @@ def check_settings(query: Tensor, block_size, budgets, priors, selection, scale)
     scale = check_scale(scale, query)
     n_blocks = count_blocks(query.shape[2], block_size)
     if isinstance(selection, BlockSelection):
-        shape = (*query.shape[:2], n_blocks, n_blocks)
-        _check_ready_selection(selection, shape, query.device, block_size)
+        shape = (*query.shape[:2], n_blocks, n_blocks * (block_size // key_block_size))
+        _check_ready_selection(selection, shape, query.device, block_size, key_block_size)
     else:
         check_choice("selection", selection, SELECTION_RULES, "a BlockSelection from select_blocks")
-        if n_blocks > MAX_BLOCK_ROWS:
+        most = max_block_rows(block_size // key_block_size)
+        if n_blocks > most:
             raise ValueError(
-                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}; "
-                f"at most {MAX_BLOCK_ROWS} block rows can be ranked: raise block_size."
+                f"query has {query.shape[2]} tokens in {n_blocks} blocks of {block_size}, with "
+                f"key blocks of {key_block_size}; at most {most} block rows can be ranked: raise "
+                "block_size or key_block_size."
             )
     return {
         "block_per_row": min(block_per_row, _ENOUGH),
         "block_budget": block_budget,
         "block_size": block_size,
+        "key_block_size": key_block_size,
         "initial_prior_first_n_blocks": priors[0],
         "initial_prior_diagonal_n_blocks": priors[1],
         "rule": selection if isinstance(selection, str) else "",
         "scale": scale,
     }
+
+
+def check_block_sizes(block_size, key_block_size) -> tuple[int, int]:
+    """Check the tokens per block of queries and of keys, None for the same, and return both."""
+    check_int("block_size", block_size, 1, MAX_BLOCK_SIZE)
+    if key_block_size is None:
+        return block_size, block_size
+    check_int("key_block_size", key_block_size, 1)
+    if block_size % key_block_size:
+        raise ValueError(
+            f"key_block_size must divide block_size={block_size} (8, 16 or 32 for 32), or be None "
+            f"for block_size, got {key_block_size}."
+        )
+    return block_size, key_block_size
 
 
 def check_priors(first, diagonal) -> tuple[int, int]:
@@ -280,7 +303,11 @@ def check_scale(scale, query: Tensor) -> float:
 
 
 def _check_ready_selection(
-    selection: BlockSelection, shape: tuple[int, ...], device: torch.device, block_size: int
+    selection: BlockSelection,
+    shape: tuple[int, ...],
+    device: torch.device,
+    block_size: int,
+    key_block_size: int,
 ) -> None:
     blocks = selection.blocks
     if not isinstance(blocks, Tensor):
@@ -288,16 +315,18 @@ def _check_ready_selection(
             f"selection.blocks must be a torch.Tensor, got {type(blocks).__name__}; "
             "make the selection with select_blocks."
         )
+    for name, size in (("block_size", block_size), ("key_block_size", key_block_size)):
+        of_selection = getattr(selection, name)
+        if of_selection != size:
+            raise ValueError(
+                f"{name} is {size} but the given selection was made with {of_selection}; "
+                f"pass {name}={of_selection}."
+            )
     if blocks.shape != shape or blocks.dtype != torch.bool or blocks.device != device:
         raise ValueError(
-            f"selection.blocks must be bool {shape} = [batch, heads, block rows, block rows] "
+            f"selection.blocks must be bool {shape} = [batch, heads, blocks, key blocks] "
             f"on {device}, got {blocks.dtype} {tuple(blocks.shape)} on {blocks.device}; "
             "make it with select_blocks from tensors of the same shape."
-        )
-    if selection.block_size != block_size:
-        raise ValueError(
-            f"block_size is {block_size} but the given selection was made with "
-            f"{selection.block_size}; pass block_size={selection.block_size}."
         )
 
 

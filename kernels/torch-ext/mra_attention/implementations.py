@@ -5,11 +5,13 @@ Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its fi
     summarize(query, key, value, token_mask) -> Summaries | None
     select(query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
            initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
-           distance_bias) -> blocks
+           distance_bias, key_block_size) -> blocks
     forward(query, key, value, token_mask, blocks, *, summaries, scale, sparse, block_size,
-            largest_budget, distance_bias, initial_prior_first_n_blocks) -> (output, lse)
+            largest_budget, distance_bias, initial_prior_first_n_blocks, key_block_size)
+        -> (output, lse)
     backward(grad_output, query, key, value, output, lse, token_mask, blocks, *, summaries, scale,
-             sparse, block_size, largest_budget, distance_bias, initial_prior_first_n_blocks)
+             sparse, block_size, largest_budget, distance_bias, initial_prior_first_n_blocks,
+             key_block_size)
         -> (grad_query, grad_key, grad_value, grad_distance_bias)
 
 with the types and shapes that `ops.py` states.
@@ -26,6 +28,7 @@ from torch import Tensor
 
 # What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
+KEY_BLOCK_SIZES = (32,)
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,29 +58,33 @@ class Implementation:
     """A fast implementation: one row of `FAST`.
 
     Attributes:
-        refusal: called as `refusal(query, block_size)`; says why the implementation cannot take a
-            call and what to do, as words that follow its name, or returns None where it can.
+        refusal: called as `refusal(query, block_size, key_block_size)`; says why the implementation
+            cannot take a call and what to do, as words that follow its name, or returns None where
+            it can.
         auto_devices: types of devices whose tensors `impl="auto"` gives to it.
         shares_summaries: whether selection, forward and backward pass share `Summaries`. Only for
             Triton: the operator `mra2_summarize` has no `impl`. Others summarize inside a pass.
         keeps_dtype: whether its output has the dtype of the inputs, not the compute dtype.
     """
 
-    refusal: Callable[[Tensor, int], str | None]
+    refusal: Callable[[Tensor, int, int], str | None]
     auto_devices: tuple[str, ...] = ()
     shares_summaries: bool = False
     keeps_dtype: bool = False
 
 
-def resolve_impl(impl: str, query: Tensor, block_size: int) -> str:
+def resolve_impl(
+    impl: str, query: Tensor, block_size: int, key_block_size: int | None = None
+) -> str:
     """Return "reference" or a name of `FAST`: for "auto" the first that takes the tensors of this
     device, else "torch"; for an empty batch, where there is nothing to compute, "reference".
 
     Raises:
         ValueError: an implementation was asked for by name and cannot take the call.
     """
+    sizes = (block_size, key_block_size or block_size)
     if impl in FAST:
-        reason = FAST[impl].refusal(query, block_size)
+        reason = FAST[impl].refusal(query, *sizes)
         if reason is not None:
             raise ValueError(f'impl="{impl}" {reason}. Pass impl="auto" or "torch" for such calls.')
     if query.shape[0] == 0 or query.shape[1] == 0:
@@ -86,22 +93,24 @@ def resolve_impl(impl: str, query: Tensor, block_size: int) -> str:
         return impl
     for name, implementation in FAST.items():
         on_its_device = query.device.type in implementation.auto_devices
-        if on_its_device and implementation.refusal(query, block_size) is None:
+        if on_its_device and implementation.refusal(query, *sizes) is None:
             return name
     return "torch"
 
 
-def torch_refusal(query: Tensor, block_size: int) -> str | None:
+def torch_refusal(query: Tensor, block_size: int, key_block_size: int) -> str | None:
     """None: plain torch takes every call."""
     return None
 
 
-def native_refusal(query: Tensor, block_size: int) -> str | None:
+def native_refusal(query: Tensor, block_size: int, key_block_size: int) -> str | None:
     """Why the compiled CPU kernels cannot take a call."""
     if query.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
+    if key_block_size not in KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
     if query.shape[-1] > LARGEST_NATIVE_DIM:
         return f"takes head dims up to {LARGEST_NATIVE_DIM}, got {query.shape[-1]}"
     if query.device.type != "cpu":
@@ -123,7 +132,7 @@ def native_problem() -> str | None:
 native_problem._dynamo_marked_constant = True  # as `cuda_capability` below
 
 
-def triton_refusal(query: Tensor, block_size: int) -> str | None:
+def triton_refusal(query: Tensor, block_size: int, key_block_size: int) -> str | None:
     """Why the Triton kernels cannot take a call."""
     if not _IS_INSTALLED:
         return f"needs triton, which is not installed: {INSTALL_TRITON}"
@@ -131,6 +140,8 @@ def triton_refusal(query: Tensor, block_size: int) -> str | None:
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
+    if key_block_size not in KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
     if not SMALLEST_DIM <= query.shape[-1] <= LARGEST_DIM:
         return f"takes head dims {SMALLEST_DIM} to {LARGEST_DIM}, got {query.shape[-1]}"
     if query.device.type != "cuda" and not (query.device.type == "cpu" and interprets()):

@@ -14,6 +14,9 @@ an operator whose implementation needs them computes them for itself.
 `distance_bias` is `[H, R]` in the compute dtype, entry `[h, abs(x - y)]` for the block pair (x, y),
 or None for 0. Pairs in the first `initial_prior_first_n_blocks` live block rows and columns take
 none.
+
+`key_block_size` W is the number of keys per key block; None is `block_size` M. There are
+C = R * M / W key blocks.
 """
 
 import importlib
@@ -85,11 +88,12 @@ def mra2_select(
     vectors: Tensor | None = None,
     counts: Tensor | None = None,
     distance_bias: Tensor | None = None,
+    key_block_size: int | None = None,
 ) -> Tensor:
-    """The pairs that are chosen, `[B, H, R, R]` bool, by a rule of `selection.RULES`. Torch ranks
+    """The pairs that are chosen, `[B, H, R, C]` bool, by a rule of `selection.RULES`. Torch ranks
     by the rules that kernels do not.
     """
-    package = _implementation(impl if RULES[rule].kernel else "torch")
+    package = _implementation(impl if impl in RULES[rule].kernels else "torch")
     with _without_autocast(query):
         summaries = _summaries(package, (query, key, key), token_mask, vectors, counts)
         return package.select(
@@ -105,13 +109,19 @@ def mra2_select(
             rule=rule,
             scale=scale,
             distance_bias=distance_bias,
+            key_block_size=key_block_size or block_size,
         )
 
 
 @mra2_select.register_fake
-def _(query, key, token_mask, block_per_row, block_budget, block_size, *_):
+def _(
+    query, key, token_mask, block_per_row, block_budget, block_size,
+    initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, impl="torch",
+    vectors=None, counts=None, distance_bias=None, key_block_size=None,
+):  # fmt: skip
     n_blocks = count_blocks(query.shape[2], block_size)
-    return query.new_empty((query.shape[0], query.shape[1], n_blocks, n_blocks), dtype=torch.bool)
+    n_key_blocks = n_blocks * (block_size // (key_block_size or block_size))
+    return query.new_empty((*query.shape[:2], n_blocks, n_key_blocks), dtype=torch.bool)
 
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_forward"), mutates_args=())
@@ -130,6 +140,7 @@ def mra2_forward(
     counts: Tensor | None = None,
     distance_bias: Tensor | None = None,
     initial_prior_first_n_blocks: int = 0,
+    key_block_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output `[B, H, N, D]` and its log-sum-exp `[B, H, N]`, +inf at padding and where there is
     nothing to attend to.
@@ -137,13 +148,14 @@ def mra2_forward(
     The log-sum-exp is in the compute dtype. So is the output, unless `Implementation.keeps_dtype`:
     a backward from an output rounded to half precision loses digits.
 
-    `blocks` is `[B, H, R, R]` bool, or None for every live pair. `largest_budget` is an upper bound
+    `blocks` is `[B, H, R, C]` bool, or None for every live pair. `largest_budget` is an upper bound
     of the pairs selected per head, None where there is no such bound.
     """
     settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "key_block_size": key_block_size or block_size,
     }
     package = _implementation(impl)
     with _without_autocast(query):
@@ -178,6 +190,7 @@ def mra2_backward(
     counts: Tensor | None = None,
     distance_bias: Tensor | None = None,
     initial_prior_first_n_blocks: int = 0,
+    key_block_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of the
     distance bias, `[H, R]` in the compute dtype (`[0]` where that is None); `output` and `lse` are
@@ -187,6 +200,7 @@ def mra2_backward(
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
+        "key_block_size": key_block_size or block_size,
     }
     package = _implementation(impl)
     with _without_autocast(query):
@@ -210,18 +224,23 @@ def _(
 
 
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, token_mask, blocks, *settings, vectors, counts, distance_bias, first = inputs
-    ctx.settings, ctx.initial_prior_first_n_blocks = settings, first
+    (
+        query, key, value, token_mask, blocks, *settings, vectors, counts, distance_bias,
+        first_n_blocks, key_block_size,
+    ) = inputs  # fmt: skip
+    ctx.settings, ctx.last_settings = settings, (first_n_blocks, key_block_size)
     tensors = (token_mask, blocks, vectors, counts, distance_bias)
     ctx.save_for_backward(query, key, value, *output, *tensors)
 
 
 def _backward(ctx, grad_output, grad_lse):
     *saved, vectors, counts, distance_bias = ctx.saved_tensors
-    of_bias = (distance_bias, ctx.initial_prior_first_n_blocks)
-    *grads, grad_bias = mra2_backward(grad_output, *saved, *ctx.settings, vectors, counts, *of_bias)
+    tensors = (vectors, counts, distance_bias)
+    *grads, grad_bias = mra2_backward(
+        grad_output, *saved, *ctx.settings, *tensors, *ctx.last_settings
+    )
     grad_bias = None if distance_bias is None else grad_bias
-    return *grads, *(None for _ in range(9)), grad_bias, None
+    return *grads, *(None for _ in range(9)), grad_bias, None, None
 
 
 def _refuse_double_backward(ctx, *grads):

@@ -5,10 +5,12 @@ MRA-2 is softmax attention whose logit for a token pair (i, j) is
     scale * q_i . k_j                            if the pair of their blocks (x, y) is selected,
     scale * mean(q in x) . mean(k in y)          otherwise.
 
+Blocks x hold `block_size` queries, blocks y `key_block_size` keys.
+
 MRA-2-s leaves the second kind out. (ICML 2022, section 4, R = {32, 1}.)
 
-A distance bias adds b_|x - y| to both: it is the same for all token pairs of a block pair, so that
-the low resolution loses nothing of it.
+A distance bias adds b_|x - y| to both, y counted in blocks of `block_size`: it is the same for all
+token pairs of a block pair, so that the low resolution loses nothing of it.
 """
 
 import torch
@@ -20,6 +22,7 @@ from .blocks import (
     compute_dtype,
     first_tokens,
     mask_to_blocks,
+    repeat_columns,
     to_blocks,
     upsample,
 )
@@ -35,6 +38,7 @@ def attention_matrix(
     scale: float,
     sparse: bool,
     block_size: int,
+    key_block_size: int | None = None,
     initial_prior_first_n_blocks: int = 0,
 ) -> Tensor:
     """Return the row-normalised matrix A-hat `[B, H, N, N]`, float32 (float64 for float64).
@@ -42,43 +46,50 @@ def attention_matrix(
     Args:
         query, key: `[B, H, N, D]`.
         token_mask: `[B, N]` bool, or None when every token is real.
-        blocks: `[B, H, R, R]` bool, the pairs in high resolution; R may exceed
+        blocks: `[B, H, R, C]` bool, the pairs in high resolution, C = R * M / W; R may exceed
             ceil(N / block_size).
         distance_bias: `[H, K]`, or None for 0; see `blocks.bias_of_pairs`.
         scale: factor of the logits.
         sparse: True for MRA-2-s.
-        block_size: M, tokens per block.
+        block_size: M, queries per block.
+        key_block_size: W, keys per block; None is M.
         initial_prior_first_n_blocks: live block rows and columns that take no bias.
 
     Rows of padding, and rows that have nothing to attend to, are zero.
     """
-    length, n_blocks = query.shape[2], blocks.shape[-1]
-    dtype = compute_dtype(query.dtype)
-    real = mask_to_blocks(
-        token_mask, query.shape[0], length, block_size, n_blocks, query.device
+    batch, length = query.shape[0], query.shape[2]
+    n_blocks, n_key_blocks = blocks.shape[-2:]
+    key_block_size = key_block_size or block_size
+    dtype, device = compute_dtype(query.dtype), query.device
+    real_queries = mask_to_blocks(
+        token_mask, batch, length, block_size, n_blocks, device
     )  # [B, R, M]
+    real_keys = mask_to_blocks(
+        token_mask, batch, length, key_block_size, n_key_blocks, device
+    )  # [B, C, W]
     query_blocks = to_blocks(query.to(dtype), token_mask, block_size, n_blocks)  # [B, H, R, M, D]
-    key_blocks = to_blocks(key.to(dtype), token_mask, block_size, n_blocks)
+    key_blocks = to_blocks(
+        key.to(dtype), token_mask, key_block_size, n_key_blocks
+    )  # [B, H, C, W, D]
 
-    exact = scale * query_blocks.flatten(2, 3) @ key_blocks.flatten(2, 3).mT  # [B, H, R * M, R * M]
-    high = upsample(blocks, block_size)
+    exact = scale * query_blocks.flatten(2, 3) @ key_blocks.flatten(2, 3).mT  # [B, H, R * M, C * W]
+    high = upsample(blocks, block_size, key_block_size)
     if distance_bias is not None:
         bias = bias_of_pairs(
-            distance_bias.to(dtype), real.any(-1), initial_prior_first_n_blocks
+            distance_bias.to(dtype), real_queries.any(-1), initial_prior_first_n_blocks
         )  # [B, H, R, R]
         exact = exact + upsample(bias, block_size)
     if sparse:
         logits = exact.masked_fill(~high, -torch.inf)
     else:
-        counts = real.sum(-1)
-        coarse = (
-            scale * block_means(query_blocks, counts) @ block_means(key_blocks, counts).mT
-        )  # [B, H, R, R]
+        query_means = block_means(query_blocks, real_queries.sum(-1))
+        key_means = block_means(key_blocks, real_keys.sum(-1))
+        coarse = scale * query_means @ key_means.mT  # [B, H, R, C]
         if distance_bias is not None:
-            coarse = coarse + bias
-        logits = torch.where(high, exact, upsample(coarse, block_size))
+            coarse = coarse + repeat_columns(bias, block_size // key_block_size)
+        logits = torch.where(high, exact, upsample(coarse, block_size, key_block_size))
 
-    return softmax_over_real(logits, real.flatten(1), length)
+    return softmax_over_real(logits, real_queries.flatten(1), length)
 
 
 def softmax_over_real(logits: Tensor, real_tokens: Tensor, length: int) -> Tensor:

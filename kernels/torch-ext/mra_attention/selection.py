@@ -1,9 +1,12 @@
 """Which blocks of the attention matrix are computed exactly.
 
-The coarse logit of a block pair is `scale * mean(query block) . mean(key block)`, plus the distance
-bias of the pair. A rule, one row of `RULES`, turns such logits into scores. Per (batch, head) the
-`budget` best pairs of the whole matrix are chosen; equal scores go to the pair nearest the
-diagonal, then to the lowest row, then to the lowest column. Nothing here has a gradient.
+A pair is a block of M queries (`block_size`) and a block of W keys (`key_block_size`): W = M are
+the squares of the paper, and a square holds k = M / W narrower pairs. The coarse logit of a pair is
+`scale * mean(query block) . mean(key block)`, plus the distance bias of its square. A rule, one row
+of `RULES`, turns such logits into scores. Per (batch, head) the best pairs of the whole matrix are
+chosen, k for every square of the budget; equal scores go to the pair whose square is nearest the
+diagonal, then to the lowest row, then to the lowest column. Priors take all pairs of a square.
+Nothing here has a gradient.
 
 The order is made total by one int64 key per pair, so that a plain top-k is deterministic:
 
@@ -28,6 +31,7 @@ from .blocks import (
     global_pairs,
     is_exporting,
     mask_to_blocks,
+    repeat_columns,
     split_blocks,
     to_blocks,
     upsample,
@@ -35,10 +39,15 @@ from .blocks import (
 )
 
 _TIE_BITS = 30
-#: Logits of sub-blocks that `refined_mass` holds at a time.
-_REFINED_SCORES = 2**22
-#: Block rows that fit the tie rank, 2 * R * R <= 2**30; 741,440 tokens in blocks of 32.
+#: Logits of sub-blocks that `softmax_mass` holds at a time.
+_SUB_BLOCK_SCORES = 2**22
+#: Block rows of squares that fit the tie rank; 741,440 tokens in blocks of 32.
 MAX_BLOCK_ROWS = 23170
+
+
+def max_block_rows(per_block: int) -> int:
+    """Block rows that fit the tie rank, 2 * R * R * k <= 2**30, with k key blocks to a block."""
+    return math.isqrt(2 ** (_TIE_BITS - 1) // per_block)
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,19 @@ class BlockSelection:
     """The block pairs that are computed exactly.
 
     Attributes:
-        blocks: `[B, H, R, R]` bool, True at (query block, key block) pairs in high resolution.
-        block_size: tokens per block.
+        blocks: `[B, H, R, C]` bool, True at (query block, key block) pairs in high resolution; C is
+            R * block_size / key_block_size.
+        block_size: queries per block.
+        key_block_size: keys per block; None is block_size.
     """
 
     blocks: Tensor
     block_size: int
+    key_block_size: int | None = None
+
+    def __post_init__(self):
+        if self.key_block_size is None:
+            object.__setattr__(self, "key_block_size", self.block_size)
 
     @property
     def counts(self) -> Tensor:
@@ -60,21 +76,37 @@ class BlockSelection:
 
 
 class Means(NamedTuple):
-    """Means over the real tokens of P = R * k sub-blocks, k to a block.
+    """Means over the real tokens of sub-blocks: P of queries, the same number in each of R blocks,
+    and S of keys, the same number in each of C key blocks.
 
     Attributes:
-        query, key: `[B, H, P, D]` float64 (float32 where the device has no float64).
-        counts: `[B, P]` int64, real tokens of each sub-block.
-        n_blocks: R.
-        bias: `[B, H, R, R]` in the dtype of query, B = 1 where samples do not differ, or None: the
-            distance bias of block pairs.
+        query, key: `[B, H, P, D]` and `[B, H, S, D]` float64 (float32 where the device has none).
+        query_counts, key_counts: `[B, P]` and `[B, S]` int64, real tokens of each sub-block.
+        sub_blocks: (P / R, S / C).
+        bias: `[B, H, R, C]` in the dtype of query, B = 1 where samples do not differ, or None: the
+            distance bias of pairs.
     """
 
     query: Tensor
     key: Tensor
-    counts: Tensor
-    n_blocks: int
+    query_counts: Tensor
+    key_counts: Tensor
+    sub_blocks: tuple[int, int]
     bias: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """What pairs are chosen by.
+
+    Attributes:
+        scores: `[B, H, R, C]` float32; the largest are chosen.
+        live: `[B, R]` bool, blocks that hold a real token.
+        live_keys: `[B, C]` bool, key blocks that do.
+    """
+
+    scores: Tensor
+    live: Tensor
+    live_keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,15 +115,16 @@ class SelectionRule:
 
     Attributes:
         description: what a pair is ranked by, in one sentence.
-        score: called as `score(means, scale)`, returns `[B, H, R, R]` float32; the largest scores
+        score: called as `score(means, scale)`, returns `[B, H, R, C]` float32; the largest scores
             are chosen.
-        sub_blocks: how many means per block `score` takes, a power of two; fewer where that does
-            not divide the block size.
+        sub_blocks: how many means per block of queries `score` takes, a power of two; fewer where
+            that does not divide the block size. Of keys it takes sub-blocks of the same size, or
+            whole key blocks where those are smaller.
         row_normalized: whether the largest score of the row, over live blocks, is subtracted.
         scheme: whether the general scheme may use the rule. The scheme computes coarse logits
             itself, so `score` must be `coarse_logits`.
-        kernel: whether the Triton kernels rank by this rule. They compute coarse logits themselves
-            too; torch ranks by all other rules, on every device.
+        kernels: names of the fast implementations that rank by this rule themselves; for all
+            others torch does.
     """
 
     description: str
@@ -99,11 +132,11 @@ class SelectionRule:
     sub_blocks: int = 1
     row_normalized: bool = False
     scheme: bool = False
-    kernel: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 def coarse_logits(means: Means, scale: float) -> Tensor:
-    """Scaled products of the means of blocks, plus their bias, `[B, H, R, R]` float32.
+    """Scaled products of the means of blocks, plus their bias, `[B, H, R, C]` float32.
 
     They are computed in float64 and rounded to float32 before anything is compared. What is equal
     by definition (constant queries, repeated text) then ties exactly, instead of being ranked by
@@ -113,33 +146,32 @@ def coarse_logits(means: Means, scale: float) -> Tensor:
     return (logits if means.bias is None else logits + means.bias).float()
 
 
-def refined_mass(means: Means, scale: float) -> Tensor:
-    """The softmax mass of block pairs, `[B, H, R, R]` float32, estimated from means of sub-blocks:
+def softmax_mass(means: Means, scale: float) -> Tensor:
+    """The softmax mass of block pairs, `[B, H, R, C]` float32, estimated from means of sub-blocks:
     tokens of the query block times the share of their attention.
 
     The error of leaving a pair out depends on its mass. Few large logits make it up, and the mean
-    logit of 32 x 32 token pairs hides them; the means of 8 x 8 pairs hide fewer.
+    logit of 32 x 32 token pairs hides them; the means of smaller blocks hide fewer.
     """
-    query, key, counts, n_blocks, bias = means
-    per_block = counts.shape[-1] // n_blocks
-    log_counts = counts.float().log()[:, None, None]  # -inf: attended by nothing
-    if bias is not None:
-        bias = upsample(bias.float(), per_block)
+    per_row, per_column = means.sub_blocks
+    log_counts = means.key_counts.float().log()[:, None, None]  # -inf: attended by nothing
+    bias = None if means.bias is None else upsample(means.bias.float(), per_row, per_column)
     masses = []
     if is_exporting():  # sizes stay symbolic
         strips = [slice(None)]
     else:
-        row_scores = max(1, counts.shape[-1] * query.shape[:2].numel())
-        rows = per_block * max(1, _REFINED_SCORES // (row_scores * per_block))
-        strips = [slice(first, first + rows) for first in range(0, counts.shape[-1], rows)]
+        row_scores = max(1, means.key_counts.shape[-1] * means.query.shape[:2].numel())
+        step = per_row * max(1, _SUB_BLOCK_SCORES // (row_scores * per_row))
+        total = means.query_counts.shape[-1]
+        strips = [slice(first, first + step) for first in range(0, total, step)]
     for strip in strips:
-        logits = (query[:, :, strip] @ key.mT * scale).float() + log_counts
+        logits = (means.query[:, :, strip] @ means.key.mT * scale).float() + log_counts
         if bias is not None:
             logits = logits + bias[:, :, strip]
         shares = logits.softmax(-1).nan_to_num_()  # NaN in a sample without a real token
-        shares = split_blocks(shares, 3, per_block).sum(-1)
-        mass = shares * counts[:, None, strip, None]
-        masses.append(split_blocks(mass, 2, per_block).sum(3))
+        shares = split_blocks(shares, 3, per_column).sum(-1)
+        mass = shares * means.query_counts[:, None, strip, None]
+        masses.append(split_blocks(mass, 2, per_row).sum(3))
     return torch.cat(masses, dim=2)
 
 
@@ -151,19 +183,24 @@ RULES = {
         coarse_logits,
         row_normalized=True,
         scheme=True,
-        kernel=True,
+        kernels=("native", "triton"),
     ),
     "global": SelectionRule(
         "By the coarse logit itself (Algorithm 1 of the paper): rows with small logits may get "
         "nothing.",
         coarse_logits,
         scheme=True,
-        kernel=True,
+        kernels=("native", "triton"),
+    ),
+    "mass": SelectionRule(
+        "By the softmax mass of the pair: tokens of the query block times the softmax over the "
+        "coarse logits of its row. Fits narrow key blocks.",
+        softmax_mass,
     ),
     "refined": SelectionRule(
         "By the softmax mass of the pair, estimated from quarters of blocks: finds better pairs "
         "for 16 times the scores.",
-        refined_mass,
+        softmax_mass,
         sub_blocks=4,
     ),
 }
@@ -181,41 +218,51 @@ def coarse_scores(
     n_blocks: int,
     scale: float,
     rule: str,
+    key_block_size: int | None = None,
     distance_bias: Tensor | None = None,
     initial_prior_first_n_blocks: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return the scores `[B, H, R, R]` float32 that rank block pairs by a rule of `RULES`, and the
-    live blocks `[B, R]` bool. `distance_bias` is `[H, K]`; see `blocks.bias_of_pairs`.
+) -> Scores:
+    """Score the pairs of `[B, H, N, D]` query and key by a rule of `RULES`. `distance_bias` is
+    `[H, K]`; see `blocks.bias_of_pairs`.
     """
     ranking = RULES[rule]
-    per_block = math.gcd(block_size, ranking.sub_blocks)
-    means = _means(query, key, token_mask, block_size, n_blocks, per_block)
-    live = split_blocks(means.counts, 1, per_block).any(-1)
+    per_block = block_size // (key_block_size or block_size)
+    sub_blocks = math.gcd(block_size, ranking.sub_blocks)
+    sub_key_blocks = max(1, sub_blocks // per_block)
+    query_means, query_counts = _means(
+        query, token_mask, block_size // sub_blocks, n_blocks * sub_blocks
+    )
+    key_means, key_counts = _means(
+        key,
+        token_mask,
+        block_size // (per_block * sub_key_blocks),
+        n_blocks * per_block * sub_key_blocks,
+    )
+    live = split_blocks(query_counts, 1, sub_blocks).any(-1)
+    live_keys = split_blocks(key_counts, 1, sub_key_blocks).any(-1)
+    means = Means(query_means, key_means, query_counts, key_counts, (sub_blocks, sub_key_blocks))
     if distance_bias is not None:
-        bias = distance_bias.to(means.query.dtype)
-        means = means._replace(bias=bias_of_pairs(bias, live, initial_prior_first_n_blocks))
+        bias = bias_of_pairs(
+            distance_bias.to(query_means.dtype), live, initial_prior_first_n_blocks
+        )
+        means = means._replace(bias=repeat_columns(bias, per_block))
     scores = ranking.score(means, scale)
     if ranking.row_normalized:
-        row_max = scores.masked_fill(~live[:, None, None, :], -torch.inf).amax(-1, keepdim=True)
-        scores = scores - row_max
-    return scores, live
+        dead = ~live_keys[:, None, None, :]
+        scores = scores - scores.masked_fill(dead, -torch.inf).amax(-1, keepdim=True)
+    return Scores(scores, live, live_keys)
 
 
-def _means(query, key, token_mask, block_size: int, n_blocks: int, per_block: int) -> Means:
-    """Means of `[B, H, N, D]` query and key over sub-blocks, `per_block` of them to a block."""
-    dtype = score_dtype(query)
-    size, count = block_size // per_block, n_blocks * per_block
-    real = mask_to_blocks(token_mask, query.shape[0], query.shape[2], size, count, query.device)
-    counts = real.sum(-1)
-    reads_values = query.device.type == "cpu" and not torch.compiler.is_compiling()
-
-    def means(x: Tensor) -> Tensor:
-        if not reads_values:
-            return block_means(to_blocks(x, token_mask, size, count), counts, dtype)
-        blocks = to_blocks(zero_unsafe_padding(x, token_mask), None, size, count)
-        return block_means(blocks, counts, dtype, None if token_mask is None else real)
-
-    return Means(means(query), means(key), counts, n_blocks)
+def _means(x: Tensor, token_mask: Tensor | None, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Means `[B, H, count, D]` of `[B, H, N, D]` over the real tokens of blocks of `size` tokens,
+    and the numbers of those, `[B, count]`.
+    """
+    real = mask_to_blocks(token_mask, x.shape[0], x.shape[2], size, count, x.device)
+    counts, dtype = real.sum(-1), score_dtype(x)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # no value is read
+        return block_means(to_blocks(x, token_mask, size, count), counts, dtype), counts
+    blocks = to_blocks(zero_unsafe_padding(x, token_mask), None, size, count)
+    return block_means(blocks, counts, dtype, None if token_mask is None else real), counts
 
 
 def score_dtype(query: Tensor) -> torch.dtype:
@@ -223,18 +270,23 @@ def score_dtype(query: Tensor) -> torch.dtype:
     return torch.float32 if query.device.type == "mps" else torch.float64
 
 
-def sort_keys(scores: Tensor, row: Tensor, column: Tensor, n_blocks: int) -> Tensor:
+def sort_keys(
+    scores: Tensor, row: Tensor, column: Tensor, n_blocks: int, per_block: int = 1
+) -> Tensor:
     """One int64 per pair that orders pairs by score, then by tie rank; no two are equal.
 
     Args:
         scores: any shape, compared as float32.
-        row, column: blocks of the pairs, int64, that broadcast with `scores`.
-        n_blocks: R, at most `MAX_BLOCK_ROWS`.
+        row, column: block and key block of the pairs, int64, that broadcast with `scores`.
+        n_blocks: R, at most `max_block_rows(per_block)`.
+        per_block: key blocks to a block.
     """
     # + 0.0 turns -0.0 into 0.0; a copy, because torch.vmap of torch 2.11 cannot make the view.
     bits = torch.view_copy(scores.float() + 0.0, dtype=torch.int32).long()
     ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
-    tie_rank = 2 * ((row - column).abs() * n_blocks + row) + (column > row)
+    block, part = column // per_block, column % per_block
+    tie_rank = 2 * ((row - block).abs() * n_blocks + row) + (block > row)
+    tie_rank = tie_rank * per_block + part
     return (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
 
 
@@ -246,12 +298,20 @@ def best_keys(keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     return largest >= 0, indices
 
 
-def pair_budget(live: Tensor, block_per_row: int, block_budget: int | None) -> Tensor:
-    """Return how many pairs to choose per head, `[B]` int64: at most the live pairs of a sample."""
+def pair_budget(
+    live: Tensor,
+    live_keys: Tensor,
+    block_per_row: int,
+    block_budget: int | None,
+    per_block: int = 1,
+) -> Tensor:
+    """Return how many pairs to choose per head, `[B]` int64: at most the live pairs of a sample.
+
+    `live` is `[B, R]`, `live_keys` `[B, C]`; budgets count squares, of `per_block` pairs each.
+    """
     rows = live.sum(-1)
-    if block_budget is None:
-        return torch.minimum(rows * block_per_row, rows * rows)
-    return (rows * rows).clamp_max(block_budget)
+    squares = rows * block_per_row if block_budget is None else block_budget
+    return (rows * live_keys.sum(-1)).clamp_max(squares * per_block)
 
 
 def choose_blocks(
@@ -260,40 +320,46 @@ def choose_blocks(
     budget: Tensor,
     *,
     largest_budget: int | None,
+    live_keys: Tensor | None = None,
+    per_block: int = 1,
     initial_prior_first_n_blocks: int = 0,
     initial_prior_diagonal_n_blocks: int = 0,
 ) -> Tensor:
     """Choose the `budget` best live pairs per (batch, head) by prior, score and tie rank.
 
     Args:
-        scores: `[B, H, R, R]`, compared as float32.
+        scores: `[B, H, R, C]`, compared as float32.
         live: `[B, R]` bool, blocks that hold a real token.
         budget: `[B]` int64, pairs per head of each sample.
         largest_budget: the largest value `budget` can take, known from shapes; None sorts all
             pairs, which is slower but needs no such size (for tracing).
-        initial_prior_first_n_blocks: the first n live block rows and columns rank before everything
-            else (live ones, so that leading padding by whole blocks changes nothing).
-        initial_prior_diagonal_n_blocks: pairs with `abs(row - column) <= n // 2` do so too; 0 is
-            off.
+        live_keys: `[B, C]` bool, key blocks that hold a real token; None where those are `live`.
+        per_block: C / R, key blocks to a block.
+        initial_prior_first_n_blocks: the first n live blocks rank before everything else, as rows
+            and as columns (live ones, so that leading padding by whole blocks changes nothing).
+        initial_prior_diagonal_n_blocks: squares with `abs(row - column) <= n // 2` do so too; 0 is
+            off. 1 keeps the block of each row itself exact.
 
     Returns:
-        `[B, H, R, R]` bool.
+        `[B, H, R, C]` bool.
     """
-    rows = scores.shape[-1]
+    live_keys = live if live_keys is None else live_keys
+    rows = scores.shape[-2]
     row = torch.arange(rows, device=scores.device)[:, None]
-    column = row.T
-    distance = (row - column).abs()
+    column = torch.arange(rows * per_block, device=scores.device)
 
-    live_pairs = live[:, None, :, None] & live[:, None, None, :]
-    sort_key = sort_keys(scores, row, column, rows)
+    live_pairs = live[:, None, :, None] & live_keys[:, None, None, :]
+    sort_key = sort_keys(scores, row, column, rows, per_block)
     if initial_prior_first_n_blocks or initial_prior_diagonal_n_blocks:
-        prior = global_pairs(live, initial_prior_first_n_blocks) & live_pairs
+        prior = global_pairs(live, initial_prior_first_n_blocks)
+        prior = repeat_columns(prior, per_block) & live_pairs
         if initial_prior_diagonal_n_blocks:
+            distance = (row - column // per_block).abs()
             prior = prior | (distance <= initial_prior_diagonal_n_blocks // 2)
         sort_key = sort_key + (prior.long() << (_TIE_BITS + 32))
     sort_key = torch.where(live_pairs, sort_key, -1)
 
-    flat = sort_key.flatten(2)  # [B, H, R * R]
+    flat = sort_key.flatten(2)  # [B, H, R * C]
     if largest_budget is None:
         ranked = flat.sort(dim=-1, descending=True).values
     else:
@@ -315,11 +381,12 @@ def select(
     initial_prior_diagonal_n_blocks: int,
     rule: str,
     scale: float,
+    key_block_size: int | None = None,
     distance_bias: Tensor | None = None,
     traceable: bool = False,
     reads_mask: bool = True,
 ) -> Tensor:
-    """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, R]` bool.
+    """Score and choose: `[B, H, N, D]` query and key -> `[B, H, R, C]` bool.
 
     Takes checked arguments of `mra2_attention`; `rule` is a name in `RULES`. `distance_bias` is
     `[H, K]`.
@@ -330,18 +397,19 @@ def select(
     then read on the host.
     """
     batch, heads, length, _ = query.shape
+    per_block = block_size // (key_block_size or block_size)
     if traceable:
         n_blocks, largest_budget = length // block_size + 2, None
     else:
         n_blocks = count_blocks(length, block_size)
-        largest_budget = min(
+        largest_budget = per_block * min(
             n_blocks * block_per_row if block_budget is None else block_budget, n_blocks**2
         )
 
     def choose(
         query: Tensor, key: Tensor, token_mask: Tensor | None, distance_bias: Tensor | None
     ) -> Tensor:
-        scores, live = coarse_scores(
+        scores, live, live_keys = coarse_scores(
             query,
             key,
             token_mask,
@@ -349,14 +417,17 @@ def select(
             n_blocks=n_blocks,
             scale=scale,
             rule=rule,
+            key_block_size=key_block_size,
             distance_bias=distance_bias,
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
         )
         return choose_blocks(
             scores,
             live,
-            pair_budget(live, block_per_row, block_budget),
+            pair_budget(live, live_keys, block_per_row, block_budget, per_block),
             largest_budget=largest_budget,
+            live_keys=live_keys,
+            per_block=per_block,
             initial_prior_first_n_blocks=initial_prior_first_n_blocks,
             initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         )
@@ -366,7 +437,8 @@ def select(
             return choose(query, key, token_mask, distance_bias)
         if reads_mask:
             token_mask = drop_trivial_mask(token_mask)
-        blocks = query.new_empty((batch, heads, n_blocks, n_blocks), dtype=torch.bool)
+        shape = (batch, heads, n_blocks, n_blocks * per_block)
+        blocks = query.new_empty(shape, dtype=torch.bool)
         for chunk in chunks(query.shape, query.device.type):
             chunk_mask = None if token_mask is None else token_mask[chunk[0]]
             chunk_bias = None if distance_bias is None else distance_bias[chunk[1]]

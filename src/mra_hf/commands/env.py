@@ -53,7 +53,7 @@ def _availability(name: str, is_for_gpus: bool) -> str:
     if is_for_gpus and not torch.cuda.is_available():
         return "not available: it is for CUDA and ROCm GPUs, and there is none"
     query = torch.zeros(1, 1, 1, 64, device="cuda" if is_for_gpus else "cpu")
-    reason = FAST[name].refusal(query, 32)
+    reason = FAST[name].refusal(query, 32, 32)
     if reason is not None:
         return f"not available: it {reason}"
     if name != "native":

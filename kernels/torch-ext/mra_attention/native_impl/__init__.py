@@ -46,6 +46,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 def select(
     query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
     initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
+    key_block_size,
 ) -> Tensor:  # fmt: skip
     """The chosen pairs `[B, H, R, R]` bool, as `selection.select` chooses them."""
     tensors = {"query": query, "key": key, "token_mask": token_mask, "distance_bias": distance_bias}
@@ -64,7 +65,7 @@ def select(
 def forward(
     query, key, value, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both
     float32; arguments as in `ops.mra2_forward`.
@@ -82,7 +83,7 @@ def forward(
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of query, key and value in their dtype, and of the distance bias,
     `[H, R]` float32 (None without); arguments as in `ops.mra2_backward`.

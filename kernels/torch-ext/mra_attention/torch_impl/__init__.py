@@ -37,6 +37,7 @@ from ..blocks import (
     fill_padding_,
     global_pairs,
     mask_to_blocks,
+    repeat_columns,
     to_blocks,
     zero_unsafe_padding,
 )
@@ -51,7 +52,7 @@ from .sums import add_blocks_, sum_by_distance
 _GATHER_BYTES = 3 * 2**19
 _GATHER_BYTES_ON_A_GPU = 2**28
 #: Query blocks with different numbers of selected blocks share a batched attention where that adds
-#: at most so many filler blocks: about the cost of one more call.
+#: at most so many filler blocks of the query's size: about the cost of one more call.
 _FILLER_BLOCKS = 24
 
 
@@ -62,8 +63,9 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 def select(
     query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
     initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
+    key_block_size,
 ) -> Tensor:  # fmt: skip
-    """The chosen pairs `[B, H, R, R]` bool, by `selection.select`."""
+    """The chosen pairs `[B, H, R, C]` bool, by `selection.select`."""
     return select_pairs(
         query,
         key,
@@ -75,6 +77,7 @@ def select(
         initial_prior_diagonal_n_blocks=initial_prior_diagonal_n_blocks,
         rule=rule,
         scale=scale,
+        key_block_size=key_block_size,
         distance_bias=distance_bias,
     )
 
@@ -82,12 +85,12 @@ def select(
 def forward(
     query, key, value, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` and its log-sum-exp `[B, H, N]` (+inf at padding), both in
     the compute dtype.
 
-    `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, R]` bool, None for every live
+    `token_mask` is `[B, N]` bool or None; `blocks` is `[B, H, R, C]` bool, None for every live
     pair. Neither `summaries` nor `largest_budget` is needed here.
     """
     if blocks is None and distance_bias is None and flash_is_available(query.device.type):
@@ -96,7 +99,7 @@ def forward(
     dtype = compute_dtype(query.dtype)
     output = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=dtype)
-    settings = (scale, sparse, block_size, initial_prior_first_n_blocks)
+    settings = (scale, sparse, (block_size, key_block_size), initial_prior_first_n_blocks)
     tensors = (query, key, value, token_mask, blocks, distance_bias)
     for where, chunk in _chunks_in_blocks(*tensors, *settings):
         _forward_chunk(chunk, output[where], lse[where])
@@ -105,7 +108,7 @@ def forward(
 
 def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
     """Write the output and the log-sum-exp of a chunk into the last two arguments."""
-    output_blocks = chunk.result_blocks(output, "output blocks")
+    output_blocks = chunk.result_blocks(output, "output blocks", chunk.block_size)
     block_lse = chunk.exact_forward(output_blocks)
     if chunk.coarse is not None:
         block_lse = chunk.coarse.merge_(output_blocks, block_lse)
@@ -123,7 +126,7 @@ def _forward_chunk(chunk: "_Chunk", output: Tensor, lse: Tensor) -> None:
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of
     the distance bias `[H, R]`.
@@ -134,7 +137,7 @@ def backward(
     token_mask = drop_trivial_mask(token_mask)
     grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
     grad_bias = None if distance_bias is None else torch.zeros_like(distance_bias)
-    settings = (scale, sparse, block_size, initial_prior_first_n_blocks)
+    settings = (scale, sparse, (block_size, key_block_size), initial_prior_first_n_blocks)
     tensors = (query, key, value, token_mask, blocks, distance_bias)
     for where, chunk in _chunks_in_blocks(*tensors, *settings):
         chunk_grads = [grad[where] for grad in grads]
@@ -152,12 +155,15 @@ def _backward_chunk(
 ) -> None:
     """Write the gradients of query, key and value of a chunk into the last argument."""
     # The tail of the last block keeps lse = +inf, so that its probabilities are exp(-inf) = 0.
-    missing = chunk.n_blocks * chunk.block_size - lse.shape[-1]
+    missing = chunk.padded - lse.shape[-1]
     block_lse = F.pad(lse, (0, missing), value=torch.inf).reshape(-1, chunk.block_size)
-    grad_blocks, output_blocks = (chunk.cut(x).to(chunk.dtype) for x in (grad_output, output))
+    grad_blocks, output_blocks = (
+        chunk.cut(x, chunk.block_size).to(chunk.dtype) for x in (grad_output, output)
+    )
     delta = _row_dots(grad_blocks, output_blocks)  # [G * R, M]
     names = ("grad_query", "grad_key", "grad_value")
-    results = list(map(chunk.result_blocks, grads, names))
+    sizes = (chunk.block_size, chunk.key_block_size, chunk.key_block_size)
+    results = list(map(chunk.result_blocks, grads, names, sizes))
     if chunk.coarse is None:
         chunk.grad_pairs = torch.zeros_like(chunk.selected, dtype=chunk.dtype)
         for result in results:
@@ -184,64 +190,82 @@ def _chunks_in_blocks(query, key, value, token_mask, blocks, distance_bias, *set
 class _Chunk:
     """Some samples and heads of a call, laid out in blocks.
 
-    G = B * H. The inputs are kept as blocks, `[G * R, M, D]` each; a "row" is the index of a query
-    block among them, a "column" the index of a key block.
+    G = B * H. Queries are kept as blocks `[G * R, M, D]`, keys and values as `[G * C, W, D]`; a
+    "row" is the index of a query block among them, a "column" the index of a key block.
     """
 
     def __init__(
-        self, query, key, value, token_mask, blocks, distance_bias, scale, sparse, block_size,
+        self, query, key, value, token_mask, blocks, distance_bias, scale, sparse, block_sizes,
         initial_prior_first_n_blocks,
     ):  # fmt: skip
         batch, heads, length, _ = query.shape
-        self.shape, self.block_size, self.scale = query.shape, block_size, scale
+        self.shape, self.scale = query.shape, scale
+        self.block_size, self.key_block_size = block_sizes
         self.token_mask, self.dtype = token_mask, compute_dtype(query.dtype)
         self.operand_dtype = operand_dtype(query.dtype, query.device.type)
-        self.n_blocks = count_blocks(length, block_size)
-        self.queries, self.keys, self.values = (self.cut(x) for x in (query, key, value))
+        self.n_blocks = count_blocks(length, self.block_size)
+        self.per_block = self.block_size // self.key_block_size
+        self.n_key_blocks = self.n_blocks * self.per_block
+        self.queries = self.cut(query, self.block_size)
+        self.keys, self.values = (self.cut(x, self.key_block_size) for x in (key, value))
 
-        real = mask_to_blocks(
-            token_mask, batch, length, block_size, self.n_blocks, query.device
-        )  # [B, R, M]
-        counts = real.sum(-1)
-        live = counts > 0
-        live_pairs = (live[:, :, None] & live[:, None, :])[:, None].expand(-1, heads, -1, -1)
+        real, real_keys = (
+            mask_to_blocks(token_mask, batch, length, size, self.padded // size, query.device)
+            for size in block_sizes
+        )  # [B, R, M] and [B, C, W]
+        counts = real_keys.sum(-1)
+        live, live_keys = real.any(-1), counts > 0
+        live_pairs = live[:, None, :, None] & live_keys[:, None, None, :]
+        live_pairs = live_pairs.expand(-1, heads, -1, -1)
         selected = live_pairs if blocks is None else blocks & live_pairs
-        self.selected = selected.reshape(-1, self.n_blocks, self.n_blocks)  # [G, R, R]
+        self.selected = selected.reshape(-1, self.n_blocks, self.n_key_blocks)  # [G, R, C]
         self.key_bias = None  # hides what is not real in blocks that hold real tokens too
-        partial = live & (counts < block_size)
+        partial = live_keys & (counts < self.key_block_size)
         if bool(partial.any()):
-            self.partial = partial[:, None].expand(-1, heads, -1).flatten()  # [G * R]
-            padding = ~real[:, None].expand(-1, heads, -1, -1).reshape(-1, block_size)
+            self.partial = partial[:, None].expand(-1, heads, -1).flatten()  # [G * C]
+            padding = ~real_keys[:, None].expand(-1, heads, -1, -1)
+            padding = padding.reshape(-1, self.key_block_size)
             self.key_bias = torch.zeros(padding.shape, dtype=self.dtype, device=query.device)
-            self.key_bias.masked_fill_(padding, -torch.inf)  # [G * R, M]
-        self.biases = None  # of all pairs, [G * R, R]
-        self.grad_pairs = None  # the sums of the gradients of their logits, [G, R, R]
+            self.key_bias.masked_fill_(padding, -torch.inf)  # [G * C, W]
+        self.biases = None  # of all pairs, [G * R, C]
+        self.grad_pairs = None  # the sums of the gradients of their logits, [G, R, C]
         self.live, self.initial_prior_first_n_blocks = live, initial_prior_first_n_blocks
         if distance_bias is not None:
             biases = bias_of_pairs(distance_bias, live, initial_prior_first_n_blocks)
-            self.biases = biases.expand(batch, -1, -1, -1).reshape(-1, self.n_blocks)
-        self.coarse = None if sparse or blocks is None else _CoarsePart(self, real, live_pairs)
+            biases = repeat_columns(biases, self.per_block).expand(batch, -1, -1, -1)
+            self.biases = biases.reshape(-1, self.n_key_blocks)
+        self.coarse = None
+        if not sparse and blocks is not None:
+            self.coarse = _CoarsePart(self, real, real_keys, live_pairs)
 
-    def cut(self, x: Tensor) -> Tensor:
-        """`[B, H, N, D]` -> contiguous `[G * R, M, D]`; padding holds numbers that do no harm."""
+    @property
+    def padded(self) -> int:
+        """Tokens of all blocks."""
+        return self.n_blocks * self.block_size
+
+    def cut(self, x: Tensor, size: int) -> Tensor:
+        """`[B, H, N, D]` -> contiguous blocks of `size` tokens, `[G * R, M, D]` or `[G * C, W, D]`;
+        padding holds numbers that do no harm.
+        """
         x = zero_unsafe_padding(x, self.token_mask)
-        blocks = to_blocks(x, None, self.block_size, self.n_blocks)
-        return blocks.reshape(-1, self.block_size, x.shape[-1]).contiguous()
+        blocks = to_blocks(x, None, size, self.padded // size)
+        return blocks.reshape(-1, size, x.shape[-1]).contiguous()
 
     def to_tokens(self, blocks: Tensor) -> Tensor:
-        """`[G * R, M, D]` -> `[B, H, N, D]`, a view."""
+        """Blocks of all tokens `[..., D]` -> `[B, H, N, D]`, a view."""
         batch, heads, length, _ = self.shape
-        padded = blocks.view(batch, heads, self.n_blocks * self.block_size, blocks.shape[-1])
-        return padded[:, :, :length]
+        return blocks.view(batch, heads, self.padded, blocks.shape[-1])[:, :, :length]
 
-    def result_blocks(self, tokens: Tensor, name: str) -> Tensor:
-        """Memory `[G * R, M, D]` in the compute dtype for the result `tokens` `[B, H, N, D]`: its
-        own where that consists of whole blocks, else scratch. `copy_result` must follow.
+    def result_blocks(self, tokens: Tensor, name: str, size: int) -> Tensor:
+        """Memory, in blocks of `size` tokens as of `cut`, in the compute dtype for the result
+        `tokens` `[B, H, N, D]`: its own where that consists of whole blocks, else scratch.
+        `copy_result` must follow.
         """
-        whole = tokens.shape[2] == self.n_blocks * self.block_size
+        whole = tokens.shape[2] == self.padded
         if whole and tokens.dtype == self.dtype and tokens.is_contiguous():
-            return tokens.view(-1, self.block_size, tokens.shape[-1])
-        return scratch(name, self.queries.shape, self.dtype, tokens.device)
+            return tokens.view(-1, size, tokens.shape[-1])
+        shape = (self.queries.shape[0] * self.block_size // size, size, tokens.shape[-1])
+        return scratch(name, shape, self.dtype, tokens.device)
 
     def copy_result(self, blocks: Tensor, tokens: Tensor) -> None:
         """Copy blocks from `result_blocks` to `tokens` unless they are the same memory."""
@@ -258,18 +282,19 @@ class _Chunk:
         if self.key_bias is not None:
             # Among rows with equal counts, the ones that need a bias come last: fewer batches have
             # a bias then.
-            partial = self.partial.view(-1, 1, self.n_blocks)  # [G, 1, R]
+            partial = self.partial.view(-1, 1, self.n_key_blocks)  # [G, 1, C]
             rank = 2 * counts + (self.selected & partial).any(-1).flatten()
         order = rank.argsort(stable=True)
         counts = counts.index_select(0, order)  # ascending
         pairs = self.selected.flatten(0, 1).index_select(0, order).nonzero()  # row by row
-        first_column = order // self.n_blocks * self.n_blocks  # of the head of each row
+        first_column = order // self.n_blocks * self.n_key_blocks  # of the head of each row
         columns = first_column.index_select(0, pairs[:, 0]).add_(pairs[:, 1])
         starts = counts.cumsum(0) - counts
-        block_bytes = self.block_size * self.shape[-1] * self.dtype.itemsize
+        block_bytes = self.key_block_size * self.shape[-1] * self.dtype.itemsize
         on_a_cpu = counts.device.type == "cpu"
         gather_bytes = _GATHER_BYTES if on_a_cpu else _GATHER_BYTES_ON_A_GPU
-        for begin, end, width, uniform, offset in _groups(counts):
+        filler_blocks = _FILLER_BLOCKS * self.per_block
+        for begin, end, width, uniform, offset in _groups(counts, filler_blocks):
             if uniform:
                 lists = columns[offset : offset + (end - begin) * width].view(-1, width)
                 filler = None
@@ -287,7 +312,7 @@ class _Chunk:
     def gather(
         self, rows: Tensor, columns: Tensor, filler: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values `[n, P * M, D]` of the columns `[n, P]`, and the bias `[n, 1, P * M]`, to
+        """Keys and values `[n, P * W, D]` of the columns `[n, P]`, and the bias `[n, 1, P * W]`, to
         base 2, of their distances from the rows `[n]`, which also hides padding and filler.
         """
         n, flat = columns.shape[0], columns.flatten()
@@ -298,11 +323,11 @@ class _Chunk:
         if not padded and filler is None and self.biases is None:
             return keys, values, None
         if padded:
-            bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.block_size)
+            bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.key_block_size)
         else:
-            bias = keys.new_zeros((*columns.shape, self.block_size), dtype=self.dtype)
+            bias = keys.new_zeros((*columns.shape, self.key_block_size), dtype=self.dtype)
         if self.biases is not None:
-            of_pairs = self.biases[rows[:, None], columns % self.n_blocks]
+            of_pairs = self.biases[rows[:, None], columns % self.n_key_blocks]
             bias += of_pairs[..., None] * LOG2_E
         if filler is not None:
             bias.masked_fill_(filler[..., None], -torch.inf)
@@ -341,9 +366,9 @@ class _Chunk:
         """Add the gradients through the selected blocks to the first three arguments, and to those
         of the biases of pairs.
 
-        Gradients are `[G * R, M, D]`, `delta` and `lse` `[G * R, M]`, all in the compute dtype.
+        Gradients are in blocks as of `cut`, `delta` and `lse` `[G * R, M]`, all in the compute
+        dtype.
         """
-        block = grad_output.shape[1:]
         for rows, columns, filler in self.batches():
             keys, values, bias = self.gather(rows, columns, filler)
             d_query, d_keys, d_values, grad_logits = attend_backward(
@@ -358,27 +383,28 @@ class _Chunk:
             )
             flat = columns.flatten()
             if self.biases is not None:
-                sums = grad_logits.sum(1).view(*columns.shape, self.block_size).sum(-1)
+                sums = grad_logits.sum(1).view(*columns.shape, self.key_block_size).sum(-1)
                 # Equal columns of a row are filler, whose gradients are 0: any order will do.
-                of_rows = sums.new_zeros((len(rows), self.n_blocks))
-                of_rows.scatter_add_(1, columns % self.n_blocks, sums)
-                self.grad_pairs.view(-1, self.n_blocks)[rows] += of_rows
+                of_rows = sums.new_zeros((len(rows), self.n_key_blocks))
+                of_rows.scatter_add_(1, columns % self.n_key_blocks, sums)
+                self.grad_pairs.view(-1, self.n_key_blocks)[rows] += of_rows
             add_blocks_(grad_query, rows, d_query)
-            add_blocks_(grad_key, flat, d_keys.view(-1, *block))
-            add_blocks_(grad_value, flat, d_values.view(-1, *block))
+            add_blocks_(grad_key, flat, d_keys.view(-1, *grad_key.shape[1:]))
+            add_blocks_(grad_value, flat, d_values.view(-1, *grad_value.shape[1:]))
 
     def bias_gradient(self) -> Tensor:
         """The gradient of the distance bias of the heads of this chunk, `[heads, R]`."""
         batch, heads, _, _ = self.shape
-        grad_pairs = self.grad_pairs.view(batch, heads, self.n_blocks, self.n_blocks)
+        grad_pairs = self.grad_pairs.view(batch, heads, self.n_blocks, self.n_blocks, -1).sum(-1)
         if self.initial_prior_first_n_blocks:
             is_global = global_pairs(self.live, self.initial_prior_first_n_blocks)
             grad_pairs = grad_pairs.masked_fill(is_global, 0)
         return sum_by_distance(grad_pairs.sum(0))
 
 
-def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
-    """Cut rows, sorted by their number of selected blocks, into groups of about the same number.
+def _groups(counts: Tensor, filler_blocks: int) -> Iterator[tuple[int, int, int, bool, int]]:
+    """Cut rows, sorted by their number of selected blocks, into groups of about the same number:
+    at most `filler_blocks` fill up the lists of a group.
 
     Yields (first row, row after the last, largest number, whether all rows have it, selected blocks
     before the first row).
@@ -393,7 +419,7 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
         j, filler, rows, selected = i, 0, sizes[i], sizes[i] * widths[i]
         while j + 1 < len(widths):
             filler += rows * (widths[j + 1] - widths[j])
-            if filler > _FILLER_BLOCKS:
+            if filler > filler_blocks:
                 break
             j += 1
             rows += sizes[j]
@@ -405,22 +431,26 @@ def _groups(counts: Tensor) -> Iterator[tuple[int, int, int, bool, int]]:
 class _CoarsePart:
     """Attention to what is not selected, in low resolution: operands have R rows instead of N."""
 
-    def __init__(self, chunk: _Chunk, real: Tensor, live_pairs: Tensor):
+    def __init__(self, chunk: _Chunk, real: Tensor, real_keys: Tensor, live_pairs: Tensor):
         batch, heads, _, dim = chunk.shape
         self.n_blocks, self.scale = chunk.n_blocks, chunk.scale
-        masked_real = None if chunk.token_mask is None else real
 
-        def sums(blocks: Tensor) -> Tensor:  # [G * R, M, D] -> [B, H, R, D]
-            blocks = blocks.view(batch, heads, self.n_blocks, chunk.block_size, dim)
+        def sums(blocks: Tensor, real: Tensor) -> Tensor:  # [G * R, M, D] -> [B, H, R, D]
+            masked_real = None if chunk.token_mask is None else real
+            blocks = blocks.view(batch, heads, real.shape[1], -1, dim)
             return block_sums(blocks, masked_real, chunk.dtype)
 
-        counts = real.sum(-1)  # [B, R]
-        size = counts.clamp_min(1)[:, None, :, None].to(chunk.dtype)
-        self.query_means = (sums(chunk.queries) / size).flatten(0, 1)  # [G, R, D]
-        self.key_means = (sums(chunk.keys) / size).flatten(0, 1)
-        self.value_sums = sums(chunk.values).flatten(0, 1)
-        counts_by_head = counts[:, None].expand(-1, heads, -1)
-        self.counts = counts_by_head.reshape(-1, 1, self.n_blocks).to(chunk.dtype)  # [G, 1, R]
+        def by_head(real: Tensor) -> Tensor:  # [B, R, M] -> [G, R, 1]
+            counts = real.sum(-1)[:, None].expand(-1, heads, -1)
+            return counts.reshape(batch * heads, -1, 1).to(chunk.dtype)
+
+        self.query_counts, counts = by_head(real), by_head(real_keys)
+        self.counts = counts.mT  # of keys, [G, 1, C]
+        query_sums = sums(chunk.queries, real).flatten(0, 1)
+        self.query_means = query_sums / self.query_counts.clamp_min(1)  # [G, R, D]
+        key_sums = sums(chunk.keys, real_keys).flatten(0, 1)
+        self.key_means = key_sums / counts.clamp_min(1)  # [G, C, D]
+        self.value_sums = sums(chunk.values, real_keys).flatten(0, 1)
         coarse = live_pairs.reshape(chunk.selected.shape) & ~chunk.selected
         logits = self.scale * torch.bmm(self.query_means, self.key_means.mT)
         if chunk.biases is not None:
@@ -448,8 +478,8 @@ class _CoarsePart:
         self, grad: Tensor, delta: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value, the same for every token of a block (the
-        mean spreads them evenly): `[G * R, 1, D]` each; and the gradients of the logits, summed
-        over the tokens of a pair: `[G, R, R]`.
+        mean spreads them evenly): `[G * R, 1, D]`, of keys `[G * C, 1, D]`; and the gradients of
+        the logits, summed over the tokens of a pair: `[G, R, C]`.
         """
         dim = grad.shape[-1]
         weight = (self.row_max - lse).exp_()  # w: [G * R, M], 0 at padding and without coarse part
@@ -460,9 +490,10 @@ class _CoarsePart:
             delta_sum, self.counts, value=-1
         )
         grad_logits.mul_(self.weights)
-        per_token = self.scale / self.counts.mT.clamp_min(1)  # [G, R, 1]
-        grad_query = torch.bmm(grad_logits, self.key_means).mul_(per_token)
-        grad_keys = torch.bmm(grad_logits.mT, self.query_means).mul_(per_token)
+        per_query = self.scale / self.query_counts.clamp_min(1)  # [G, R, 1]
+        grad_query = torch.bmm(grad_logits, self.key_means).mul_(per_query)
+        per_key = self.scale / self.counts.mT.clamp_min(1)  # [G, C, 1]
+        grad_keys = torch.bmm(grad_logits.mT, self.query_means).mul_(per_key)
         of_tokens = (x.view(-1, 1, dim) for x in (grad_query, grad_keys, grad_values))
         return *of_tokens, grad_logits
 

@@ -30,6 +30,7 @@ def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | No
 def select(
     query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
     initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
+    key_block_size,
 ) -> Tensor:  # fmt: skip
     """The selected pairs `[B, H, R, R]` bool, in the order of `selection.choose_blocks`.
 
@@ -57,7 +58,7 @@ def select(
 def forward(
     query, key, value, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the output `[B, H, N, D]` in the input dtype, and its log-sum-exp `[B, H, N]` in
     float32 (+inf at padding).
@@ -85,7 +86,7 @@ def forward(
 def backward(
     grad_output, query, key, value, output, lse, token_mask, blocks, *,
     summaries, scale, sparse, block_size, largest_budget, distance_bias,
-    initial_prior_first_n_blocks,
+    initial_prior_first_n_blocks, key_block_size,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of query, key and value, each `[B, H, N, D]` in the input dtype, and of
     the distance bias, `[H, R]` float32.
