@@ -28,7 +28,8 @@ from torch import Tensor
 
 # What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
-KEY_BLOCK_SIZES = (32,)
+NATIVE_KEY_BLOCK_SIZES = (32,)
+TRITON_KEY_BLOCK_SIZES = (32,)
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,8 +110,8 @@ def native_refusal(query: Tensor, block_size: int, key_block_size: int) -> str |
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
-    if key_block_size not in KEY_BLOCK_SIZES:
-        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
+    if key_block_size not in NATIVE_KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {NATIVE_KEY_BLOCK_SIZES}, got {key_block_size}"
     if query.shape[-1] > LARGEST_NATIVE_DIM:
         return f"takes head dims up to {LARGEST_NATIVE_DIM}, got {query.shape[-1]}"
     if query.device.type != "cpu":
@@ -140,8 +141,8 @@ def triton_refusal(query: Tensor, block_size: int, key_block_size: int) -> str |
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
-    if key_block_size not in KEY_BLOCK_SIZES:
-        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
+    if key_block_size not in TRITON_KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {TRITON_KEY_BLOCK_SIZES}, got {key_block_size}"
     if not SMALLEST_DIM <= query.shape[-1] <= LARGEST_DIM:
         return f"takes head dims {SMALLEST_DIM} to {LARGEST_DIM}, got {query.shape[-1]}"
     if query.device.type != "cuda" and not (query.device.type == "cpu" and interprets()):
