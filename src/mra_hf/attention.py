@@ -153,17 +153,18 @@ def set_attention(
 
     Settings go to `config.mra` (to the fields of a `MraConfig`) and are saved with the model;
     `impl` is a choice of this process and is not. `block_per_row` without `block_budget` clears an
-    earlier `block_budget`; `resolutions` takes the place of an earlier `block_per_row`,
-    `block_budget` and `block_size`, and the other way round. Dropout on attention weights is set to
-    0, with one log line.
+    earlier `block_budget`; `block_size` without `key_block_size` clears an earlier
+    `key_block_size`; `resolutions` takes the place of an earlier `block_per_row`, `block_budget`,
+    `block_size` and `key_block_size`, and the other way round. Dropout on attention weights is set
+    to 0, with one log line.
 
     Args:
         model: for example a `RobertaForMaskedLM`.
         name: `"mra2"` or `"mra2_s"`.
         impl: implementation of `mra_attention.mra2_attention`.
         **settings: any of `block_per_row`, `block_budget`, `approx_mode`, `block_size`,
-            `initial_prior_first_n_blocks`, `initial_prior_diagonal_n_blocks`, `selection`,
-            `resolutions`, `block_budgets`.
+            `key_block_size`, `initial_prior_first_n_blocks`, `initial_prior_diagonal_n_blocks`,
+            `selection`, `resolutions`, `block_budgets`.
 
     Returns:
         `model`.

@@ -18,6 +18,7 @@ from mra_attention.checks import (
     APPROX_MODES,
     SCHEME_RULES,
     SELECTION_RULES,
+    check_block_sizes,
     check_choice,
     check_int,
     check_int_if_given,
@@ -39,7 +40,7 @@ MAX_DISTANCE_BIAS = 1e4
 CANDIDATE_POOLING = ("marker", "mean")
 
 #: Two mutually exclusive ways to give the scales; the settings of the unused one are None.
-_TWO_SCALES = ("block_per_row", "block_budget", "block_size")
+_TWO_SCALES = ("block_per_row", "block_budget", "block_size", "key_block_size")
 _ANY_SCALES = ("resolutions", "block_budgets")
 
 
@@ -47,8 +48,8 @@ _ANY_SCALES = ("resolutions", "block_budgets")
 class AttentionSettings:
     """The settings of multi-resolution attention, explained at `MraConfig`.
 
-    Without `resolutions`, a `block_per_row` of None becomes 8 and a `block_size` of None 32.
-    `check` says whether the settings can be run.
+    Without `resolutions`, a `block_per_row` of None becomes 8, a `block_size` 32, and a
+    `key_block_size` the `block_size`. `check` says whether the settings can be run.
     """
 
     block_per_row: int | Sequence[int] | None = None
@@ -57,16 +58,21 @@ class AttentionSettings:
     initial_prior_first_n_blocks: int = 0
     initial_prior_diagonal_n_blocks: int = 0
     block_size: int | None = None
+    key_block_size: int | None = None
     selection: str = "row_normalized"
     resolutions: Sequence[int] | None = None
     block_budgets: Sequence[int] | None = None
 
     def __post_init__(self):
         if self.resolutions is None:
-            if self.block_per_row is None:
-                object.__setattr__(self, "block_per_row", 8)
-            if self.block_size is None:
-                object.__setattr__(self, "block_size", 32)
+            defaults = {
+                "block_per_row": 8,
+                "block_size": 32,
+                "key_block_size": self.block_size or 32,
+            }
+            for name, default in defaults.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, default)
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "AttentionSettings":
@@ -104,8 +110,7 @@ class AttentionSettings:
 
     def for_selection(self) -> dict[str, Any]:
         """Return the arguments of `select_blocks`, which knows two scales only."""
-        settings = self.for_operator()
-        return {name: settings[name] for name in settings if name != "approx_mode"}
+        return {name: x for name, x in self.for_operator().items() if name != "approx_mode"}
 
     def for_layer(
         self, layer_idx: int | None, num_layers: int | None = None, owner: str = "the attention"
@@ -163,9 +168,7 @@ class AttentionSettings:
         return round(sum(min(rows**2, rows * blocks) for blocks in budgets) / len(budgets))
 
     def dense_length(self, longest: int) -> int:
-        """Return up to how many tokens, at most `longest`, every block pair is exact; 0 where the
-        scales end above 1.
-        """
+        """Return up to how many tokens every block pair is exact; 0 where scales end above 1."""
         if self.resolutions is not None:
             pairs = zip(self.block_budgets or (), self.resolutions, strict=False)
             sides = [math.isqrt(budget) * size for budget, size in pairs]
@@ -198,7 +201,7 @@ class AttentionSettings:
                 )
         else:
             check_int("block_per_row", self.block_per_row, 1)
-        check_int("block_size", self.block_size, 1)
+        check_block_sizes(self.block_size, self.key_block_size)
         check_int_if_given("block_budget", self.block_budget, 1)
         first, diagonal = self.initial_prior_first_n_blocks, self.initial_prior_diagonal_n_blocks
         needed = 2 * first + (2 * (diagonal // 2) + 1 if diagonal else 0) + 1
@@ -235,8 +238,7 @@ class AttentionSettings:
         if diagonal:
             offsets = range(-(diagonal // 2), diagonal // 2 + 1)
             pairs += sum(max(0, others - abs(offset)) for offset in offsets)
-        needed = min(pairs + 1, rows**2)
-        if self.block_budgets[0] < needed:
+        if self.block_budgets[0] < (needed := min(pairs + 1, rows**2)):
             raise ValueError(
                 f"block_budgets[0] must be at least {needed} with "
                 f"initial_prior_first_n_blocks={first} and "
@@ -264,15 +266,16 @@ def explicit_settings(config: PreTrainedConfig) -> dict[str, Any]:
 def complete_changes(changes: dict[str, Any]) -> dict[str, Any]:
     """Return `changes` with None for every setting that they replace.
 
-    `resolutions` replaces `block_per_row`, `block_budget` and `block_size`, and the other way
-    round; a new `block_per_row` clears an earlier `block_budget`.
+    `resolutions` replaces the settings of two scales, and the other way round; a new
+    `block_per_row` clears a `block_budget`, a new `block_size` a `key_block_size`.
 
     Raises:
         ValueError: an unknown setting, or both descriptions of the scales.
     """
     _check_names(changes)
     _refuse_both_descriptions(changes)
-    replaced: tuple[str, ...] = ("block_budget",) if "block_per_row" in changes else ()
+    follows = {"block_per_row": "block_budget", "block_size": "key_block_size"}
+    replaced = tuple(earlier for name, earlier in follows.items() if name in changes)
     if changes.get("resolutions") is not None:
         replaced = _TWO_SCALES
     elif any(changes.get(name) is not None for name in _TWO_SCALES):
@@ -310,12 +313,14 @@ class MraConfig(OwnConfig, RobertaConfig):
         approx_mode: "full" (MRA-2, default) or "sparse" (MRA-2-s: blocks in high resolution only).
         initial_prior_first_n_blocks: first block rows and columns, always exact (default 0).
         initial_prior_diagonal_n_blocks: blocks of the always exact diagonal band (default 0).
-        block_size: tokens per block (default 32).
+        block_size: queries per block (default 32).
+        key_block_size: keys per block, 8, 16 or 32 (default `block_size`). Budgets and priors count
+            squares; narrow ones go with the selection "mass" and a diagonal prior.
         selection: the rule that ranks blocks, a name in `mra_attention.selection.RULES` (default
             "row_normalized").
         resolutions: scales from coarse to fine in place of (block_size, 1), see
             `mra_attention.multiresolution_attention` (default None). Priors then are on blocks of
-            the coarsest scale, and block_per_row, block_budget and block_size are None.
+            the coarsest scale, and the four settings of (block_size, 1) are None.
         block_budgets: blocks per head that are cut, one number for each of `resolutions` but the
             last (default None).
         distance_bias_window: every head learns a bias for each distance of up to so many blocks,
@@ -346,6 +351,7 @@ class MraConfig(OwnConfig, RobertaConfig):
     initial_prior_first_n_blocks: int = 0
     initial_prior_diagonal_n_blocks: int = 0
     block_size: int | None = None
+    key_block_size: int | None = None
     selection: str = "row_normalized"
     resolutions: list[int] | tuple[int, ...] | None = None
     block_budgets: list[int] | tuple[int, ...] | None = None
@@ -372,29 +378,25 @@ class MraConfig(OwnConfig, RobertaConfig):
         settings.check()
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             check_int(name, getattr(self, name), 1)
-        if isinstance(self.block_per_row, (list, tuple)) and (
-            len(self.block_per_row) != self.num_hidden_layers
-        ):
+        budgets, layers = self.block_per_row, self.num_hidden_layers
+        if isinstance(budgets, (list, tuple)) and len(budgets) != layers:
             raise ValueError(
-                f"block_per_row must hold one number for each of {self.num_hidden_layers} layers, "
-                f"got {len(self.block_per_row)}: {list(self.block_per_row)}."
+                f"block_per_row must hold one number for each of {layers} layers, "
+                f"got {len(budgets)}: {list(budgets)}."
             )
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, "
-                f"got {self.hidden_size} and {self.num_attention_heads}."
-            )
+            given = f"{self.hidden_size} and {self.num_attention_heads}"
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {given}.")
         check_int_if_given("embedding_size", self.embedding_size, 1)
         if not isinstance(self.sparse_prediction, bool):
-            given = self.sparse_prediction
-            raise ValueError(f"sparse_prediction must be True or False, got {given!r}.")
+            raise ValueError(f"sparse_prediction must be a bool, got {self.sparse_prediction!r}.")
         self._check_distance_bias()
         check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()
         settings.check_priors_at(self.max_tokens)
-        decoding = [name for name in ("is_decoder", "add_cross_attention") if getattr(self, name)]
-        if decoding:
-            raise ValueError(f"{decoding[0]} must be False, got True: MRA is for encoders only.")
+        for name in ("is_decoder", "add_cross_attention"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be False, got True: MRA is for encoders only.")
 
     def _check_distance_bias(self) -> None:
         far, window, scales = self.distance_bias_far, self.distance_bias_window, self.resolutions
@@ -409,10 +411,8 @@ class MraConfig(OwnConfig, RobertaConfig):
 
     def _check_positions(self) -> None:
         if not isinstance(self.pad_token_id, int):
-            raise ValueError(
-                f"pad_token_id must be an integer, got {self.pad_token_id!r}: positions count "
-                "from pad_token_id + 1, as in RoBERTa."
-            )
+            given = f"{self.pad_token_id!r}: positions count from pad_token_id + 1, as in RoBERTa"
+            raise ValueError(f"pad_token_id must be an integer, got {given}.")
         check_int("max_position_embeddings", self.max_position_embeddings, 1)
         if self.max_tokens < 1:
             raise ValueError(

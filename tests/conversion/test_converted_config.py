@@ -82,10 +82,13 @@ def test_attention_settings_reach_the_config(tmp_path):
     make_source(tmp_path / "source")
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 2}
     settings = {"max_length": 512, "block_per_row": 6, "approx_mode": "sparse"} | priors
+    settings |= {"key_block_size": 8, "selection": "mass"}
     report = convert(tmp_path / "source", tmp_path / "out", **settings)
     config = MraConfig.from_pretrained(tmp_path / "out")
     assert report.settings == {name: getattr(config, name) for name in report.settings}
     assert (config.block_per_row, config.approx_mode, config.block_budget) == (6, "sparse", None)
+    assert (config.key_block_size, config.selection) == (8, "mass")
+    assert "each cut into key blocks of 8" in report.summary()
     assert report.blocks_per_head == 96 and report.density == 96 / 256
     assert report.dense_length == 6 * 32
 

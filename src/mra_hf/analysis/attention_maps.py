@@ -1,5 +1,6 @@
 """The attention matrix of a head, exact and approximated, from the same queries and keys."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mra_attention import BlockSelection, mra2_attention_matrix, select_blocks
+from mra_attention.blocks import upsample
 from mra_hf.attention import attention_settings
 from mra_hf.distance_bias import MraSelfAttention
 from mra_hf.results.drawing import new_figure, save_figure
@@ -20,17 +22,22 @@ class HeadMatrices:
     Attributes:
         exact: `[N, N]` softmax attention, with the model's distance bias if it has one.
         approximate: `[N, N]` MRA-2 of the same queries, keys and bias, rows normalised.
-        blocks: `[R, R]` bool, the block pairs in high resolution.
-        block_size: tokens per block.
+        selection: the pairs in high resolution, of one head: `blocks` `[R, C]` bool.
         layer, head: numbers of the layer and the head, from 0.
     """
 
     exact: Tensor
     approximate: Tensor
-    blocks: Tensor
-    block_size: int
+    selection: BlockSelection
     layer: int
     head: int
+
+    @property
+    def chosen_tokens(self) -> Tensor:
+        """`[N, N]` bool, True at the token pairs that are exact."""
+        sizes = (self.selection.block_size, self.selection.key_block_size)
+        length = self.exact.shape[0]
+        return upsample(self.selection.blocks, *sizes)[:length, :length]
 
     @property
     def relative_error(self) -> float:
@@ -91,14 +98,15 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             arguments["distance_bias"] = attention.distance_bias(query)
         approx_mode = arguments.pop("approx_mode")
         selection = select_blocks(query, key, **arguments)
-        blocks, block_size = selection.blocks[0], selection.block_size
         arguments["selection"] = selection
         approximate = mra2_attention_matrix(query, key, **arguments, approx_mode=approx_mode)[0]
-        arguments["selection"] = BlockSelection(torch.ones_like(selection.blocks), block_size)
+        everything = torch.ones_like(selection.blocks)
+        arguments["selection"] = dataclasses.replace(selection, blocks=everything)
         exact = mra2_attention_matrix(query, key, **arguments)[0]
         matrices += [
-            HeadMatrices(exact[head], approximate[head], blocks[head], block_size, layer, head)
+            HeadMatrices(exact[head], approximate[head], of_head, layer, head)
             for head in range(heads)
+            for of_head in [dataclasses.replace(selection, blocks=selection.blocks[0, head])]
         ]
     return matrices
 
@@ -111,7 +119,8 @@ def plot_two_resolutions(matrices: HeadMatrices, path: Path, title: str) -> None
     scale = LogNorm(vmin=0.02 / length, vmax=float(matrices.exact.max()))
     figure = new_figure(11, 5.6)
     left, right = figure.subplots(1, 2, sharey=True)
-    exact_pairs, all_pairs = int(matrices.blocks.sum()), matrices.blocks.numel()
+    blocks = matrices.selection.blocks
+    exact_pairs, all_pairs = int(blocks.sum()), blocks.numel()
     mode = "MRA-2-s" if bool((matrices.approximate == 0).any()) else "MRA-2"
     approximation = (
         f"{mode}: {exact_pairs} of {all_pairs} blocks exact ({exact_pairs / all_pairs:.0%}), "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mra_attention import mra2_attention, select_blocks
-from mra_attention.blocks import count_blocks
+from mra_attention.blocks import count_blocks, upsample
 from mra_hf.analysis.head_inputs import HeadInputs
 from mra_hf.baselines.measures import (
     attention_weights,
@@ -144,13 +144,13 @@ def _errors(heads: HeadInputs, exact: Tensor, budget: int, settings: dict[str, A
 def _mass(heads: HeadInputs, budget: int, settings: dict[str, Any]) -> Tensor:
     """Share of the softmax mass in the selected blocks, `[instances, H]`."""
     rule = {name: value for name, value in settings.items() if name != "approx_mode"}
-    blocks = select_blocks(
+    chosen = select_blocks(
         heads.query, heads.key, block_per_row=budget, block_size=_BLOCK, scale=heads.scale, **rule
-    ).blocks
-    mass = torch.empty(blocks.shape[:2])
-    for instance, selected in enumerate(blocks):  # one instance at a time: N x N
+    )
+    mass = torch.empty(chosen.blocks.shape[:2])
+    for instance, selected in enumerate(chosen.blocks):  # one instance at a time: N x N
         weights = attention_weights(heads.query[instance], heads.key[instance], heads.scale)
-        covered = selected.repeat_interleave(_BLOCK, 1).repeat_interleave(_BLOCK, 2)
+        covered = upsample(selected, _BLOCK, chosen.key_block_size)
         covered = covered[:, : heads.length, : heads.length]
         mass[instance] = (weights * covered).sum((1, 2)) / heads.length
     return mass

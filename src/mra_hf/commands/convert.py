@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 
+from mra_attention.selection import SELECTION_RULES
 from mra_hf.conversion import DTYPES, convert_checkpoint
 from mra_hf.conversion.report import ConversionReport
 from mra_hf.conversion.sources import SOURCE_TYPES
@@ -55,6 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         new_bias = "; at least 1 with a new distance bias, for heads that read the first token"
         text = f"{meaning} (default: 0; {source_default}{new_bias if kind == 'first' else ''})"
         parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
+    parser.add_argument(
+        "--key-block-size",
+        **number,
+        help="keys per block, 8, 16 or 32: narrow ones lower the error of the same budget, with "
+        f"--selection mass and --prior-diagonal (default: 32; {source_default})",
+    )
+    parser.add_argument(
+        "--selection",
+        choices=SELECTION_RULES,
+        help=f"the rule that ranks blocks (default: row_normalized; {source_default})",
+    )
     parser.add_argument(
         "--distance-bias",
         action=argparse.BooleanOptionalAction,

@@ -436,9 +436,8 @@ def _clarity(head: HeadMatrices) -> float:
     """How much of what the head attends to lies in exact blocks off the diagonal, and how well it
     is approximated; at most 0 where the approximation errs as much as zeros would.
     """
-    size, length = head.block_size, head.exact.shape[0]
-    place = torch.arange(len(head.blocks))
-    chosen = head.blocks & ((place[:, None] - place).abs() > 1)
-    covered = chosen.repeat_interleave(size, 0).repeat_interleave(size, 1)[:length, :length]
+    length = head.exact.shape[0]
+    block = torch.arange(length) // head.selection.block_size
+    covered = head.chosen_tokens & ((block[:, None] - block).abs() > 1)
     share = float((head.exact * covered).sum() / length)
     return (1 - head.relative_error) * (0.1 + share)

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mra_attention.checks import check_int
-from mra_attention.selection import MAX_BLOCK_ROWS
+from mra_attention.checks import check_block_sizes, check_int
+from mra_attention.selection import max_block_rows
 from mra_hf.configuration import (
     MAX_DISTANCE_BIAS,
     SETTING_NAMES,
@@ -50,8 +50,6 @@ from mra_hf.modeling import Head
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-#: The most tokens whose blocks of the default size can be ranked.
-MAX_LENGTH = MAX_BLOCK_ROWS * AttentionSettings().block_size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPORT_NAME = "conversion_report.json"
 
@@ -74,6 +72,8 @@ def convert_checkpoint(
     approx_mode: str | None = None,
     initial_prior_first_n_blocks: int | None = None,
     initial_prior_diagonal_n_blocks: int | None = None,
+    key_block_size: int | None = None,
+    selection: str | None = None,
     distance_bias: bool | None = None,
     far_bias: float | None = None,
     text: "str | os.PathLike[str] | Sequence[str] | None" = None,
@@ -93,9 +93,9 @@ def convert_checkpoint(
             are modules of sentence-transformers.
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
-        block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks:
-            as in `MraConfig`. None: 8, "full", 0, 0, for a source of type mra or mra_hf its own;
-            with a new bias the first block is global (1) if the head reads the first token.
+        block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks,
+            key_block_size, selection: as in `MraConfig`, or its own for a source of type mra or
+            mra_hf; with a new bias the first block is global (1) if the head reads the first token.
         distance_bias: whether every head gets a trainable bias on the distance of blocks: 0 up to a
             window in which no two tokens share a position, `far_bias` beyond. None: where
             `max_length` exceeds the positions of the source. A source's own bias is kept.
@@ -112,19 +112,18 @@ def convert_checkpoint(
     Raises:
         ValueError: an argument out of range, a source that cannot be expressed exactly, or an
             `output_dir` that must not be written.
-        OSError: the source, its weights or its tokenizer cannot be read, or nothing can be written.
+        OSError: something cannot be read or written.
     """
-    _check_arguments(source, output_dir, tokenizer, max_length, progress)
-    bias = _BiasRequest(distance_bias, far_bias)
-    dtype = _as_dtype(dtype)
+    _check_arguments(source, output_dir, tokenizer, progress, max_length, key_block_size)
+    bias, dtype = _BiasRequest(distance_bias, far_bias), _as_dtype(dtype)
     texts = None if text is None else read_texts(text)
     output = _check_output(output_dir, source, force)
     changes = {
-        "block_per_row": block_per_row,
-        "approx_mode": approx_mode,
+        "block_per_row": block_per_row, "approx_mode": approx_mode,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
         "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
-    }
+        "key_block_size": key_block_size, "selection": selection,
+    }  # fmt: skip
     say = progress or (lambda line: None)
     say(f"finding {os.fspath(source)}")
     checkpoint = read_source(source)
@@ -146,7 +145,8 @@ def convert_checkpoint(
     return report
 
 
-def _check_arguments(source, output_dir, tokenizer, max_length, progress) -> None:
+def _check_arguments(source, output_dir, tokenizer, progress, max_length, key_block_size) -> None:
+    _check_length(max_length, key_block_size)
     paths = {"source": source, "output_dir": output_dir}
     if tokenizer is not None:
         paths["tokenizer"] = tokenizer
@@ -155,10 +155,16 @@ def _check_arguments(source, output_dir, tokenizer, max_length, progress) -> Non
             raise ValueError(f"{name} must be a path or a name, not empty, got {path!r}.")
     if progress is not None and not callable(progress):
         raise ValueError(f"progress must be a function of one line of text, got {progress!r}.")
+
+
+def _check_length(max_length: int, key_block_size: int | None) -> None:
+    """Check that the blocks of so many tokens can be ranked."""
     check_int("max_length", max_length, 1)
-    if max_length > MAX_LENGTH:
+    block_size, key_block_size = check_block_sizes(AttentionSettings().block_size, key_block_size)
+    longest = max_block_rows(block_size // key_block_size) * block_size
+    if max_length > longest:
         raise ValueError(
-            f"max_length must be at most {MAX_LENGTH}, the most tokens whose blocks can be ranked, "
+            f"max_length must be at most {longest}, the most tokens whose blocks can be ranked, "
             f"got {max_length}."
         )
 

@@ -335,6 +335,8 @@ def _budget(report: ConversionReport) -> str:
         budget = f"{budgets} exact blocks of {size} tokens per block row"
     else:
         budget = f"{settings.block_budget} exact blocks of {size} tokens per head"
+    if settings.key_block_size != size:
+        budget += f", each cut into key blocks of {settings.key_block_size}"
     return (
         f"{'MRA-2' if mode == 'full' else 'MRA-2-s'} ({mode}), {budget}: "
         f"{report.blocks_per_head} of {math.ceil(length / size) ** 2} block pairs per head "

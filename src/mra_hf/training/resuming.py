@@ -29,7 +29,7 @@ _COURSE = (
 
 #: Settings of multi-resolution attention that `results.json` has; None for other attentions.
 ATTENTION_CONDITIONS = (
-    *("approx_mode", "block_per_row", "resolutions", "block_budgets"),
+    *("approx_mode", "block_per_row", "key_block_size", "resolutions", "block_budgets"),
     *("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection"),
 )
 
