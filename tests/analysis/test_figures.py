@@ -148,9 +148,10 @@ def test_order_and_choice_matter_as_they_should(drawn):
     rows = [row for row in drawn[2]["selection"] if row["approx_mode"] == "full"]
     errors = {
         rule: sum(float(row["error"]) for row in rows if row["rule"] == rule)
-        for rule in ("row_normalized", "global", "refined", "most mass")
+        for rule in ("row_normalized", "global", "mass, 32 x 8", "refined", "most mass")
     }
     assert errors["most mass"] < errors["refined"] < errors["row_normalized"]
+    assert errors["mass, 32 x 8"] < errors["row_normalized"]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys, refused):

@@ -97,6 +97,11 @@ def _mra2_s(query, key, value, *, scale, size, seed=0):
     return mra2_attention(query, key, value, block_per_row=size, scale=scale, approx_mode="sparse")
 
 
+def _mra2_narrow(query, key, value, *, scale, size, seed=0):
+    narrow = {"key_block_size": 8, "selection": "mass"}
+    return mra2_attention(query, key, value, block_per_row=size, scale=scale, **narrow)
+
+
 _BLOCKS = (8, 16, 32, 64, 128)
 _MRA = {
     "size_name": "blocks per row",
@@ -123,6 +128,9 @@ METHODS: dict[str, Method] = {
     ),
     "mra2": Method("MRA-2", "#b3273a", "o", _mra2, **_MRA),
     "mra2_s": Method("MRA-2-s", "#e08a3c", "o", _mra2_s, **_MRA),
+    "mra2_narrow": Method(
+        "MRA-2, 32 x 8", "#a6611a", "o", _mra2_narrow, **_MRA | {"layer": None},
+    ),
     "longformer": Method(
         "Longformer", "#1f5f99", "s", longformer, LongformerLayer,
         size_name="window", arena_size=64, fits=_divides,
