@@ -39,7 +39,7 @@ def selection_settings(**changes):
     return {
         **{"summaries": None, "block_size": 32, "block_per_row": 3, "block_budget": None},
         **{"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0},
-        **{"rule": "row_normalized", "scale": 0.3, "distance_bias": None},
+        **{"rule": "row_normalized", "scale": 0.3, "distance_bias": None, "key_block_size": 32},
         **changes,
     }
 
@@ -178,7 +178,7 @@ def test_sixteen_bits_are_widened_and_rounded_as_by_torch(dtype):
     grads = native_impl.backward(
         exact, leaf, leaf, leaf, torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1), None, None,
         summaries=None, scale=1.0, sparse=False, block_size=32, largest_budget=None,
-        distance_bias=None, initial_prior_first_n_blocks=0,
+        distance_bias=None, initial_prior_first_n_blocks=0, key_block_size=32,
     )  # fmt: skip
     assert torch.equal(grads[2], exact.to(dtype))
 
@@ -237,6 +237,7 @@ def test_nothing_of_another_shape_or_dtype_reaches_the_library(name, wrong, monk
     tensors = {"query": x, "key": x, "value": x, "token_mask": None, "blocks": None}
     settings = {"summaries": None, "scale": 1.0, "sparse": False, "block_size": 32}
     settings |= {"largest_budget": None, "initial_prior_first_n_blocks": 0, "distance_bias": None}
+    settings |= {"key_block_size": 32}
     target = settings if name == "distance_bias" else tensors
     target[name] = wrong
     with pytest.raises(ValueError, match=f"{name} must be"):

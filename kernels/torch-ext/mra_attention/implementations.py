@@ -28,7 +28,7 @@ from torch import Tensor
 
 # What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
-NATIVE_KEY_BLOCK_SIZES = (32,)
+NATIVE_KEY_BLOCK_SIZES = (8, 16, 32)
 TRITON_KEY_BLOCK_SIZES = (32,)
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 LARGEST_NATIVE_DIM = 256

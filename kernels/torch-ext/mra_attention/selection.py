@@ -196,6 +196,7 @@ RULES = {
         "By the softmax mass of the pair: tokens of the query block times the softmax over the "
         "coarse logits of its row. Fits narrow key blocks.",
         softmax_mass,
+        kernels=("native",),
     ),
     "refined": SelectionRule(
         "By the softmax mass of the pair, estimated from quarters of blocks: finds better pairs "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import count_blocks
-from ..selection import RULES
+from ..implementations import NATIVE_KEY_BLOCK_SIZES
 from . import library
 
 _BLOCK_SIZE = 32
@@ -48,15 +48,16 @@ def select(
     initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
     key_block_size,
 ) -> Tensor:  # fmt: skip
-    """The chosen pairs `[B, H, R, R]` bool, as `selection.select` chooses them."""
+    """The chosen pairs `[B, H, R, C]` bool, as `selection.select` chooses them."""
     tensors = {"query": query, "key": key, "token_mask": token_mask, "distance_bias": distance_bias}
-    call, tensors = _call(tensors, scale, initial_prior_first_n_blocks)
+    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks)
     call.diagonal_blocks = initial_prior_diagonal_n_blocks
     call.block_per_row = block_per_row
     call.block_budget = -1 if block_budget is None else block_budget
-    call.row_normalized = RULES[rule].row_normalized
+    call.rule = library.RULES[rule]
     n_blocks = count_blocks(query.shape[2], block_size)
-    blocks = query.new_empty((*query.shape[:2], n_blocks, n_blocks), dtype=torch.bool)
+    n_key_blocks = n_blocks * (block_size // key_block_size)
+    blocks = query.new_empty((*query.shape[:2], n_blocks, n_key_blocks), dtype=torch.bool)
     call.new_blocks = blocks.data_ptr()
     library.run("select", call)
     return blocks
@@ -72,7 +73,7 @@ def forward(
     """
     tensors = {"query": query, "key": key, "value": value, "token_mask": token_mask}
     tensors |= {"blocks": blocks, "distance_bias": distance_bias}
-    call, tensors = _call(tensors, scale, initial_prior_first_n_blocks, sparse)
+    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
     output = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     call.new_output, call.lse = output.data_ptr(), lse.data_ptr()
@@ -91,7 +92,7 @@ def backward(
     tensors = {"query": query, "key": key, "value": value, "token_mask": token_mask}
     tensors |= {"blocks": blocks, "distance_bias": distance_bias, "lse": lse}
     tensors |= {"grad_output": grad_output.float(), "output": output.float()}
-    call, tensors = _call(tensors, scale, initial_prior_first_n_blocks, sparse)
+    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
     grads = tuple(query.new_empty(query.shape) for _ in range(3))
     call.grad_query, call.grad_key, call.grad_value = (x.data_ptr() for x in grads)
     if distance_bias is None:
@@ -105,12 +106,20 @@ def backward(
 
 
 def _call(
-    tensors: dict[str, Tensor | None], scale: float, first_n_blocks: int, sparse: bool = False
+    tensors: dict[str, Tensor | None],
+    scale: float,
+    key_block_size: int,
+    first_n_blocks: int,
+    sparse: bool = False,
 ) -> tuple[library.Call, list[Tensor]]:
     """A call with everything that is read, and the tensors it points into: keep them until it ran.
 
     Nothing reaches C++ that was not checked here.
     """
+    if key_block_size not in NATIVE_KEY_BLOCK_SIZES:
+        raise ValueError(
+            f"key_block_size must be one of {NATIVE_KEY_BLOCK_SIZES}, got {key_block_size}."
+        )
     query = tensors["query"]
     batch, heads, length, dim = query.shape
     n_blocks = count_blocks(length, _BLOCK_SIZE)
@@ -119,7 +128,7 @@ def _call(
         **dict.fromkeys(("grad_output", "output"), (query.shape, torch.float32)),
         "lse": (query.shape[:3], torch.float32),
         "token_mask": ((batch, length), torch.bool),
-        "blocks": ((batch, heads, n_blocks, n_blocks), torch.bool),
+        "blocks": ((batch, heads, n_blocks, n_blocks * _BLOCK_SIZE // key_block_size), torch.bool),
         "distance_bias": ((heads, n_blocks), torch.float32),
     }
     call = library.Call(
@@ -129,6 +138,7 @@ def _call(
         dim=dim,
         scale=scale,
         dtype=library.DTYPES[query.dtype],
+        key_block_size=key_block_size,
         sparse=sparse,
         threads=torch.get_num_threads(),
         isa=_forced_isa.get(),

@@ -13,6 +13,8 @@ _FOLDER = Path(__file__).parent
 LIBRARY_NAMES = ("libmra_attention.so", "libmra_attention.dylib")
 #: `MraDtype` in csrc/api.h.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: `MraRule` in csrc/api.h, by the names of `selection.RULES`.
+RULES = {"global": 0, "row_normalized": 1, "mass": 2}
 
 
 class _Tensor(ctypes.Structure):
@@ -30,9 +32,9 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, c_int64) for name in ("batch", "heads", "length", "dim")),
         ("scale", c_double),
-        *((name, c_int64) for name in ("dtype", "sparse", "threads", "isa")),
+        *((name, c_int64) for name in ("dtype", "key_block_size", "sparse", "threads", "isa")),
         *((name, c_int64) for name in ("first_blocks", "diagonal_blocks")),
-        *((name, c_int64) for name in ("block_per_row", "block_budget", "row_normalized")),
+        *((name, c_int64) for name in ("block_per_row", "block_budget", "rule")),
         *((name, _Tensor) for name in ("query", "key", "value", "grad_output", "output")),
         *((name, c_void_p) for name in ("token_mask", "blocks", "distance_bias", "lse")),
         *((name, c_void_p) for name in ("new_output", "grad_query", "grad_key", "grad_value")),

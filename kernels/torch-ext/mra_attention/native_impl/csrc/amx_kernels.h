@@ -89,7 +89,7 @@ MRA_NOINLINE void bf16_attend(int dim, float scale, const Half* query, const Bf1
       tile_product<false>(dim / kBlock, step, dim, kBlock, to, kBlock);
       if (first + c + 1 < list.count) fetch(given.keys[blocks[c + 1]], kBlock * dim * 2);
       fetch(given.value_columns + blocks[c] * size, kBlock * dim * 2);
-      if (list.real[blocks[c]] != ~0u) hide_padding(list.real[blocks[c]], to);
+      if (list.real[blocks[c]] != ~0u) hide_padding(kBlock, list.real[blocks[c]], to);
     }
     if (softmax<true>(count, scale * kLog2E, list.biases + first, logits, maxima, denominators,
                       factors))

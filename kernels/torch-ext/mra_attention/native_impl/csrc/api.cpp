@@ -42,9 +42,27 @@ const KernelTable* kernels_of(int64_t index) {
   return nullptr;
 }
 
+// The key blocks of a sample: parts of its blocks, in an array of their own where they are
+// narrower.
+void read_key_blocks(int width, int n_blocks, int padded_keys, char* memory, Sample& sample) {
+  sample.key_real = sample.real, sample.key_counts = sample.counts, sample.live_keys = sample.live;
+  if (width == kBlock) return;
+  int per_block = kBlock / width;
+  sample.key_real = reinterpret_cast<uint32_t*>(memory);
+  sample.key_counts = reinterpret_cast<float*>(memory + 4L * padded_keys);
+  sample.live_keys = 0;
+  for (int y = 0; y < n_blocks * per_block; y++) {
+    uint32_t real = sample.real[y / per_block] >> y % per_block * width & all_real(width);
+    sample.key_real[y] = real;
+    sample.key_counts[y] = static_cast<float>(__builtin_popcount(real));
+    sample.live_keys += real != 0;
+  }
+}
+
 // Memory of all samples, in one piece.
-bool read_samples(const MraCall& call, int n_blocks, int padded, Sample* samples, void** memory) {
-  size_t bytes = static_cast<size_t>(padded) * (4 + 4 + 1);
+bool read_samples(const MraCall& call, int n_blocks, int padded, int padded_keys, Sample* samples,
+                  void** memory) {
+  size_t bytes = static_cast<size_t>(padded) * (4 + 4 + 4) + static_cast<size_t>(padded_keys) * 8;
   char* at = static_cast<char*>(*memory = calloc(static_cast<size_t>(call.batch), bytes));
   if (!at) return false;
   for (int64_t b = 0; b < call.batch; b++, at += bytes) {
@@ -66,11 +84,15 @@ bool read_samples(const MraCall& call, int n_blocks, int padded, Sample* samples
       sample.live += real != 0;
       sample.is_first[y] = call.first_blocks > 0 && sample.live <= call.first_blocks;
     }
+    read_key_blocks(static_cast<int>(call.key_block_size), n_blocks, padded_keys, at + 12L * padded,
+                    sample);
   }
   return true;
 }
 
 using HeadPass = void (*)(const Shape& shape, long item, Arena arena, size_t* bytes);
+
+int round_up(int blocks) { return (blocks + kBlock - 1) / kBlock * kBlock; }
 
 struct PassOfCall {
   const Shape& shape;
@@ -81,16 +103,18 @@ struct PassOfCall {
 int run(const MraCall& call, HeadPass pass, HeadPass pass_bf16) {
   const KernelTable* kernels = kernels_of(call.isa < 0 ? 0 : call.isa);
   if (!kernels) return 1;
-  if (kernels->bf16 && call.dtype == kBFloat16 && call.scale > 0) pass = pass_bf16;
+  bool is_square = call.key_block_size == kBlock;
+  if (kernels->bf16 && call.dtype == kBFloat16 && call.scale > 0 && is_square) pass = pass_bf16;
   int multiple = kernels->dim_multiple;
   int dim = (static_cast<int>(call.dim) + multiple - 1) / multiple * multiple;
   int n_blocks = static_cast<int>((call.length + kBlock - 1) / kBlock);
-  int padded = (n_blocks + kBlock - 1) / kBlock * kBlock;
+  int width = static_cast<int>(call.key_block_size), n_keys = n_blocks * (kBlock / width);
+  int padded = round_up(n_blocks), padded_keys = round_up(n_keys);
   auto* samples = static_cast<Sample*>(calloc(static_cast<size_t>(call.batch), sizeof(Sample)));
   void* memory = nullptr;
-  bool is_done = samples && read_samples(call, n_blocks, padded, samples, &memory);
+  bool is_done = samples && read_samples(call, n_blocks, padded, padded_keys, samples, &memory);
   if (is_done) {
-    Shape shape{call, *kernels, dim, n_blocks, padded, samples};
+    Shape shape{call, *kernels, dim, n_blocks, padded, width, n_keys, padded_keys, samples};
     size_t bytes = 0;
     pass(shape, 0, Arena(), &bytes);
     PassOfCall context{shape, pass};

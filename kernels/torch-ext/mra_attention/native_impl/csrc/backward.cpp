@@ -36,10 +36,10 @@ void backward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
                      is_merged ? coarse.maxima : nullptr);
   if (is_merged)
     grads.go_through_coarse(shape, sample, item, selected, pair_biases, coarse, scratch);
-  for (int y = 0; y < shape.n_blocks; y++) {
-    long at = static_cast<long>(y) * shape.dim, token = y * shape.block_floats();
-    fill_block(shape, grads.of_key_means + at, of_keys + token);
-    fill_block(shape, grads.of_value_sums + at, of_values + token);
+  for (int y = 0; y < shape.n_keys; y++) {
+    long at = static_cast<long>(y) * shape.dim, token = y * shape.key_floats();
+    fill_key_block(shape, grads.of_key_means + at, of_keys + token);
+    fill_key_block(shape, grads.of_value_sums + at, of_values + token);
   }
   const float* biases = nullptr;
   for (int x = 0; x < shape.n_blocks; x++) {
@@ -47,13 +47,13 @@ void backward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
     bool is_live = sample.counts[x] > 0;
     if (is_live) {
       BlockList list = row_list.read(shape, sample, selected, biases, x);
-      list.keys = key.pointers(), list.values = value.pointers();
+      list.keys = key.key_pointers(), list.values = value.key_pointers();
       shape.kernels.attend_backward(shape.dim, static_cast<float>(call.scale), query[x],
                                     grad_output[x], grads.lse2 + x * kBlock,
                                     grads.delta + x * kBlock, list,
                                     grads.of_query_means + static_cast<long>(x) * shape.dim, block,
                                     of_keys, of_values, grads.of_biases, scratch);
-      grads.add_biases(sample, x, list);
+      grads.add_biases(shape, sample, x, list);
     }
     write_block(shape, sample, x, is_live ? block : nullptr, call.dtype,
                 head_of(shape, call.grad_query, item));

@@ -141,7 +141,7 @@ void backward_head_bf16(const Shape& shape, long item, Arena arena, size_t* byte
                          grad_columns,     grads.lse2,      grads.delta};
       kernels.attend_backward(shape.dim, scale, key[y], value[y], sample.real[y], list, of_queries,
                               of_key, of_value, grads.of_biases, scratch);
-      grads.add_biases(sample, y, column);
+      grads.add_biases(shape, sample, y, column);
       finish_gradient(shape, scale, grads.of_key_means + at, of_key);
       finish_gradient(shape, 1.f, grads.of_value_sums + at, of_value);
     }

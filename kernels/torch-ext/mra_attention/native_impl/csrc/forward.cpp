@@ -32,7 +32,7 @@ void forward_head(const Shape& shape, long item, Arena arena, size_t* bytes) {
     bool is_live = sample.counts[x] > 0;
     if (is_live) {
       BlockList list = row_list.read(shape, sample, selected, biases, x);
-      list.keys = key.pointers(), list.values = value.pointers();
+      list.keys = key.key_pointers(), list.values = value.key_pointers();
       CoarseState state = is_merged ? coarse.state(shape, x) : CoarseState{};
       shape.kernels.attend(shape.dim, static_cast<float>(call.scale), query[x], list, state, block,
                            block_lse, scratch);

@@ -14,20 +14,22 @@ constexpr float kLog2E = 1.4426950408889634f;
 Gradients::Gradients(const Shape& shape, Arena& arena) {
   long vectors = static_cast<long>(shape.padded_blocks) * shape.dim;
   of_query_means = arena.take<float>(vectors);
-  of_key_means = arena.take<float>(vectors);
-  of_value_sums = arena.take<float>(vectors);
+  of_key_means = arena.take<float>(static_cast<long>(shape.padded_keys) * shape.dim);
+  of_value_sums = arena.take<float>(static_cast<long>(shape.padded_keys) * shape.dim);
   sums = arena.take<float>(vectors);
   delta_sums = arena.take<float>(shape.padded_blocks);
   delta = arena.take<float>(static_cast<long>(shape.n_blocks) * kBlock);
   lse2 = arena.take<float>(static_cast<long>(shape.n_blocks) * kBlock);
-  of_logits = arena.take<float>(static_cast<long>(shape.padded_blocks) * kBlock);
-  of_biases = shape.call.grad_bias ? arena.take<float>(shape.n_blocks) : nullptr;
+  of_logits = arena.take<float>(static_cast<long>(shape.padded_keys) * kBlock);
+  of_biases = shape.call.grad_bias ? arena.take<float>(shape.n_keys) : nullptr;
   by_distance = nullptr;
 }
 
 void Gradients::start(const Shape& shape, long item) {
   size_t vectors = sizeof(float) * shape.padded_blocks * shape.dim;
-  for (float* x : {of_query_means, of_key_means, of_value_sums, sums}) memset(x, 0, vectors);
+  size_t key_vectors = sizeof(float) * shape.padded_keys * shape.dim;
+  for (float* x : {of_query_means, sums}) memset(x, 0, vectors);
+  for (float* x : {of_key_means, of_value_sums}) memset(x, 0, key_vectors);
   memset(delta_sums, 0, sizeof(float) * shape.padded_blocks);
   if (!shape.call.grad_bias) return;
   by_distance = shape.call.grad_bias + item * shape.n_blocks;
@@ -66,12 +68,14 @@ void Gradients::go_through_coarse(const Shape& shape, const Sample& sample, long
                             of_value_sums, by_distance ? of_logits : nullptr, scratch);
     if (by_distance) add_coarse_biases(shape, sample, x);
   }
-  for (int y = 0; y < shape.n_blocks; y++) {
-    long at = static_cast<long>(y) * shape.dim;
-    float share = sample.counts[y] ? static_cast<float>(shape.call.scale) / sample.counts[y] : 0.f;
-    for (int d = 0; d < shape.dim; d++)
-      of_query_means[at + d] *= share, of_key_means[at + d] *= share;
-  }
+  auto divide = [&](int blocks, const float* counts, float* rows) {
+    for (int y = 0; y < blocks; y++, rows += shape.dim) {
+      float share = counts[y] ? static_cast<float>(shape.call.scale) / counts[y] : 0.f;
+      for (int d = 0; d < shape.dim; d++) rows[d] *= share;
+    }
+  };
+  divide(shape.n_blocks, sample.counts, of_query_means);
+  divide(shape.n_keys, sample.key_counts, of_key_means);
 }
 
 // Pairs that are global have no bias.
@@ -79,22 +83,24 @@ void Gradients::add_coarse_biases(const Shape& shape, const Sample& sample, int 
   for (int q = 0; q < kBlock && first + q < shape.n_blocks; q++) {
     int x = first + q;
     if (sample.is_first[x]) continue;
-    for (int y = 0; y < shape.n_blocks; y++)
+    for (int i = 0; i < shape.n_keys; i++) {
+      int y = i / shape.per_block();
       if (!sample.is_first[y])
-        by_distance[x < y ? y - x : x - y] += of_logits[static_cast<long>(y) * kBlock + q];
+        by_distance[x < y ? y - x : x - y] += of_logits[static_cast<long>(i) * kBlock + q];
+    }
   }
 }
 
-void Gradients::add_biases(const Sample& sample, int x, const BlockList& list) {
+void Gradients::add_biases(const Shape& shape, const Sample& sample, int x, const BlockList& list) {
   if (!by_distance || sample.is_first[x]) return;
   for (int c = 0; c < list.count; c++) {
-    int y = list.blocks[c];
+    int y = list.blocks[c] / shape.per_block();
     if (!sample.is_first[y]) by_distance[x < y ? y - x : x - y] += of_biases[c];
   }
 }
 
-void fill_block(const Shape& shape, const float* row, float* block) {
-  for (int i = 0; i < kBlock; i++)
+void fill_key_block(const Shape& shape, const float* row, float* block) {
+  for (int i = 0; i < shape.width; i++)
     memcpy(block + static_cast<long>(i) * shape.dim, row, sizeof(float) * shape.dim);
 }
 

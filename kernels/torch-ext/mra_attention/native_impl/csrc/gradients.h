@@ -19,20 +19,21 @@ struct Gradients {
                          const uint8_t* selected, PairBiases& pair_biases, CoarsePart& coarse,
                          float* scratch);
   // Adds of_biases to those of the distances; `list`: of the row or column x.
-  void add_biases(const Sample& sample, int x, const BlockList& list);
+  void add_biases(const Shape& shape, const Sample& sample, int x, const BlockList& list);
 
-  float *of_query_means, *of_key_means, *of_value_sums;  // [R rounded up to 32, dim]
-  float *sums, *delta_sums;  // sums over a block's queries of w dO and w delta
-  float *delta, *lse2;       // [R, 32]
-  float* of_logits;          // [R rounded up to 32, 32] of coarse logits of 32 rows
-  float* of_biases;          // [R] of the pairs of one row or column; null: not wanted
-  double* by_distance;       // [R] of the distance bias; null: not wanted
+  float* of_query_means;                // [R rounded up to 32, dim]
+  float *of_key_means, *of_value_sums;  // [C rounded up to 32, dim]
+  float *sums, *delta_sums;             // sums over a block's queries of w dO and w delta
+  float *delta, *lse2;                  // [R, 32]
+  float* of_logits;                     // [C rounded up to 32, 32] of coarse logits of 32 rows
+  float* of_biases;                     // [C] of the pairs of one row or column; null: not wanted
+  double* by_distance;                  // [R] of the distance bias; null: not wanted
 
  private:
   void add_coarse_biases(const Shape& shape, const Sample& sample, int first);
 };
 
-// Fills all 32 tokens of a block with the row [dim].
-void fill_block(const Shape& shape, const float* row, float* block);
+// Fills all tokens of a key block with the row [dim].
+void fill_key_block(const Shape& shape, const float* row, float* block);
 
 }  // namespace mra

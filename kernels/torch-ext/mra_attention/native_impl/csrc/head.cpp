@@ -45,6 +45,8 @@ uint16_t narrow_half(float x) {
 
 Blocks::Blocks(const Shape& shape, Arena& arena) : shape_(shape) {
   pointers_ = arena.take<const float*>(shape.n_blocks);
+  bool is_square = shape.width == kBlock;
+  key_pointers_ = is_square ? pointers_ : arena.take<const float*>(shape.n_keys);
   copies_ = arena.take<float>(shape.n_blocks * shape.block_floats());
 }
 
@@ -76,6 +78,10 @@ void Blocks::read(const MraTensor& tensor, int64_t dtype, long sample, long head
       if (kept < dim) memset(copy + kept, 0, sizeof(float) * (dim - kept));
     }
   }
+  if (key_pointers_ == pointers_) return;
+  int per_block = shape_.per_block();
+  for (int y = 0; y < shape_.n_keys; y++)
+    key_pointers_[y] = pointers_[y / per_block] + y % per_block * shape_.key_floats();
 }
 
 HalfBlocks::HalfBlocks(const Shape& shape, Arena& arena) : shape_(shape) {
@@ -148,9 +154,10 @@ void write_output(const Shape& shape, const Sample& sample, long item, int block
 
 CoarsePart::CoarsePart(const Shape& shape, Arena& arena) {
   long vectors = static_cast<long>(shape.padded_blocks) * shape.dim;
+  long key_vectors = static_cast<long>(shape.padded_keys) * shape.dim;
   query_means = arena.take<float>(vectors);
-  key_means = arena.take<float>(vectors);
-  value_sums = arena.take<float>(vectors);
+  key_means = arena.take<float>(key_vectors);
+  value_sums = arena.take<float>(key_vectors);
   numerators = arena.take<float>(vectors);
   maxima = arena.take<float>(shape.padded_blocks);
   denominators = arena.take<float>(shape.padded_blocks);
@@ -158,41 +165,54 @@ CoarsePart::CoarsePart(const Shape& shape, Arena& arena) {
 
 void CoarsePart::read(const Shape& shape, const Sample& sample, const Blocks& query,
                       const Blocks& key, const Blocks& value) {
-  for (int y = 0; y < shape.n_blocks; y++) {
-    long at = static_cast<long>(y) * shape.dim;
-    shape.kernels.sum_rows(shape.dim, query[y], query_means + at);
-    shape.kernels.sum_rows(shape.dim, key[y], key_means + at);
-    shape.kernels.sum_rows(shape.dim, value[y], value_sums + at);
+  auto sum = shape.kernels.sum_rows;
+  int dim = shape.dim, width = shape.width;
+  for (int x = 0; x < shape.n_blocks; x++)
+    sum(dim, kBlock, query[x], query_means + static_cast<long>(x) * dim);
+  for (int y = 0; y < shape.n_keys; y++) {
+    long at = static_cast<long>(y) * dim;
+    sum(dim, width, key.key_block(y), key_means + at);
+    sum(dim, width, value.key_block(y), value_sums + at);
   }
   divide_means(shape, sample);
 }
 
 void CoarsePart::read(const Shape& shape, const Sample& sample, const HalfBlocks& query,
                       const HalfBlocks& key, const HalfBlocks& value, float* block) {
-  auto sum = [&](const uint16_t* from, float* to) {
+  auto sum = [&](const uint16_t* from, int rows, float* to) {
     shape.kernels.widen_row(static_cast<int>(shape.block_floats()), from, block);
-    shape.kernels.sum_rows(shape.dim, block, to);
+    for (int i = 0; i < kBlock; i += rows, to += shape.dim)
+      shape.kernels.sum_rows(shape.dim, rows, block + static_cast<long>(i) * shape.dim, to);
   };
   for (int y = 0; y < shape.n_blocks; y++) {
-    long at = static_cast<long>(y) * shape.dim;
-    sum(query[y], query_means + at);
-    sum(key[y], key_means + at);
-    sum(value[y], value_sums + at);
+    long at = static_cast<long>(y) * shape.dim, key_at = at * shape.per_block();
+    sum(query[y], kBlock, query_means + at);
+    sum(key[y], shape.width, key_means + key_at);
+    sum(value[y], shape.width, value_sums + key_at);
   }
   divide_means(shape, sample);
 }
 
 // Sums of queries and keys become means; what is no live block becomes zeros.
 void CoarsePart::divide_means(const Shape& shape, const Sample& sample) {
-  for (int y = 0; y < shape.padded_blocks; y++) {
+  size_t bytes = sizeof(float) * shape.dim;
+  auto divide = [&](float* means, float count) {
+    float share = 1.f / count;
+    for (int d = 0; d < shape.dim; d++) means[d] *= share;
+  };
+  for (int x = 0; x < shape.padded_blocks; x++) {
+    float* means = query_means + static_cast<long>(x) * shape.dim;
+    if (x < shape.n_blocks && sample.counts[x] > 0)
+      divide(means, sample.counts[x]);
+    else
+      memset(means, 0, bytes);
+  }
+  for (int y = 0; y < shape.padded_keys; y++) {
     long at = static_cast<long>(y) * shape.dim;
-    if (y >= shape.n_blocks || sample.counts[y] == 0) {
-      for (float* to : {query_means, key_means, value_sums})
-        memset(to + at, 0, sizeof(float) * shape.dim);
-      continue;
-    }
-    float share = 1.f / sample.counts[y];
-    for (int d = 0; d < shape.dim; d++) query_means[at + d] *= share, key_means[at + d] *= share;
+    if (y < shape.n_keys && sample.key_counts[y] > 0)
+      divide(key_means + at, sample.key_counts[y]);
+    else
+      memset(key_means + at, 0, bytes), memset(value_sums + at, 0, bytes);
   }
 }
 
@@ -201,14 +221,14 @@ CoarseRows CoarsePart::rows(const Shape& shape, const Sample& sample, const uint
   int left = shape.n_blocks - first;
   constexpr double kLog2E = 1.4426950408889634;
   return {shape.dim,
-          shape.n_blocks,
+          shape.n_keys,
           left < kBlock ? left : kBlock,
           static_cast<float>(shape.call.scale * kLog2E),
           query_means + static_cast<long>(first) * shape.dim,
           key_means,
           value_sums,
-          sample.counts,
-          selected + static_cast<long>(first) * shape.n_blocks,
+          sample.key_counts,
+          selected + static_cast<long>(first) * shape.n_keys,
           biases};
 }
 
@@ -222,7 +242,7 @@ void CoarsePart::attend(const Shape& shape, const Sample& sample, long head,
 }
 
 PairBiases::PairBiases(const Shape& shape, Arena& arena) {
-  biases_ = shape.call.distance_bias ? arena.take<float>(static_cast<long>(kBlock) * shape.n_blocks)
+  biases_ = shape.call.distance_bias ? arena.take<float>(static_cast<long>(kBlock) * shape.n_keys)
                                      : nullptr;
 }
 
@@ -231,43 +251,51 @@ const float* PairBiases::read(const Shape& shape, const Sample& sample, long hea
   constexpr float kLog2E = 1.4426950408889634f;
   const float* by_distance = shape.call.distance_bias + head * shape.n_blocks;
   for (int x = first; x < first + kBlock && x < shape.n_blocks; x++) {
-    float* row = biases_ + static_cast<long>(x - first) * shape.n_blocks;
+    float* to = biases_ + static_cast<long>(x - first) * shape.n_keys;
     for (int y = 0; y < shape.n_blocks; y++) {
       bool is_global = sample.is_first[x] | sample.is_first[y];
-      row[y] = is_global ? 0.f : by_distance[x < y ? y - x : x - y] * kLog2E;
+      float bias = is_global ? 0.f : by_distance[x < y ? y - x : x - y] * kLog2E;
+      for (int part = 0; part < shape.per_block(); part++) *to++ = bias;
     }
   }
   return biases_;
 }
 
 RowList::RowList(const Shape& shape, Arena& arena) {
-  blocks_ = arena.take<int>(shape.n_blocks);
-  biases_ = arena.take<float>(shape.n_blocks);
+  blocks_ = arena.take<int>(shape.n_keys);
+  biases_ = arena.take<float>(shape.n_keys);
 }
 
 BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t* selected,
                         const float* biases, int x) {
-  long row = static_cast<long>(x) * shape.n_blocks;
-  if (biases) biases += static_cast<long>(x % kBlock) * shape.n_blocks;
-  return read(shape, sample, selected ? selected + row : nullptr, 1, biases);
-}
-
-BlockList RowList::read_column(const Shape& shape, const Sample& sample, const uint8_t* selected,
-                               const float* biases, int y) {
-  if (biases) biases += static_cast<long>(y % kBlock) * shape.n_blocks;
-  return read(shape, sample, selected ? selected + y : nullptr, shape.n_blocks, biases);
-}
-
-BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t* selected,
-                        long stride, const float* biases) {
+  if (biases) biases += static_cast<long>(x % kBlock) * shape.n_keys;
+  if (selected) selected += static_cast<long>(x) * shape.n_keys;
   int count = 0;
-  for (int y = 0; y < shape.n_blocks; y++) {
-    if (sample.counts[y] == 0 || (selected && !selected[y * stride])) continue;
+  for (int y = 0; y < shape.n_keys; y++) {
+    if (sample.key_counts[y] == 0 || (selected && !selected[y])) continue;
     blocks_[count] = y;
     biases_[count] = biases ? biases[y] : 0.f;
     count++;
   }
-  return {blocks_, biases_, count, nullptr, nullptr, sample.real};
+  return list(count, shape, sample);
+}
+
+BlockList RowList::read_column(const Shape& shape, const Sample& sample, const uint8_t* selected,
+                               const float* biases, int y) {
+  if (biases) biases += static_cast<long>(y % kBlock) * shape.n_keys;
+  int count = 0;
+  for (int x = 0; x < shape.n_blocks; x++) {
+    if (sample.counts[x] == 0) continue;
+    if (selected && !selected[static_cast<long>(x) * shape.n_keys + y]) continue;
+    blocks_[count] = x;
+    biases_[count] = biases ? biases[x] : 0.f;
+    count++;
+  }
+  return list(count, shape, sample);
+}
+
+BlockList RowList::list(int count, const Shape& shape, const Sample& sample) const {
+  return {shape.width, blocks_, biases_, count, nullptr, nullptr, sample.key_real};
 }
 
 }  // namespace mra

@@ -17,7 +17,15 @@ struct Sample {
   float* counts;      // [R rounded up to 32]
   uint8_t* is_first;  // [R] among the first live blocks that are global, or dead before them
   long live;          // blocks that hold a real token
+
+  // The same of key blocks; of squares these are those of blocks.
+  uint32_t* key_real;  // [C]
+  float* key_counts;   // [C rounded up to 32]
+  long live_keys;
 };
+
+// The bits of a key block without padding.
+constexpr uint32_t all_real(int width) { return ~0u >> (kBlock - width); }
 
 // Sizes of a call, the same for all of its heads.
 struct Shape {
@@ -26,9 +34,15 @@ struct Shape {
   int dim;            // rounded up to kernels.dim_multiple
   int n_blocks;       // R
   int padded_blocks;  // R rounded up to 32
+  int width;          // tokens of a key block
+  int n_keys;         // C
+  int padded_keys;    // C rounded up to 32
   const Sample* samples;
 
+  int per_block() const { return kBlock / width; }  // key blocks to a block
   long block_floats() const { return static_cast<long>(kBlock) * dim; }
+  long key_floats() const { return static_cast<long>(width) * dim; }
+  long pairs() const { return static_cast<long>(n_blocks) * n_keys; }
 };
 
 // Hands out parts of one piece of memory, aligned to 64; counts only where there is none.
@@ -56,11 +70,12 @@ class Blocks {
   // with zeros for what is not real.
   void read(const MraTensor& tensor, int64_t dtype, long sample, long head);
   const float* operator[](int block) const { return pointers_[block]; }
-  const float* const* pointers() const { return pointers_; }
+  const float* key_block(int y) const { return key_pointers_[y]; }
+  const float* const* key_pointers() const { return key_pointers_; }
 
  private:
   const Shape& shape_;
-  const float** pointers_;
+  const float **pointers_, **key_pointers_;  // [R], and [C] to parts of the same
   float* copies_;
 };
 
@@ -84,7 +99,7 @@ class HalfBlocks {
 void write_block(const Shape& shape, const Sample& sample, int block, const float* from,
                  int64_t dtype, void* head_of_tensor);
 
-// The bias of each pair in powers of two, [32, R] for the block rows from `first`; null without.
+// The bias of each pair in powers of two, [32, C] for the block rows from `first`; null without.
 class PairBiases {
  public:
   PairBiases(const Shape& shape, Arena& arena);
@@ -115,8 +130,9 @@ struct CoarsePart {
   void attend(const Shape& shape, const Sample& sample, long head, const uint8_t* selected,
               PairBiases& pair_biases, float* scratch);
 
-  float *query_means, *key_means, *value_sums;  // [R rounded up to 32, dim]
-  float *maxima, *denominators, *numerators;    // [R rounded up to 32], and [.., dim]
+  float* query_means;                         // [R rounded up to 32, dim]
+  float *key_means, *value_sums;              // [C rounded up to 32, dim]
+  float *maxima, *denominators, *numerators;  // [R rounded up to 32], and [.., dim]
 
  private:
   void divide_means(const Shape& shape, const Sample& sample);
@@ -129,13 +145,12 @@ class RowList {
   RowList(const Shape& shape, Arena& arena);
   BlockList read(const Shape& shape, const Sample& sample, const uint8_t* selected,
                  const float* biases, int x);
-  // The query blocks that attend to key block y instead; the biases are symmetric.
+  // The query blocks that attend to the square key block y instead; the biases are symmetric.
   BlockList read_column(const Shape& shape, const Sample& sample, const uint8_t* selected,
                         const float* biases, int y);
 
  private:
-  BlockList read(const Shape& shape, const Sample& sample, const uint8_t* selected, long stride,
-                 const float* biases);
+  BlockList list(int count, const Shape& shape, const Sample& sample) const;
 
   int* blocks_;
   float* biases_;
@@ -143,8 +158,7 @@ class RowList {
 
 // Pairs of one head, or null where every live pair is selected.
 inline const uint8_t* selected_pairs(const Shape& shape, long item) {
-  long pairs = static_cast<long>(shape.n_blocks) * shape.n_blocks;
-  return shape.call.blocks ? shape.call.blocks + item * pairs : nullptr;
+  return shape.call.blocks ? shape.call.blocks + item * shape.pairs() : nullptr;
 }
 // Where the gradients of a head lie in a contiguous tensor of the inputs' dtype.
 inline void* head_of(const Shape& shape, void* tensor, long item) {

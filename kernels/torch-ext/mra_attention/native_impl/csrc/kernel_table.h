@@ -10,12 +10,13 @@ namespace mra {
 
 // The key blocks that a query block attends to, and what they are attended with.
 struct BlockList {
+  int width;            // tokens of a key block
   const int* blocks;    // numbers of the key blocks
   const float* biases;  // of each, in powers of two
   int count;
-  const float* const* keys;    // [R] blocks
-  const float* const* values;  // [R] blocks
-  const uint32_t* real;        // [R] a bit for each real token
+  const float* const* keys;    // [C] key blocks [width, dim]
+  const float* const* values;  // [C] key blocks [width, dim]
+  const uint32_t* real;        // [C] a bit for each real token
 };
 
 // What the coarse part leaves for one query block: the softmax's maximum and denominator, and a
@@ -26,16 +27,16 @@ struct CoarseState {
   const float* numerator = nullptr;
 };
 
-// The coarse part of 32 block rows, and of all R columns.
+// The coarse part of 32 block rows, and of all C columns.
 struct CoarseRows {
-  int dim, n_blocks, rows;   // rows: block rows that exist, at most 32
+  int dim, n_keys, rows;     // n_keys: C; rows: block rows that exist, at most 32
   float scale;               // of logits, times log2(e)
   const float* query_means;  // [32, dim]
-  const float* key_means;    // [R rounded up to 32, dim]
-  const float* value_sums;   // [R rounded up to 32, dim]
-  const float* counts;       // [R rounded up to 32] real tokens
-  const uint8_t* selected;   // [rows, R]
-  const float* biases;       // [rows, R] in powers of two, or null
+  const float* key_means;    // [C rounded up to 32, dim]
+  const float* value_sums;   // [C rounded up to 32, dim]
+  const float* counts;       // [C rounded up to 32] real tokens
+  const uint8_t* selected;   // [rows, C]
+  const float* biases;       // [rows, C] in powers of two, or null
 };
 
 // As BlockList, of bfloat16 blocks.
@@ -94,8 +95,8 @@ struct KernelTable {
                  const CoarseState& coarse, float* output, float* lse, float* scratch);
 
   // Its backward. lse2 is lse * log2(e), +inf at padding. Writes grad_query [32, dim], starting
-  // from grad_query_row [dim] (or null), adds to grad_keys and grad_values ([R] blocks), and writes
-  // the gradient of each block's bias to grad_biases (or null).
+  // from grad_query_row [dim] (or null), adds to grad_keys and grad_values ([C] key blocks), and
+  // writes the gradient of each block's bias to grad_biases (or null).
   void (*attend_backward)(int dim, float scale, const float* query, const float* grad_output,
                           const float* lse2, const float* delta, const BlockList& list,
                           const float* grad_query_row, float* grad_query, float* grad_keys,
@@ -106,21 +107,28 @@ struct KernelTable {
                  float* scratch);
 
   // Its backward: writes grad_query_means [32, dim], adds to grad_key_means and grad_value_sums
-  // [R rounded up to 32, dim], both without the factor scale / count, and writes the gradients of
-  // the logits to grad_logits [R rounded up to 32, 32] (or null).
+  // [C rounded up to 32, dim], both without the factor scale / count, and writes the gradients of
+  // the logits to grad_logits [C rounded up to 32, 32] (or null).
   void (*coarse_backward)(const CoarseRows& part, const float* maxima, const float* grad_sums,
                           const float* delta_sums, float* grad_query_means, float* grad_key_means,
                           float* grad_value_sums, float* grad_logits, float* scratch);
 
-  void (*sum_rows)(int dim, const float* block, float* sum);          // over 32 rows
-  void (*sum_rows_double)(int dim, const float* block, double* sum);  // over 32 rows
+  void (*sum_rows)(int dim, int rows, const float* block, float* sum);
+  void (*sum_rows_double)(int dim, int rows, const float* block, double* sum);
   void (*weighted_sum)(int dim, const float* weights, const float* block, float* sum);
   void (*row_dots)(int dim, const float* a, const float* b, float* dots);  // of 32 rows
 
-  // Coarse logits [R, R] of means [R, dim], all in float64. transposed: scratch, dim * (R rounded
-  // up to 16) doubles.
-  void (*coarse_logits)(int dim, int n_blocks, double scale, const double* query_means,
-                        const double* key_means, double* logits, double* transposed);
+  // What `coarse_logits` takes of means of keys [columns, dim]: `columns` rounded up to 16, times
+  // dim doubles.
+  void (*pack_columns)(int dim, int columns, const double* key_means, double* packed);
+
+  // Coarse logits [rows, columns] of means of queries [rows, dim], all in float64.
+  void (*coarse_logits)(int dim, int rows, int columns, double scale, const double* query_means,
+                        const double* packed, double* logits);
+
+  // Softmax of a row of logits in place, with subnormal results; columns are a multiple of 16. All
+  // are 0 where all logits are -inf, or one is NaN.
+  void (*softmax_row)(int columns, float* logits);
 
   void (*widen_row)(int count, const uint16_t* from, float* to);   // of bfloat16
   void (*narrow_row)(int count, const float* from, uint16_t* to);  // to bfloat16

@@ -66,17 +66,29 @@ MRA_INLINE Vector exp2(Vector x) {
   return x < -126.f ? Vector{} : scaled;
 }
 
-// A tile of C (+)= A B over K: A(r, k) = a[r * row + k * column]. One line of `next` is fetched for
-// each k: the operand of the next product.
-template <bool kAdds, int kFetch>
-MRA_INLINE void tile(int k_size, const float* a, long row, long column, const float* b, long ldb,
-                     float* c, long ldc, const float* next) {
-  Vector sums[kTileRows][kTileVectors];
+using Tile = Vector[kTileRows][kTileVectors];
+
+template <bool kLoads>
+MRA_INLINE void start_tile(const float* c, long ldc, Tile& sums) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; r++)
 #pragma GCC unroll 16
     for (int v = 0; v < kTileVectors; v++)
-      sums[r][v] = kAdds ? load(c + r * ldc + v * kLanes) : Vector{};
+      sums[r][v] = kLoads ? load(c + r * ldc + v * kLanes) : Vector{};
+}
+
+MRA_INLINE void finish_tile(const Tile& sums, float* c, long ldc) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < kTileVectors; v++) store(c + r * ldc + v * kLanes, sums[r][v]);
+}
+
+// Adds A B over K to a tile: A(r, k) = a[r * row + k * column]. One line of `next` is fetched for
+// each k: the operand of the next product.
+template <int kFetch>
+MRA_INLINE void add_to_tile(int k_size, const float* a, long row, long column, const float* b,
+                            long ldb, Tile& sums, const float* next) {
   for (int k = 0; k < k_size; k++) {
     if (kFetch) __builtin_prefetch(next + k * kFetch);
     Vector vectors[kTileVectors];
@@ -89,10 +101,16 @@ MRA_INLINE void tile(int k_size, const float* a, long row, long column, const fl
       for (int v = 0; v < kTileVectors; v++) sums[r][v] += factor * vectors[v];
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; r++)
-#pragma GCC unroll 16
-    for (int v = 0; v < kTileVectors; v++) store(c + r * ldc + v * kLanes, sums[r][v]);
+}
+
+// A tile of C (+)= A B over K.
+template <bool kAdds, int kFetch>
+MRA_INLINE void tile(int k_size, const float* a, long row, long column, const float* b, long ldb,
+                     float* c, long ldc, const float* next) {
+  Tile sums;
+  start_tile<kAdds>(c, ldc, sums);
+  add_to_tile<kFetch>(k_size, a, row, column, b, ldb, sums, next);
+  finish_tile(sums, c, ldc);
 }
 
 constexpr int kFetched = kTileRows * kTileColumns / kBlock;
@@ -114,10 +132,11 @@ MRA_NOINLINE void add_transposed_product(int rows, int columns, int k_size, cons
       tile<true, 0>(k_size, a + r, 1, lda, b + v, ldb, c + r * ldc + v, ldc, nullptr);
 }
 
-// S [32, 32] = A [32, dim] B [dim, 32], and fetch the 32 x dim block `next`.
+// S [kWidth, 32] = A [kWidth, dim] B [dim, 32], and fetch the kWidth x dim block `next`.
+template <int kWidth>
 MRA_NOINLINE void block_logits(int dim, const float* a, const float* b, float* s,
                                const float* next) {
-  for (int r = 0; r < kBlock; r += kTileRows)
+  for (int r = 0; r < kWidth; r += kTileRows)
     for (int v = 0; v < kBlock; v += kTileColumns)
       tile<false, kFetched>(dim, a + static_cast<long>(r) * dim, dim, 1, b + v, kBlock,
                             s + r * kBlock + v, kBlock,
@@ -133,11 +152,29 @@ MRA_NOINLINE void add_block_values(int dim, const float* a, const float* p, floa
                            next + static_cast<long>(r) * kBlock);
 }
 
-// C [32, dim] += P [32, 32] A [32, dim], and fetch the block `next`.
+// The same for up to 32 / kWidth narrow blocks [kWidth, dim], whose rows of P follow each other,
+// and as many to fetch. A tile stays in registers for all of them.
+template <int kWidth>
+MRA_NOINLINE void add_narrow_values(int dim, int blocks, const float* const* a, const float* p,
+                                    float* c, const float* const* next) {
+  for (int r = 0; r < dim; r += kTileRows)
+    for (int v = 0; v < kBlock; v += kTileColumns) {
+      Tile sums;
+      float* to = c + r * kBlock + v;
+      start_tile<true>(to, kBlock, sums);
+      for (int b = 0; b < blocks; b++)
+        add_to_tile<kFetched>(kWidth, a[b] + r, 1, dim, p + b * kWidth * kBlock + v, kBlock, sums,
+                              next[b] + r * kWidth);
+      finish_tile(sums, to, kBlock);
+    }
+}
+
+// C [kWidth, dim] += P [kWidth, 32] A [32, dim], and fetch the kWidth x dim block `next`.
+template <int kWidth>
 MRA_NOINLINE void add_block_rows(int dim, const float* p, const float* a, float* c,
                                  const float* next) {
   for (int v = 0; v < dim; v += kTileColumns)
-    for (int r = 0; r < kBlock; r += kTileRows)
+    for (int r = 0; r < kWidth; r += kTileRows)
       tile<true, kFetched>(kBlock, p + r * kBlock, kBlock, 1, a + v, dim,
                            c + static_cast<long>(r) * dim + v, dim,
                            next + static_cast<long>(r) * dim + v * kTileRows);
