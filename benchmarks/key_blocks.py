@@ -2,9 +2,10 @@
 
 Heads: queries, keys and values of all layers of a model that attends exactly, at 512 tokens and,
 converted with a distance bias, at 4096: mean relative error of the heads' outputs, beside the time
-of the compiled CPU kernels, 12 heads x 64, selection included. Loss: hidden tokens of held-out text
-that the converted embedded English model reads 4096 at a time, not trained, or trained (`--trained
-NAME=DIRECTORY`, once for each model).
+of the compiled CPU kernels, 12 heads x 64, selection included. States: cosine of the last hidden
+states of the converted MiniLM to those with exact attention, 4096 tokens. Loss: hidden tokens of
+held-out text that the converted embedded English model reads 4096 at a time, not trained, or
+trained (`--trained NAME=DIRECTORY`, once for each model).
 
 example:
   python benchmarks/key_blocks.py --minilm all-MiniLM-L6-v2 --corpus corpus/english
@@ -48,7 +49,7 @@ CONDITIONS = ("date", "commit", "device", "torch", "transformers")
 KEYS = ("part", "model", "length", "block_per_row", "key_block_size", "selection", "diagonal")
 COLUMNS = (
     *(*CONDITIONS, *KEYS, "heads", "error", "ms_median", "ms_p20", "ms_p80"),
-    *("ms_median_bwd", "ms_p20_bwd", "ms_p80_bwd", "tokens", "nll", "accuracy"),
+    *("ms_median_bwd", "ms_p20_bwd", "ms_p80_bwd", "tokens", "nll", "accuracy", "cosine"),
 )
 _TEXTS = 2
 _REPEATS = 15
@@ -141,8 +142,10 @@ def layers_of(model: MraModel, ids: Tensor) -> list[Layer]:
     return layers
 
 
-def recorded_layers(source: Path, length: int, texts: Sequence[str], folder: Path) -> list[Layer]:
-    """The layers of `source`, converted to `length` tokens, on the beginnings of texts."""
+def converted(
+    source: Path, length: int, texts: Sequence[str], folder: Path
+) -> tuple[PreTrainedModel, Tensor]:
+    """`source`, converted to `length` tokens, and the beginnings of texts, `[texts, length]`."""
     path = folder / f"{Path(source).name}-{length}"
     convert_checkpoint(source, path, max_length=length)
     model, tokenizer = AutoModel.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
@@ -151,7 +154,7 @@ def recorded_layers(source: Path, length: int, texts: Sequence[str], folder: Pat
     whole = [one for one in ids if one.shape[1] == length][:_TEXTS]
     if not whole:
         raise ValueError(f"no text has {length} tokens.")
-    return [layer for one in whole for layer in layers_of(model, one)]
+    return model, torch.cat(whole)
 
 
 @torch.no_grad()
@@ -167,6 +170,21 @@ def head_rows(layers: Sequence[Layer], chosen: Sequence[Setting]) -> Iterator[tu
         ]
         found = torch.cat([error.flatten() for error in errors])
         yield setting, {"heads": found.numel(), "error": round(float(found.mean()), 4)}
+
+
+@torch.no_grad()
+def state_rows(model: MraModel, ids: Tensor, chosen: Sequence[Setting]) -> Iterator[tuple]:
+    """The mean cosine, over tokens, of the last hidden states to those of exact attention."""
+    model.set_attn_implementation("sdpa")
+    exact = [model(input_ids=one[None]).last_hidden_state for one in ids]
+    for setting in chosen:
+        set_attention(model, "mra2", **setting.arguments)
+        states = [model(input_ids=one[None]).last_hidden_state for one in ids]
+        cosines = [
+            torch.cosine_similarity(x, y, dim=-1) for x, y in zip(states, exact, strict=True)
+        ]
+        mean = float(torch.cat(cosines, dim=1).mean())
+        yield setting, {"tokens": ids.numel(), "cosine": round(mean, 4)}
 
 
 def time_columns(length: int, chosen: Sequence[Setting], repeats: int) -> dict[Setting, dict]:
@@ -218,9 +236,16 @@ def measure(args: argparse.Namespace) -> None:
             for length in LENGTHS:
                 wanted = lacking("heads", name, length, settings(budgets))
                 if wanted:
-                    layers = recorded_layers(source, length, texts, Path(folder) / name)
+                    model, ids = converted(source, length, texts, Path(folder) / name)
+                    layers = [layer for one in ids for layer in layers_of(model, one[None])]
                     for setting, found in head_rows(layers, wanted):
                         add("heads", name, length, setting, found)
+        longest = max(LENGTHS)
+        wanted = lacking("states", "minilm", longest, settings(budgets))
+        if wanted:
+            model, ids = converted(args.minilm, longest, texts, Path(folder) / "states")
+            for setting, found in state_rows(model, ids, wanted):
+                add("states", "minilm", longest, setting, found)
     for length in LENGTHS:
         wanted = settings(budgets)
         if lacking("time", "", length, wanted):  # of one run, so that they compare

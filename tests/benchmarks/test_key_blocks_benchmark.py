@@ -38,7 +38,7 @@ def test_rows_are_added_once_and_drawn(tmp_path, monkeypatch, real_pictures):
     rows = read_rows(out)
     assert {(row["part"], row["model"]) for row in rows} == {
         *(("heads", "minilm"), ("heads", "english"), ("time", "")),
-        *(("loss", "english, untrained"), ("loss", "again")),
+        *(("loss", "english, untrained"), ("loss", "again"), ("states", "minilm")),
     }
     assert key_blocks.main(arguments) == 0
     assert out.read_bytes() == written, "nothing is measured twice"
