@@ -51,6 +51,11 @@ COLUMNS = (
     *(*CONDITIONS, *KEYS, "heads", "error", "ms_median", "ms_p20", "ms_p80"),
     *("ms_median_bwd", "ms_p20_bwd", "ms_p80_bwd", "tokens", "nll", "accuracy", "cosine"),
 )
+#: Widths of key blocks and rules.
+_WAYS = (
+    *((32, "row_normalized"), (32, "mass"), (16, "mass"), (8, "mass")),
+    *((32, "refined"), (8, "refined")),
+)
 _TEXTS = 2
 _REPEATS = 15
 _COLOURS = {"32": "#444444", "16": "#7570b3", "8": "#d95f02"}
@@ -76,14 +81,13 @@ class Setting:
 EXACT = Setting()
 
 
-def settings(budgets: Sequence[int]) -> list[Setting]:
+def settings(budgets: Sequence[int], diagonals: Sequence[int] = (0, 1)) -> list[Setting]:
     """Return what is measured: the paper's squares first."""
-    ways = [(32, "row_normalized"), (32, "mass"), (16, "mass"), (8, "mass"), (32, "refined")]
     return [
         Setting(budget, width, rule, diagonal)
         for budget in budgets
-        for width, rule in ways
-        for diagonal in (0, 1)
+        for width, rule in _WAYS
+        for diagonal in diagonals
     ]
 
 
@@ -221,6 +225,7 @@ def measure(args: argparse.Namespace) -> None:
     about = conditions("cpu", torch.get_num_threads())
     texts = [text for _, _, text in read_corpus(args.corpus, "heldout/*.jsonl")]
     budgets = BUDGETS[1:2] if args.smoke else BUDGETS
+    loss_budgets = LOSS_BUDGETS[1:2] if args.smoke else LOSS_BUDGETS
 
     def add(part: str, model: str, length: int, setting: Setting, found: dict) -> None:
         row = {"part": part, "model": model, "length": length} | asdict(setting) | found
@@ -241,7 +246,8 @@ def measure(args: argparse.Namespace) -> None:
                     for setting, found in head_rows(layers, wanted):
                         add("heads", name, length, setting, found)
         longest = max(LENGTHS)
-        wanted = lacking("states", "minilm", longest, settings(budgets))
+        # Its first block is global, which takes a budget of 4.
+        wanted = lacking("states", "minilm", longest, settings(loss_budgets))
         if wanted:
             model, ids = converted(args.minilm, longest, texts, Path(folder) / "states")
             for setting, found in state_rows(model, ids, wanted):
@@ -253,12 +259,11 @@ def measure(args: argparse.Namespace) -> None:
                 length, wanted, 1 if args.smoke else _REPEATS
             ).items():
                 add("time", "", length, setting, found)
-    _measure_losses(args, texts, add, lacking)
+    _measure_losses(args, texts, [EXACT, *settings(loss_budgets, (1, 3))], add, lacking)
 
 
-def _measure_losses(args, texts, add, lacking) -> None:
+def _measure_losses(args, texts, wanted: Sequence[Setting], add, lacking) -> None:
     longest = max(LENGTHS)
-    wanted = [EXACT, *settings(LOSS_BUDGETS[1:2] if args.smoke else LOSS_BUDGETS)]
     with tempfile.TemporaryDirectory() as folder:
         untrained = Path(folder) / "english-4096"
         for name, path in (("english, untrained", untrained), *args.trained):
@@ -284,7 +289,7 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
             axes = panels[line, column]
             for width, rule, style in (
                 *(("32", "row_normalized", "-"), ("32", "mass", "--"), ("16", "mass", "-")),
-                *(("8", "mass", "-"), ("32", "refined", ":")),
+                *(("8", "mass", "-"), ("32", "refined", ":"), ("8", "refined", ":")),
             ):
                 points = []
                 for row in rows:
