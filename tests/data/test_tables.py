@@ -186,8 +186,12 @@ def test_labels_lose_blanks_and_headers_name_a_column_once(tmp_path):
     ],
 )
 def test_lines_that_end_in_cr_only_are_named_with_the_remedy(tmp_path, name, content):
-    with pytest.raises(ValueError, match=r"lines end in CR only.*tr '\\r' '\\n'"):
+    with pytest.raises(ValueError, match=r"lines end in CR only.*tr '\\r' '\\n'") as caught:
         list(read_table(write(tmp_path / name, content)))
+    if name.endswith(".gz"):
+        assert f"gzip -dc {name} | tr '\\r' '\\n' > NEW" in str(caught.value)
+    else:
+        assert f"`tr '\\r' '\\n' < {name} > NEW`" in str(caught.value)
 
 
 def test_a_cr_inside_a_row_is_named_or_read(tmp_path):
