@@ -163,7 +163,9 @@ def test_the_command(tmp_path, monkeypatch, capsys, refused):
         "figure-2.png",
         "figure-2.txt",
     ]
-    assert "[1/1, " in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "[1/1] drawing figure-2 ..." in said.err, "a figure may take minutes"
+    assert "[1/1, " in said.out
     checkpoint = ["--source", str(english_checkpoint()), "--text", "text.txt", "--length", "128"]
     assert main(["figures", *checkpoint, "--only", "figure-8"]) == 0
     assert "english on text.txt" in (tmp_path / "figures" / "figure-8.txt").read_text()

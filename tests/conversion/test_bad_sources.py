@@ -2,12 +2,20 @@
 
 import json
 
+import httpx
 import pytest
 import torch
 from conversion_cases import change_config, convert, make_source, rewrite
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from mra_hf import MraConfig
+from mra_hf.conversion import files
 
 
 @pytest.mark.parametrize(
@@ -153,8 +161,6 @@ def test_missing_shards_and_bad_indexes_are_named(tmp_path):
 def test_missing_sources_are_named(tmp_path):
     with pytest.raises(OSError, match="no directory"):
         convert(tmp_path / "nothing", tmp_path / "out")
-    with pytest.raises(OSError, match="neither a directory here nor a repository"):
-        convert("no-such-user/no-such-model", tmp_path / "out")
     with pytest.raises(ValueError, match="source"):
         convert(None, tmp_path / "out")
     with pytest.raises(ValueError, match="output_dir"):
@@ -165,6 +171,48 @@ def test_missing_sources_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match=r"config\.json"):
         convert(tmp_path / "empty", tmp_path / "out")
+
+
+def hub_error(kind, status):
+    response = httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid/api"))
+    return kind(f"{status} Client Error. (Request ID: 1)\n\nMake sure that ...", response=response)
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "said"),
+    [
+        (hub_error(RepositoryNotFoundError, 401), False, "the hub has no repository of this name"),
+        (hub_error(GatedRepoError, 403), False, "is gated: accept its terms there and log in"),
+        (
+            LocalEntryNotFoundError("Got: ..."),
+            False,
+            "the hub could not be reached: check the name",
+        ),
+        (ConnectionError("Got: ..."), False, "the hub could not be reached: check the name"),
+        (
+            LocalEntryNotFoundError("Set ..."),
+            True,
+            "offline (HF_HUB_OFFLINE) and has no copy: unset",
+        ),
+        (hub_error(HfHubHTTPError, 429), False, "(HfHubHTTPError: 429 Client Error."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_a_source_that_cannot_be_fetched_is_one_sentence(
+    error, offline, said, tmp_path, monkeypatch
+):
+    def snapshot_download(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(files, "is_offline_mode", lambda: offline)
+    with pytest.raises(OSError) as caught:
+        convert("no-such-user/no-such-model", tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith("there is no directory no-such-user/no-such-model, and the ")
+    assert said in message and message.endswith(", or pass a directory.")
+    assert "Got:" not in message and "Make sure" not in message, "the client's words are the cause"
+    assert caught.value.__cause__ is error
 
 
 def test_an_empty_tokenizer_is_refused(tmp_path):

@@ -109,6 +109,14 @@ def test_a_source_with_values_that_are_not_finite_is_refused(number, name, tmp_p
 
 
 @pytest.mark.parametrize("name", [DENSE, "roberta.embeddings.position_embeddings.weight"])
+def test_values_beyond_bfloat16_are_refused_with_float32(name, tmp_path):
+    make_source(tmp_path / "source")
+    changed(tmp_path / "source", name, 3.4028e38)
+    with pytest.raises(ValueError, match=rf"{name} holds .*bfloat16, .*--dtype float32"):
+        convert(tmp_path / "source", tmp_path / "out", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", [DENSE, "roberta.embeddings.position_embeddings.weight"])
 def test_values_beyond_a_dtype_are_refused_with_one_that_reaches(name, tmp_path):
     make_source(tmp_path / "source")
     changed(tmp_path / "source", name, -1e5)

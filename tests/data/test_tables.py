@@ -186,8 +186,12 @@ def test_labels_lose_blanks_and_headers_name_a_column_once(tmp_path):
     ],
 )
 def test_lines_that_end_in_cr_only_are_named_with_the_remedy(tmp_path, name, content):
-    with pytest.raises(ValueError, match=r"lines end in CR only.*tr '\\r' '\\n'"):
+    with pytest.raises(ValueError, match=r"lines end in CR only.*tr '\\r' '\\n'") as caught:
         list(read_table(write(tmp_path / name, content)))
+    if name.endswith(".gz"):
+        assert f"gzip -dc {name} | tr '\\r' '\\n' > NEW" in str(caught.value)
+    else:
+        assert f"`tr '\\r' '\\n' < {name} > NEW`" in str(caught.value)
 
 
 def test_a_cr_inside_a_row_is_named_or_read(tmp_path):
@@ -267,3 +271,27 @@ def test_rows_of_a_named_data_set_without_text_or_label_are_left_out(declares, t
     assert (part.without_text, part.without_label, part.faulty) == (2, 1, 0)
     given = data.read_split(str(tmp_path / "qqp"), None, "train", data.Columns(), ("-1", "0", "1"))
     assert (given.without_label == 0) is not declares, "-1 is a class where --labels says so"
+
+
+def named(folder, labels):
+    """A data set by name whose rows have these labels."""
+    folder.mkdir()
+    Dataset.from_list([{"text": "a", "label": x} for x in labels]).to_parquet(
+        folder / "train.parquet"
+    )
+    return data.read_split(str(folder), None, "train", data.Columns())
+
+
+@pytest.mark.parametrize("label", [0.5, 1.0, [1]], ids=repr)
+def test_a_label_of_a_named_data_set_that_is_no_class_is_refused(label, tmp_path):
+    with pytest.raises(ValueError, match=r"row 0: column 'label' must be a class.*got"):
+        named(tmp_path / "scores", [label, label])
+
+
+def test_labels_of_a_named_data_set_are_read_as_those_of_files(tmp_path):
+    part = named(tmp_path / "texts", ["no", " no ", "yes", "", " "])
+    assert part.labels == ["no", "no", "yes"] and part.without_label == 2
+    part = named(tmp_path / "numbers", ["0", "1", "-1", "1"])
+    assert part.labels == ["0", "1", "1"] and part.without_label == 1
+    part = named(tmp_path / "signs", ["-1", "1"])
+    assert part.labels == ["-1", "1"], "-1 is a class where the others are not 0 to n"

@@ -40,6 +40,24 @@ import sys
 from sentence_transformers import SentenceTransformer
 SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu").save(sys.argv[2])
 """
+#: What Transformers' run_ner.py and run_qa.py call, with their arguments.
+OPEN_AS_THE_EXAMPLE_SCRIPTS = """
+import sys, transformers
+source, words, answers = sys.argv[1:]
+hub = dict(cache_dir=None, revision="main", token=None, trust_remote_code=True)
+config = transformers.AutoConfig.from_pretrained(
+    source, num_labels=3, finetuning_task="ner", **hub)
+assert config.model_type == "mra_hf"
+transformers.AutoTokenizer.from_pretrained(source, use_fast=True, **hub).save_pretrained(words)
+model = transformers.AutoModelForTokenClassification.from_pretrained(
+    source, from_tf=False, config=config, ignore_mismatched_sizes=False, **hub)
+model.config.label2id = {"B-PER": 0, "I-PER": 1, "O": 2}
+model.config.id2label = dict(enumerate(model.config.label2id))
+model.save_pretrained(words)
+transformers.AutoModelForQuestionAnswering.from_pretrained(
+    source, from_tf=False, config=transformers.AutoConfig.from_pretrained(source, **hub), **hub
+).save_pretrained(answers)
+"""
 AUTO_CLASSES = {
     "mra_hf": "AutoModelForMaskedLM",
     "adamra_hf": "AutoModelForSequenceClassification",
@@ -103,6 +121,24 @@ def test_sentence_transformers_opens_and_saves_the_same_model(tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "hub")
     assert run(WRAP_AND_SAVE, tmp_path / "hub", tmp_path / "saved") is None
     assert_same_directory(tmp_path / "hub", tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_the_calls_of_transformers_example_scripts_open_a_checkpoint(tmp_path):
+    model = mra_hf.MraForMaskedLM(mra_config(block_per_row=1))
+    model.save_pretrained(tmp_path / "hub")
+    word_tokenizer().save_pretrained(tmp_path / "hub")
+    folders = [tmp_path / name for name in ("hub", "words", "answers")]
+    assert run(OPEN_AS_THE_EXAMPLE_SCRIPTS, *folders) is None
+    words = transformers.AutoModelForTokenClassification.from_pretrained(folders[1])
+    assert type(words) is mra_hf.MraForTokenClassification
+    assert words.config.id2label == {0: "B-PER", 1: "I-PER", 2: "O"}
+    answers = transformers.AutoModelForQuestionAnswering.from_pretrained(folders[2])
+    assert type(answers) is mra_hf.MraForQuestionAnswering
+    for opened in (words, answers):
+        assert opened.config.block_per_row == 1
+        for name, tensor in model.roberta.state_dict().items():
+            assert torch.equal(opened.roberta.state_dict()[name], tensor), name
 
 
 def test_every_configuration_class_is_covered():

@@ -79,12 +79,13 @@ def test_a_block_runs_alone(block, tmp_path):
     [
         pytest.param(0, "runs/*/model.safetensors", id="tokens"),
         pytest.param(1, "runs/*/model.safetensors", id="answers"),
-        pytest.param(2, "tokenizer-for-words/tokenizer.json", id="tokenizer"),
+        pytest.param(2, "roberta-4096/model.safetensors", id="conversion"),
+        pytest.param(3, "tokenizer-for-words/tokenizer.json", id="tokenizer"),
     ],
 )
 def test_a_block_of_the_guide_to_other_heads_runs_alone(number, written, tmp_path):
     blocks = blocks_of((ROOT / "docs" / "guide" / "other-heads.md").read_text())
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     run(blocks[number], tmp_path)
     assert list(tmp_path.glob(written))
 

@@ -10,6 +10,7 @@ example:
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     names = args.only or NAMES
     for number, name in enumerate(names, 1):
+        print(f"[{number}/{len(names)}] drawing {name} ...", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         caption = draw(name, heads, args.out)
         print(

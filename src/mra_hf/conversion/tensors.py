@@ -148,10 +148,11 @@ def check_range(state: NewState, dtype: torch.dtype) -> None:
     for name, tensor in state.tensors.items():
         if not tensor.to(dtype).isfinite().all():
             kind = str(dtype).removeprefix("torch.")
+            wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
             raise ValueError(
                 f"the tensor {name} holds {tensor.abs().max():g}, beyond the largest {kind}, "
-                f"{torch.finfo(dtype).max:g}; pass dtype='bfloat16' (--dtype bfloat16), which "
-                "reaches as far as float32, or leave dtype out."
+                f"{torch.finfo(dtype).max:g}; pass dtype={wider!r} (--dtype {wider}), which "
+                "reaches further, or leave dtype out."
             )
 
 

@@ -147,11 +147,7 @@ def read_files(
             labels.append(label)
             origins.append((f"{file}, line", line))
     rows = LabelledTexts(texts, labels, origins, None, **count)
-    if skip_faulty and MINUS_ONE not in declared and _marks_missing(labels):
-        named = [index for index, label in enumerate(labels) if str(label) != MINUS_ONE]
-        count["without_label"] += len(labels) - len(named)
-        rows = replace(rows.select(named), **count)
-    return rows
+    return _drop_minus_one(rows) if skip_faulty and MINUS_ONE not in declared else rows
 
 
 def _fault_of(columns: Columns, values: tuple, label: Any) -> tuple[str | None, str]:
@@ -161,11 +157,15 @@ def _fault_of(columns: Columns, values: tuple, label: Any) -> tuple[str | None, 
             return "without_text", f"column {name!r} is empty or no text."
     if label is None or label == "":
         return "without_label", f"column {columns.label!r} is empty."
+    fault = _fault_of_label(columns, label)
+    return ("faulty", fault) if fault else (None, "")
+
+
+def _fault_of_label(columns: Columns, label: Any) -> str:
+    """What is wrong with a label that is there: a number to predict, or several."""
     if isinstance(label, (float, list, dict)):
-        return "faulty", (
-            f"column {columns.label!r} must be a class, a text or an integer, got {label!r}."
-        )
-    return None, ""
+        return f"column {columns.label!r} must be a class, a text or an integer, got {label!r}."
+    return ""
 
 
 def _marks_missing(labels: Iterable[Any]) -> bool:
@@ -174,6 +174,20 @@ def _marks_missing(labels: Iterable[Any]) -> bool:
     others = names - {MINUS_ONE}
     is_range = len(others) > 1 and others == {str(number) for number in range(len(others))}
     return MINUS_ONE in names and is_range
+
+
+def _drop_minus_one(rows: LabelledTexts) -> LabelledTexts:
+    """Leave out, counted, the rows with a label of -1 where it marks rows without one."""
+    if not _marks_missing(rows.labels):
+        return rows
+    named = [index for index, label in enumerate(rows.labels) if str(label) != MINUS_ONE]
+    without_label = rows.without_label + len(rows.labels) - len(named)
+    return replace(
+        rows.select(named),
+        without_label=without_label,
+        without_text=rows.without_text,
+        faulty=rows.faulty,
+    )
 
 
 def note_minus_one(sets: Iterable[LabelledTexts], declared: Sequence[str]) -> str | None:
@@ -201,7 +215,7 @@ def read_split(
     and counted.
 
     Raises:
-        ValueError: no such split or column.
+        ValueError: no such split or column, or a label that is no class, text or integer.
     """
     with fetching(name):
         data = load_dataset(name, config_name, split=split)
@@ -210,12 +224,15 @@ def read_split(
     feature = data.features[columns.label]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
     is_class = names is None and MINUS_ONE in declared
-    no_label = (None, "-") if is_class else (None, *NO_LABEL)
+    no_label = (None, "", "-") if is_class else (None, "", *NO_LABEL)
     texts, labels, origins = [], [], []
     count = Counter()
     for number, row in enumerate(data.select_columns([*columns.texts, columns.label])):
         values = tuple(row[column] for column in columns.texts)
         label = row[columns.label]
+        label = label.strip() if isinstance(label, str) else label
+        if fault := _fault_of_label(columns, label):
+            raise ValueError(f"{where}, row {number}: {fault}")
         if label in no_label:
             count["without_label"] += 1
         elif not all(isinstance(value, str) and value.strip() for value in values):
@@ -224,7 +241,8 @@ def read_split(
             texts.append(values)
             labels.append(names[label] if names else label)
             origins.append((f"{where}, row", number))
-    return LabelledTexts(texts, labels, origins, names, **count)
+    rows = LabelledTexts(texts, labels, origins, names, **count)
+    return rows if names or is_class else _drop_minus_one(rows)
 
 
 def left_out(sets: Mapping[str, LabelledTexts]) -> str | None:

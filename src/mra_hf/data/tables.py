@@ -66,9 +66,12 @@ def _refuse_old_line_ends(line: str, path: Path) -> None:
     """Refuse a file whose only line holds carriage returns inside."""
     before, mark, _ = line.rstrip("\r\n").partition("\r")
     if mark and not line.endswith("\n") and before.count('"') % 2 == 0:
+        unpack = {".gz": f"gzip -dc {path.name} | ", ".xz": f"xz -dc {path.name} | "}
+        begin = unpack.get(path.suffix, "")
+        given = "" if begin else f" < {path.name}"
         raise ValueError(
             f"{path}: lines end in CR only, as on old Macs, and not in LF; save it with line ends "
-            f"LF, or write `tr '\\r' '\\n' < {path.name} > NEW` and read NEW."
+            f"LF, or write `{begin}tr '\\r' '\\n'{given} > NEW` and read NEW."
         )
 
 
