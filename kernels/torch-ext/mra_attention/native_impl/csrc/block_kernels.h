@@ -169,18 +169,20 @@ MRA_NOINLINE void attend(int dim, float scale, const float* query, const BlockLi
 }
 
 // Weights and the gradients of logits of one pair, in place of its logits and of dO V^T; returns
-// the sum of the latter, before the factor `scale`.
-template <int kRows>
+// the sum of the latter, before the factor `scale`. kScales: logits come before the factor, and
+// their gradients stay so.
+template <int kRows, bool kScales = false>
 MRA_INLINE float softmax_backward(const float* lse2, const float* delta, float bias, float scale,
                                   float* logits, float* grad) {
   Vector total{};
   for (int v = 0; v < kBlockVectors; v++) {
     Vector shift = all(bias) - load(lse2 + v * kLanes), d = load(delta + v * kLanes), sum{};
     for (int j = 0; j < kRows; j++) {
-      Vector p = exp2(load(logits + j * kBlock + v * kLanes) + shift);
+      Vector logit = load(logits + j * kBlock + v * kLanes);
+      Vector p = exp2(kScales ? logit * (scale * kLog2E) + shift : logit + shift);
       Vector g = p * (load(grad + j * kBlock + v * kLanes) - d);
       store(logits + j * kBlock + v * kLanes, p);
-      store(grad + j * kBlock + v * kLanes, g * scale);
+      store(grad + j * kBlock + v * kLanes, kScales ? g : g * scale);
       sum += g;
     }
     total += sum;
