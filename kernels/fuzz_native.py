@@ -72,6 +72,8 @@ def one_call(native_impl, generator: random.Random) -> None:
     """All three passes on one drawn problem; results of real tokens must be finite."""
     import torch
 
+    from mra_attention.native_impl import library
+
     batch, heads = generator.randint(1, 3), generator.randint(1, 3)
     length, dim = (
         generator.choice([1, 31, 32, 33, 100, 1050]),
@@ -91,17 +93,18 @@ def one_call(native_impl, generator: random.Random) -> None:
 
     query, key, value = draw(), draw(), draw()
     bias = generator.choice([None, torch.randn(heads, n_blocks)])
-    first = generator.choice([0, 0, 1, 2])
+    first, width = generator.choice([0, 0, 1, 2]), generator.choice([8, 16, 32])
     shared = {"summaries": None, "scale": 0.3, "block_size": 32, "distance_bias": bias}
-    shared |= {"initial_prior_first_n_blocks": first}
+    shared |= {"initial_prior_first_n_blocks": first, "key_block_size": width}
     blocks = native_impl.select(
         query, key, mask, block_per_row=generator.randint(1, n_blocks + 1),
         block_budget=generator.choice([None, None, generator.randint(1, n_blocks**2 + 2)]),
         initial_prior_diagonal_n_blocks=generator.choice([0, 0, 1, 3]),
-        rule=generator.choice(["row_normalized", "global"]), **shared,
+        rule=generator.choice(list(library.RULES)), **shared,
     )  # fmt: skip
     if generator.random() < 0.2:
-        blocks = generator.choice([None, torch.rand(batch, heads, n_blocks, n_blocks) < 0.5])
+        drawn = torch.rand(batch, heads, n_blocks, n_blocks * 32 // width) < 0.5
+        blocks = generator.choice([None, drawn])
     shared |= {"sparse": generator.random() < 0.5, "largest_budget": None}
     output, lse = native_impl.forward(query, key, value, mask, blocks, **shared)
     grads = native_impl.backward(

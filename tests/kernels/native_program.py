@@ -95,7 +95,7 @@ def _flat_arrays(call):
     n_blocks = -(-call.length // 32)
     tokens = call.batch * call.heads * call.length
     gradient = tokens * call.dim * (4 if call.dtype == 0 else 2)
-    pairs = call.batch * call.heads * n_blocks**2
+    pairs = call.batch * call.heads * n_blocks**2 * (32 // call.key_block_size)
     return {
         "token_mask": call.batch * call.length,
         "blocks": pairs,

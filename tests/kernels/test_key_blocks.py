@@ -22,7 +22,7 @@ from attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mra_attention import mra2_attention, mra2_attention_matrix, select_blocks
+from mra_attention import BlockSelection, mra2_attention, mra2_attention_matrix, select_blocks
 from mra_attention.implementations import FAST
 from mra_attention.selection import SELECTION_RULES
 from pairwise import pairwise
@@ -93,6 +93,19 @@ def test_chooses_what_the_reference_chooses(width, mask_kind, rule, prior, fast)
     expected = Implementation("reference", fast.device).attend(inputs, mask, **choice)
     results = fast.attend(inputs, mask, **choice)
     assert_all_close(results, expected, 1e-10 if fast.is_general else 5e-5)
+
+
+@pairwise(width=WIDTHS, mask_kind=MASK_KINDS, mode=MODES, dtype=DTYPES)
+def test_rows_of_every_number_of_key_blocks_agree_with_reference(
+    width, mask_kind, mode, dtype, fast
+):
+    """Row x has 0 to all of the key blocks, in no order."""
+    inputs, mask = fast.inputs(2, 2, 490, 16, dtype=dtype), fast.mask(mask_kind, 2, 490)
+    per_row = torch.arange(16)[:, None] * (5 if width == 8 else 2) + 1
+    order = torch.rand(2, 2, 16, 512 // width, generator=torch.Generator().manual_seed(1))
+    blocks = order.argsort(-1).argsort(-1) < per_row - 1
+    selection = BlockSelection(blocks.to(fast.device), 32, width)
+    assert_agrees(fast, inputs, mask, selection=selection, key_block_size=width, approx_mode=mode)
 
 
 @pairwise(width=WIDTHS, mask_kind=MASK_KINDS, mode=MODES)

@@ -60,6 +60,12 @@ def selection_settings(**changes):
         {"initial_prior_diagonal_n_blocks": 3},
         {"initial_prior_diagonal_n_blocks": 1, "initial_prior_first_n_blocks": 1},
         {"distance_bias": "drawn", "initial_prior_first_n_blocks": 1},
+        {"rule": "mass"},
+        {"rule": "mass", "key_block_size": 8, "distance_bias": "drawn"},
+        {"rule": "mass", "key_block_size": 16, "initial_prior_diagonal_n_blocks": 1},
+        {"rule": "mass", "key_block_size": 8, "block_budget": 10**15},
+        {"key_block_size": 8, "initial_prior_first_n_blocks": 2, "block_budget": 9},
+        {"key_block_size": 16, "rule": "global", "distance_bias": "drawn"},
     ],
 )
 def test_it_selects_what_torch_selects(changes, mask_kind, each_instruction_set):
@@ -73,13 +79,29 @@ def test_it_selects_what_torch_selects(changes, mask_kind, each_instruction_set)
 
 
 @needs_native
+@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("rule", list(library.RULES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_ties_are_broken_as_by_torch(dtype, each_instruction_set):
+def test_ties_are_broken_as_by_torch(dtype, rule, width, each_instruction_set):
     """Repeated text: most scores are equal."""
     query, key, *_ = (x.repeat(1, 1, 9, 1).to(dtype) for x in make_inputs(1, 2, 64, 24))
-    settings = selection_settings(block_per_row=2)
+    settings = selection_settings(block_per_row=2, rule=rule, key_block_size=width)
     chosen = native_impl.select(query, key, None, **settings)
     assert torch.equal(chosen, torch_impl.select(query, key, None, **settings))
+
+
+@needs_native
+@pytest.mark.parametrize("size", [1.0, 30.0, 95.0, 1e4, torch.inf, torch.nan])
+def test_masses_that_vanish_are_ranked_as_by_torch(size, each_instruction_set):
+    """Subnormal masses count, those that are 0 tie, and a row without a softmax has none."""
+    query, key, *_ = make_inputs(1, 2, 320, 16)
+    query[:, :, :, 0], key[:, :, :, 0] = 1.0, 0.0
+    key[:, 0, 40, 0], key[:, 1, 190:200, 0] = 8 * size, 10.0  # 8 keys to a block
+    settings = selection_settings(rule="mass", key_block_size=8, scale=1.0)
+    for budget in (1, 3, 20, 60):
+        settings["block_budget"] = budget
+        chosen = native_impl.select(query, key, None, **settings)
+        assert torch.equal(chosen, torch_impl.select(query, key, None, **settings))
 
 
 @needs_native
@@ -97,16 +119,16 @@ def test_rules_that_it_does_not_rank_by_are_torchs():
 
 @needs_native
 @pytest.mark.parametrize("mode", MODES)
-def test_the_number_of_threads_changes_no_bit(mode, each_instruction_set):
+@pytest.mark.parametrize("choice", [{}, {"key_block_size": 8, "selection": "mass"}])
+def test_the_number_of_threads_changes_no_bit(choice, mode, each_instruction_set):
     inputs, bias = make_inputs(2, 3, 300, 32), NATIVE.bias(3, 10)
+    choice = choice | {"block_per_row": 3, "approx_mode": mode}
     mask, threads = make_mask("holes", 2, 300), torch.get_num_threads()
     results = []
     try:
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            results.append(
-                attend_with_bias(NATIVE, inputs, bias, mask, block_per_row=3, approx_mode=mode)
-            )
+            results.append(attend_with_bias(NATIVE, inputs, bias, mask, **choice))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -148,16 +170,17 @@ def test_two_python_threads_at_once():
 
 
 @needs_native
-def test_strides_change_no_bit():
-    inputs = make_inputs(2, 3, 150, 32)
-    expected = NATIVE.attend(inputs, block_per_row=2)
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_strides_change_no_bit(width):
+    inputs, choice = make_inputs(2, 3, 150, 32), {"block_per_row": 2, "key_block_size": width}
+    expected = NATIVE.attend(inputs, **choice)
     heads_last = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     dims_first = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in inputs]
     one_sample = [x[:1].expand(2, -1, -1, -1) for x in inputs]
-    assert_all_equal(NATIVE.attend(heads_last, block_per_row=2), expected)
-    assert_all_equal(NATIVE.attend(dims_first, block_per_row=2), expected)
-    same = NATIVE.attend([x.contiguous() for x in one_sample], block_per_row=2)
-    assert_all_equal(NATIVE.attend(one_sample, block_per_row=2), same)
+    assert_all_equal(NATIVE.attend(heads_last, **choice), expected)
+    assert_all_equal(NATIVE.attend(dims_first, **choice), expected)
+    same = NATIVE.attend([x.contiguous() for x in one_sample], **choice)
+    assert_all_equal(NATIVE.attend(one_sample, **choice), same)
 
 
 @needs_native
@@ -204,14 +227,16 @@ def test_a_missing_library_is_said_and_auto_takes_torch(monkeypatch):
         ({"dtype": torch.float64}, "takes float32, bfloat16 and float16, got torch.float64"),
         ({"dim": 257}, "takes head dims up to 256, got 257"),
         ({"block_size": 16}, "takes block_size=32, got 16"),
+        ({"key_block_size": 4}, r"takes key_block_size of \(8, 16, 32\), got 4"),
     ],
 )
 def test_what_it_does_not_cover_is_refused_by_name(changes, message):
     query = torch.zeros(1, 1, 40, changes.get("dim", 8), dtype=changes.get("dtype"))
     size = changes.get("block_size", 32)
+    width = changes.get("key_block_size", size)
     with pytest.raises(ValueError, match=message):
-        mra2_attention(query, query, query, impl="native", block_size=size)
-    assert implementations.resolve_impl("auto", query, size) == "torch"
+        mra2_attention(query, query, query, impl="native", block_size=size, key_block_size=width)
+    assert implementations.resolve_impl("auto", query, size, width) == "torch"
 
 
 @needs_native
@@ -229,18 +254,22 @@ def test_auto_takes_it_on_a_cpu():
         ("blocks", torch.ones(1, 2, 2, 2, dtype=torch.uint8)),
         ("token_mask", torch.ones(1, 41, dtype=torch.bool)),
         ("distance_bias", torch.zeros(2, 3)),
+        ("key_block_size", 4),
+        ("key_block_size", 16),  # C is twice that of the blocks
     ],
 )
 def test_nothing_of_another_shape_or_dtype_reaches_the_library(name, wrong, monkeypatch):
     monkeypatch.setattr(library, "run", lambda *_: pytest.fail("the library was called"))
     x = torch.zeros(1, 2, 40, 8)
-    tensors = {"query": x, "key": x, "value": x, "token_mask": None, "blocks": None}
+    tensors = {"query": x, "key": x, "value": x, "token_mask": None}
+    tensors["blocks"] = torch.ones(1, 2, 2, 2, dtype=torch.bool)
     settings = {"summaries": None, "scale": 1.0, "sparse": False, "block_size": 32}
     settings |= {"largest_budget": None, "initial_prior_first_n_blocks": 0, "distance_bias": None}
     settings |= {"key_block_size": 32}
-    target = settings if name == "distance_bias" else tensors
+    target = settings if name in settings else tensors
     target[name] = wrong
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    named = "blocks" if name == "key_block_size" and wrong == 16 else name
+    with pytest.raises(ValueError, match=f"{named} must be"):
         native_impl.forward(*tensors.values(), **settings)
 
 

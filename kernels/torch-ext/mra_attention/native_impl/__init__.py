@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..blocks import count_blocks
-from ..implementations import NATIVE_KEY_BLOCK_SIZES
 from . import library
 
 _BLOCK_SIZE = 32
+_KEY_BLOCK_SIZES = (8, 16, 32)
 _STRIDED = ("query", "key", "value", "grad_output", "output")
 #: The instruction set that is forced, as an index of `library.instruction_sets()`; -1: the best.
 _forced_isa: ContextVar[int] = ContextVar("forced_isa", default=-1)
@@ -116,10 +116,8 @@ def _call(
 
     Nothing reaches C++ that was not checked here.
     """
-    if key_block_size not in NATIVE_KEY_BLOCK_SIZES:
-        raise ValueError(
-            f"key_block_size must be one of {NATIVE_KEY_BLOCK_SIZES}, got {key_block_size}."
-        )
+    if key_block_size not in _KEY_BLOCK_SIZES:
+        raise ValueError(f"key_block_size must be one of {_KEY_BLOCK_SIZES}, got {key_block_size}.")
     query = tensors["query"]
     batch, heads, length, dim = query.shape
     n_blocks = count_blocks(length, _BLOCK_SIZE)

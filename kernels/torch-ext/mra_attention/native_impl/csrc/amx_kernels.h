@@ -15,7 +15,7 @@ using mra::Bf16QueryList;
 constexpr int kPairs = kBlock / 2 * kBlock;  // words of a 32 x 32 operand in pairs
 
 MRA_NOINLINE long bf16_scratch_floats(int dim) {
-  return 3L * dim * kBlock + (2 * kChunk + 2) * kTile + 4 * kBlock + 3L * kBlock / 2 * dim;
+  return 4L * dim * kBlock + (2 * kChunk + 2) * kTile + 4 * kBlock + 3L * kBlock / 2 * dim;
 }
 
 MRA_INLINE void fetch(const void* from, int bytes) {
@@ -68,41 +68,107 @@ MRA_INLINE void pair_rows(const float* rows, uint32_t* pairs) {
     }
 }
 
-MRA_NOINLINE void bf16_attend(int dim, float scale, const Half* query, const Bf16BlockList& given,
-                              const CoarseState& coarse_state, float* output, float* lse,
-                              float* scratch) {
+// Up to 32 keys as an operand [32, dim]: a square where it lies, narrow blocks gathered, with zeros
+// for those that are missing. `blocks` are numbers of key blocks, `rows` [R] blocks.
+template <int kWidth>
+MRA_INLINE const Half* gather_rows(int dim, const Half* const* rows, const int* blocks, int count,
+                                   Half* to) {
+  constexpr int kGroup = kBlock / kWidth;
+  if (kWidth == kBlock) return rows[*blocks];
+  long size = static_cast<long>(kWidth) * dim;
+  for (int i = 0; i < kGroup; i++) {
+    if (i < count)
+      memcpy(to + i * size, rows[blocks[i] / kGroup] + blocks[i] % kGroup * size, size * 2);
+    else
+      memset(to + i * size, 0, size * 2);
+  }
+  return to;
+}
+
+// The same of columns [R, dim, 32], as an operand [dim, 32].
+template <int kWidth>
+MRA_INLINE const Half* gather_columns(int dim, const Half* columns, const int* blocks, int count,
+                                      Half* to) {
+  constexpr int kGroup = kBlock / kWidth;
+  long size = static_cast<long>(kBlock) * dim;
+  if (kWidth == kBlock) return columns + *blocks * size;
+  for (int i = 0; i < kGroup; i++) {
+    int block = blocks[i < count ? i : 0];
+    const Half* from = columns + block / kGroup * size + block % kGroup * kWidth;
+    for (int d = 0; d < dim; d++) {
+      Half* at = to + d * kBlock + i * kWidth;
+      if (i < count)
+        memcpy(at, from + d * kBlock, kWidth * 2);
+      else
+        memset(at, 0, kWidth * 2);
+    }
+  }
+  return to;
+}
+
+template <int kWidth>
+MRA_INLINE void fetch_keys(int dim, const Half* const* rows, const int* blocks, int count) {
+  constexpr int kGroup = kBlock / kWidth;
+  for (int i = 0; i < count; i++)
+    fetch(rows[blocks[i] / kGroup] + blocks[i] % kGroup * kWidth * dim, kWidth * dim * 2);
+}
+
+template <int kWidth>
+MRA_INLINE void bf16_attend_width(int dim, float scale, const Half* query,
+                                  const Bf16BlockList& given, const CoarseState& coarse_state,
+                                  float* output, float* lse, float* scratch) {
+  constexpr int kGroup = kBlock / kWidth, kMost = kChunk * kGroup, kLogits = kWidth * kBlock;
   const BlockList& list = given.list;
   float *sums = scratch, *logits = sums + dim * kBlock, *maxima = logits + kChunk * kTile;
   float *denominators = maxima + kBlock, *factors = denominators + kBlock;
   auto* queries = reinterpret_cast<uint32_t*>(factors + kBlock);
   uint32_t* weights = queries + kBlock / 2 * dim;  // [kChunk, 16, 32]
+  Half* gathered = reinterpret_cast<Half*>(weights + kChunk * kPairs);
+  long size = static_cast<long>(kBlock) * dim;
   pair_dims(dim, query, queries);
   start_from_coarse(dim, coarse_state, maxima, denominators, sums);
-  long size = static_cast<long>(kBlock) * dim;
-  for (int first = 0; first < list.count; first += kChunk) {
+  for (int first = 0; first < list.count; first += kMost) {
     const int* blocks = list.blocks + first;
-    int count = list.count - first < kChunk ? list.count - first : kChunk;
-    for (int c = 0; c < count; c++) {
-      const Half* keys = given.keys[blocks[c]];
-      float* to = logits + c * kTile;
+    int left = list.count - first, count = at_most(kMost, left);
+    int tiles = (count + kGroup - 1) / kGroup;
+    const Half* values[kChunk];
+    for (int t = 0; t < tiles; t++) {
+      int c = t * kGroup, after = c + kGroup;
+      const Half* keys = gather_rows<kWidth>(dim, given.keys, blocks + c, count - c, gathered);
       auto step = [&](int s) { return Step{keys + s * kBlock, queries + s * kPairs}; };
-      tile_product<false>(dim / kBlock, step, dim, kBlock, to, kBlock);
-      if (first + c + 1 < list.count) fetch(given.keys[blocks[c + 1]], kBlock * dim * 2);
-      fetch(given.value_columns + blocks[c] * size, kBlock * dim * 2);
-      if (list.real[blocks[c]] != ~0u) hide_padding(kBlock, list.real[blocks[c]], to);
+      tile_product<false>(dim / kBlock, step, dim, kBlock, logits + t * kTile, kBlock);
+      fetch_keys<kWidth>(dim, given.keys, blocks + after, at_most(kGroup, left - after));
+      if (kWidth == kBlock) fetch(given.value_columns + blocks[c] * size, kBlock * dim * 2);
     }
-    if (softmax<true>(count, scale * kLog2E, list.biases + first, logits, maxima, denominators,
-                      factors))
+    for (int c = 0; c < count; c++) {
+      uint32_t real = list.real[blocks[c]];
+      if (real != ~0u >> (kBlock - kWidth)) hide_padding(kWidth, real, logits + c * kLogits);
+    }
+    // Logits of missing blocks stay as they are, 0: weights of nothing.
+    if (softmax<true, kWidth>(count, scale * kLog2E, list.biases + first, logits, maxima,
+                              denominators, factors))
       scale_columns(dim, factors, sums);
-    for (int c = 0; c < count; c++) pair_rows(logits + c * kTile, weights + c * kPairs);
+    for (int t = 0; t < tiles; t++) {
+      int c = t * kGroup;
+      pair_rows(logits + t * kTile, weights + t * kPairs);
+      values[t] = gather_columns<kWidth>(dim, given.value_columns, blocks + c, count - c,
+                                         gathered + (t + 1) * size);
+    }
     for (int d = 0; d < dim; d += kBlock) {
-      auto step = [&](int c) {
-        return Step{given.value_columns + blocks[c] * size + d * kBlock, weights + c * kPairs};
-      };
-      tile_product<true>(count, step, kBlock, kBlock, sums + d * kBlock, kBlock);
+      auto step = [&](int t) { return Step{values[t] + d * kBlock, weights + t * kPairs}; };
+      tile_product<true>(tiles, step, kBlock, kBlock, sums + d * kBlock, kBlock);
     }
   }
   divide_sums(dim, maxima, denominators, factors, sums, output, lse);
+}
+
+MRA_NOINLINE void bf16_attend(int dim, float scale, const Half* query, const Bf16BlockList& list,
+                              const CoarseState& coarse, float* output, float* lse,
+                              float* scratch) {
+  auto attend_blocks = list.list.width == kBlock ? bf16_attend_width<kBlock>
+                       : list.list.width == 16   ? bf16_attend_width<16>
+                                                 : bf16_attend_width<8>;
+  attend_blocks(dim, scale, query, list, coarse, output, lse, scratch);
 }
 
 // Lanes whose bit is set, from the bit `first` on.
@@ -196,12 +262,98 @@ MRA_NOINLINE void bf16_attend_backward(int dim, float scale, const Half* key, co
   transpose(dim, kBlock, grad_values, kBlock, grad_value, dim, 1.f);
 }
 
+// Adds the product of A [32, 32] and tokens in pairs [16, dim] to `count` key blocks of `to`.
+template <int kWidth>
+MRA_INLINE void add_to_blocks(int dim, const Half* a, const uint32_t* tokens, const int* blocks,
+                              int count, float* product, float* to) {
+  for (int d = 0; d < dim; d += kBlock) {
+    auto step = [&](int) { return Step{a, tokens + d}; };
+    tile_product<false>(1, step, kBlock, dim, product + d, dim);
+  }
+  long size = static_cast<long>(kWidth) * dim;
+  for (int i = 0; i < count; i++, product += size) {
+    float* at = to + blocks[i] * size;
+    for (long k = 0; k < size; k += kLanes) store(at + k, load(at + k) + load(product + k));
+  }
+}
+
+template <int kWidth>
+MRA_INLINE void bf16_attend_backward_width(int dim, float scale, const Half* query,
+                                           const Half* grad, const float* lse2, const float* delta,
+                                           const Bf16BlockList& given, float* grad_query,
+                                           float* grad_keys, float* grad_values, float* grad_biases,
+                                           float* scratch) {
+  constexpr int kGroup = kBlock / kWidth, kLogits = kWidth * kBlock;
+  const BlockList& list = given.list;
+  long size = static_cast<long>(kBlock) * dim;
+  float *grad_queries = scratch, *product = grad_queries + size;  // [dim, 32] and [32, dim]
+  float *logits = product + size, *grad_logits = logits + kTile;
+  auto* queries = reinterpret_cast<uint32_t*>(grad_logits + kTile);
+  uint32_t *grads = queries + size / 2, *query_tokens = grads + size / 2;
+  uint32_t *grad_tokens = query_tokens + size / 2, *gradients = grad_tokens + size / 2;
+  Half *rows = reinterpret_cast<Half*>(gradients + kPairs), *gathered = rows + kTile;
+  memset(grad_queries, 0, sizeof(float) * size);
+  pair_dims(dim, query, queries);
+  pair_dims(dim, grad, grads);
+  pair_tokens(dim, query, query_tokens);
+  pair_tokens(dim, grad, grad_tokens);
+  for (int first = 0; first < list.count; first += kGroup) {
+    const int* blocks = list.blocks + first;
+    int count = at_most(kGroup, list.count - first);
+    const Half* keys = gather_rows<kWidth>(dim, given.keys, blocks, count, gathered);
+    const Half* values = gather_rows<kWidth>(dim, given.values, blocks, count, gathered + size);
+    const Half* columns =
+        gather_columns<kWidth>(dim, given.key_columns, blocks, count, gathered + 2 * size);
+    auto logit = [&](int s) { return Step{keys + s * kBlock, queries + s * kPairs}; };
+    auto of_weight = [&](int s) { return Step{values + s * kBlock, grads + s * kPairs}; };
+    tile_product<false>(dim / kBlock, logit, dim, kBlock, logits, kBlock);
+    tile_product<false>(dim / kBlock, of_weight, dim, kBlock, grad_logits, kBlock);
+    for (int i = 0; i < count; i++) {
+      uint32_t real = list.real[blocks[i]];
+      if (real != ~0u >> (kBlock - kWidth)) hide_padding(kWidth, real, logits + i * kLogits);
+      float of_bias =
+          softmax_backward<kWidth, true>(lse2, delta, list.biases[first + i], scale,
+                                         logits + i * kLogits, grad_logits + i * kLogits);
+      if (grad_biases) grad_biases[first + i] = of_bias;
+    }
+    // Rows of missing blocks are products of zeros.
+    narrow_row(kTile, logits, rows);
+    add_to_blocks<kWidth>(dim, rows, grad_tokens, blocks, count, product, grad_values);
+    narrow_row(kTile, grad_logits, rows);
+    add_to_blocks<kWidth>(dim, rows, query_tokens, blocks, count, product, grad_keys);
+    pair_rows(grad_logits, gradients);
+    for (int d = 0; d < dim; d += kBlock) {
+      auto step = [&](int) { return Step{columns + d * kBlock, gradients}; };
+      tile_product<true>(1, step, kBlock, kBlock, grad_queries + d * kBlock, kBlock);
+    }
+  }
+  transpose(dim, kBlock, grad_queries, kBlock, grad_query, dim, 1.f);
+}
+
+MRA_NOINLINE void bf16_attend_backward_narrow(int dim, float scale, const Half* query,
+                                              const Half* grad, const float* lse2,
+                                              const float* delta, const Bf16BlockList& list,
+                                              float* grad_query, float* grad_keys,
+                                              float* grad_values, float* grad_biases,
+                                              float* scratch) {
+  auto attend_blocks =
+      list.list.width == 16 ? bf16_attend_backward_width<16> : bf16_attend_backward_width<8>;
+  attend_blocks(dim, scale, query, grad, lse2, delta, list, grad_query, grad_keys, grad_values,
+                grad_biases, scratch);
+}
+
 MRA_NOINLINE void open_bf16(void* found) { open_tiles(found); }
 MRA_NOINLINE void close_bf16(const void* found) { close_tiles(found); }
 
 constexpr mra::Bf16Kernels bf16_kernels() {
-  return {kBlock,           bf16_scratch_floats, open_bf16,           close_bf16,
-          transpose_halves, bf16_attend,         bf16_attend_backward};
+  return {kBlock,
+          bf16_scratch_floats,
+          open_bf16,
+          close_bf16,
+          transpose_halves,
+          bf16_attend,
+          bf16_attend_backward,
+          bf16_attend_backward_narrow};
 }
 
 }  // namespace MRA_ISA

@@ -103,8 +103,7 @@ struct PassOfCall {
 int run(const MraCall& call, HeadPass pass, HeadPass pass_bf16) {
   const KernelTable* kernels = kernels_of(call.isa < 0 ? 0 : call.isa);
   if (!kernels) return 1;
-  bool is_square = call.key_block_size == kBlock;
-  if (kernels->bf16 && call.dtype == kBFloat16 && call.scale > 0 && is_square) pass = pass_bf16;
+  if (kernels->bf16 && call.dtype == kBFloat16 && call.scale > 0) pass = pass_bf16;
   int multiple = kernels->dim_multiple;
   int dim = (static_cast<int>(call.dim) + multiple - 1) / multiple * multiple;
   int n_blocks = static_cast<int>((call.length + kBlock - 1) / kBlock);

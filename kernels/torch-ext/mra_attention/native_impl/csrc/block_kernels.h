@@ -169,18 +169,20 @@ MRA_NOINLINE void attend(int dim, float scale, const float* query, const BlockLi
 }
 
 // Weights and the gradients of logits of one pair, in place of its logits and of dO V^T; returns
-// the sum of the latter, before the factor `scale`.
-template <int kRows>
+// the sum of the latter, before the factor `scale`. kScales: logits come before the factor, and
+// their gradients stay so.
+template <int kRows, bool kScales = false>
 MRA_INLINE float softmax_backward(const float* lse2, const float* delta, float bias, float scale,
                                   float* logits, float* grad) {
   Vector total{};
   for (int v = 0; v < kBlockVectors; v++) {
     Vector shift = all(bias) - load(lse2 + v * kLanes), d = load(delta + v * kLanes), sum{};
     for (int j = 0; j < kRows; j++) {
-      Vector p = exp2(load(logits + j * kBlock + v * kLanes) + shift);
+      Vector logit = load(logits + j * kBlock + v * kLanes);
+      Vector p = exp2(kScales ? logit * (scale * kLog2E) + shift : logit + shift);
       Vector g = p * (load(grad + j * kBlock + v * kLanes) - d);
       store(logits + j * kBlock + v * kLanes, p);
-      store(grad + j * kBlock + v * kLanes, g * scale);
+      store(grad + j * kBlock + v * kLanes, kScales ? g : g * scale);
       sum += g;
     }
     total += sum;
@@ -258,17 +260,23 @@ MRA_NOINLINE void attend_backward(int dim, float scale, const float* query,
 // Adds biases to logits [columns, 32] of the key blocks from `first` on, and hides what is
 // selected, dead or no block.
 MRA_NOINLINE void mask_coarse(const CoarseRows& part, int first, int columns, float* logits) {
+  int existing = at_most(columns, part.n_keys - first);
   for (int q = 0; q < kBlock; q++) {
     long row = static_cast<long>(q) * part.n_keys + first;
+    bool exists = q < part.rows;
+    if (exists && part.biases)
+      for (int j = 0; j < existing; j++) logits[j * kBlock + q] += part.biases[row + j];
     for (int j = 0; j < columns; j++) {
-      bool exists = q < part.rows && first + j < part.n_keys;
-      float* at = logits + j * kBlock + q;
-      if (!exists || part.selected[row + j] || part.counts[first + j] == 0)
-        *at = -kInfinity;
-      else if (part.biases)
-        *at += part.biases[row + j];
+      uint64_t eight = 1;  // few pairs are selected
+      if (exists && j + 8 <= existing) memcpy(&eight, part.selected + row + j, 8);
+      if (!eight)
+        j += 7;
+      else if (!exists || (j < existing && part.selected[row + j]))
+        logits[j * kBlock + q] = -kInfinity;
     }
   }
+  for (int j = 0; j < columns; j++)
+    if (j >= existing || part.counts[first + j] == 0) hide_padding(1, 0, logits + j * kBlock);
 }
 
 MRA_NOINLINE void coarse(const CoarseRows& part, float* maxima, float* denominators,

@@ -272,6 +272,12 @@ BlockList RowList::read(const Shape& shape, const Sample& sample, const uint8_t*
   if (selected) selected += static_cast<long>(x) * shape.n_keys;
   int count = 0;
   for (int y = 0; y < shape.n_keys; y++) {
+    uint64_t eight = 1;  // few are selected
+    if (selected && y + 8 <= shape.n_keys) memcpy(&eight, selected + y, 8);
+    if (!eight) {
+      y += 7;
+      continue;
+    }
     if (sample.key_counts[y] == 0 || (selected && !selected[y])) continue;
     blocks_[count] = y;
     biases_[count] = biases ? biases[y] : 0.f;

@@ -43,7 +43,9 @@ struct CoarseRows {
 struct Bf16BlockList {
   BlockList list;                 // its keys and values are null
   const uint16_t* const* keys;    // [R] blocks [32, dim]
-  const uint16_t* value_columns;  // [R, dim, 32]
+  const uint16_t* const* values;  // [R] blocks [32, dim]; backward only
+  const uint16_t* key_columns;    // [R, dim, 32]; backward only
+  const uint16_t* value_columns;  // [R, dim, 32]; forward only
 };
 
 // The query blocks that attend to a key block, and what the backward pass knows of them.
@@ -80,6 +82,14 @@ struct Bf16Kernels {
   void (*attend_backward)(int dim, float scale, const uint16_t* key, const uint16_t* value,
                           uint32_t real, const Bf16QueryList& list, float* grad_queries,
                           float* grad_key, float* grad_value, float* grad_biases, float* scratch);
+
+  // The same for one query block and its list of key blocks narrower than 32. Writes grad_query
+  // [32, dim] (before the factor `scale`), adds to grad_keys (before it, too) and grad_values
+  // ([C] key blocks).
+  void (*attend_backward_narrow)(int dim, float scale, const uint16_t* query, const uint16_t* grad,
+                                 const float* lse2, const float* delta, const Bf16BlockList& list,
+                                 float* grad_query, float* grad_keys, float* grad_values,
+                                 float* grad_biases, float* scratch);
 };
 
 struct KernelTable {

@@ -41,11 +41,13 @@ class Scores {
     row_ = arena.take<float>(columns_);
     biases_ = arena.take<float>(columns_);
     log_counts_ = arena.take<float>(columns_);
+    live_ = arena.take<uint32_t>(columns_);
   }
   void start(const Sample& sample) {
     for (int y = 0; y < columns_; y++) {
       float count = y < shape_.n_keys ? sample.key_counts[y] : 0.f;
       log_counts_[y] = count > 0 ? std::log(count) : -INFINITY;
+      live_[y] = count > 0 ? ~0u : 0;
       biases_[y] = 0;
     }
   }
@@ -56,8 +58,7 @@ class Scores {
       write_masses(sample.counts[x], logits);
     else
       write_logits(logits);
-    for (int y = 0; y < shape_.n_keys; y++)
-      keys[y] = sample.key_counts[y] > 0 ? sort_key(row_[y]) : 0;
+    for (int y = 0; y < shape_.n_keys; y++) keys[y] = sort_key(row_[y]) & live_[y];
   }
 
  private:
@@ -75,7 +76,7 @@ class Scores {
     float largest = -INFINITY;
     for (int y = 0; y < shape_.n_keys; y++) {
       row_[y] = static_cast<float>(logits[y] + biases_[y]);
-      bool is_larger = log_counts_[y] >= 0 && row_[y] > largest;
+      bool is_larger = live_[y] && row_[y] > largest;
       largest = is_larger ? row_[y] : largest;
     }
     if (shape_.call.rule != kRowNormalized) return;
@@ -91,8 +92,9 @@ class Scores {
   }
 
   const Shape& shape_;
-  int columns_;                         // C rounded up to 16
-  float *row_, *biases_, *log_counts_;  // [columns]
+  int columns_;  // C rounded up to 16; what follows are arrays of them
+  float *row_, *biases_, *log_counts_;
+  uint32_t* live_;  // all bits of live key blocks
 };
 
 bool is_prior(const MraCall& call, const Sample& sample, int x, int y) {
