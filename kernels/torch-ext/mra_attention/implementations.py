@@ -2,7 +2,7 @@
 
 Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its first call. It offers
 
-    summarize(query, key, value, token_mask) -> Summaries | None
+    summarize(query, key, value, token_mask, key_block_size) -> Summaries | None
     select(query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
            initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
            distance_bias, key_block_size) -> blocks
@@ -29,7 +29,7 @@ from torch import Tensor
 # What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
 NATIVE_KEY_BLOCK_SIZES = (32,)
-TRITON_KEY_BLOCK_SIZES = (32,)
+TRITON_KEY_BLOCK_SIZES = (8, 16, 32)
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,9 +45,10 @@ class Summaries(NamedTuple):
     """What the coarse part knows of the tokens, computed once for all passes of a call.
 
     Attributes:
-        vectors: `[3, B * H, R, D']` float32, D' at least D: means of query and key and sums of
-            value over the real tokens of each block.
-        counts: `[B, R]` int32, real tokens of each block.
+        vectors: `[1 + 2 * C / R, B * H, R, D']` float32, D' at least D: means of query over the
+            real tokens of each block, and, as `[B * H, C, D']` each, means of key and sums of value
+            over those of each key block.
+        counts: `[B, C]` int32, real tokens of each key block.
     """
 
     vectors: Tensor
