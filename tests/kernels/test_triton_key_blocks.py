@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import MASK_KINDS, MODES, assert_all_equal
+from attention_cases import MODES, assert_all_equal
 from triton_cases import (
     TOLERANCES,
     TRITON,
@@ -64,7 +64,7 @@ def test_a_bias_with_several_work_items(
     assert_right_with_bias(inputs, bias, mask, first=1, approx_mode=mode, **choice)
 
 
-@pairwise(width=WIDTHS, length=[1, 33, 600], mask_kind=MASK_KINDS[:4])
+@pairwise(width=WIDTHS, length=[33, 530], mask_kind=["none", "holes"])
 def test_the_gradient_of_every_distance_is_there(width, length, mask_kind):
     """All of it coarse: the parts of a square are summed at its distance."""
     rows = -(-length // 32)

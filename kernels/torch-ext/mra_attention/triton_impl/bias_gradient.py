@@ -128,7 +128,7 @@ def bias_gradient(
     grad_bias = call.empty((call.batch, call.heads, call.n_blocks))
     if call.has_coarse:
         arguments = of_pairs(call, summaries, blocks, bias)
-        if call.padded_dim == 128:
+        if call.padded_dim == 128 or call.per_block > 1:
             arguments["PRECISION"] = "ieee"  # the others spill
         launching.launch(
             diagonal_kernel,

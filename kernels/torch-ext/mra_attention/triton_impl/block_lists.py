@@ -207,6 +207,10 @@ class OwnerLists(NamedTuple):
         config = call.config_of(kernel)
         # A bias takes registers that gradients do not leave; swapped tiles need their 64 rows.
         halved = bias.is_given and kernel != "forward" and not config.swapped
+        stages = config.num_stages
+        if call.per_block > 1 and kernel == "forward" and call.dtype.itemsize == 2:
+            # With two stages, key blocks of 16 spill on sm_80.
+            stages = 3 if launching.architecture(call.device) == "sm_80" else stages
         return {
             **self.of_owners(call),
             **call.inputs,
@@ -222,7 +226,7 @@ class OwnerLists(NamedTuple):
             "WIDEN": launching.is_interpreted() and call.dtype == torch.bfloat16,
             "PRECISION": launching.float32_precision(),
             "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
+            "num_stages": stages,
         }
 
     def of_owners(self, call: KernelCall) -> dict:

@@ -285,18 +285,24 @@ def coarse_gradients(
             "scale_log2": call.scale_log2,
         }
         tile = _tile_of_rows(call)
-        if bias.is_given and call.padded_dim == 128:
+        of_query = dict(arguments)
+        is_tight = bias.is_given and call.padded_dim == 128
+        if is_tight:
             tile["num_warps"] = 4  # more registers for each thread
+            if call.per_block > 1:
+                of_query["PRECISION"] = "ieee"  # three products still spill
         launching.launch(
             coarse_query_kernel,
             call.strips(tile["ROWS"]),
-            **arguments,
+            **of_query,
             COARSE_QUERY=grads.query,
             **tile,
         )
         if call.padded_dim == 128:
             arguments["PRECISION"] = "ieee"  # three products of that width spill at any tile
         side = 32 if call.padded_dim == 64 and arguments["PRECISION"] == "ieee" else 16
+        few_warps = call.padded_dim == 16 or (bias.is_given and side == 32)
+        few_warps |= is_tight and call.per_block > 1
         launching.launch(
             coarse_key_kernel,
             call.key_strips(side),
@@ -305,7 +311,7 @@ def coarse_gradients(
             COARSE_VALUE=grads.value,
             ROWS=side,
             COLUMNS=side,
-            num_warps=4 if call.padded_dim == 16 or (bias.is_given and side == 32) else 8,
+            num_warps=4 if few_warps else 8,
             num_stages=1,
         )
     return grads
