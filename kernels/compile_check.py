@@ -8,8 +8,8 @@ shows that nothing on that path reads a value back. Kernels are not specialized 
 one compiled kernel serves them all. Each launch is compiled ahead of time by the installed Triton
 for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture. Tiles of
 two query blocks (column "queries"), which no shipped configuration uses, are compiled at head dim
-64 in 16 bits; key blocks narrower than query blocks (column "keys": tokens) at head dims 64 and
-128. Findings: stack spills beyond the allowance, shared memory over the GPU's limit (which
+64 in 16 bits; some with key blocks narrower than query blocks (column "keys": tokens) at head dims
+64 and 128. Findings: stack spills beyond the allowance, shared memory over the GPU's limit (which
 compiling does not notice), tensor-core instructions other than the intended ones, and scores that
 are fused with the product before them.
 """
@@ -41,7 +41,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mra_attention import triton_impl  # noqa: E402
-from mra_attention.implementations import BLOCK_SIZE, TRITON_KEY_BLOCK_SIZES  # noqa: E402
+from mra_attention.implementations import BLOCK_SIZE  # noqa: E402
 from mra_attention.triton_impl import launching  # noqa: E402
 
 #: Target and bytes of shared memory that one program may use.
@@ -53,8 +53,9 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
-#: Key blocks narrower than query blocks.
-NARROW = tuple(size for size in TRITON_KEY_BLOCK_SIZES if size != BLOCK_SIZE)
+#: Key blocks narrower than query blocks: their size, dtype and head dim. Kernels that are not of
+#: `ITEM_KERNELS` are compiled for 8 keys in bf16 only.
+NARROW = ((8, "bf16", 64), (16, "bf16", 64), (8, "fp32", 64), (8, "bf16", 128))
 #: Kernels that subtract the largest logit of a row from its logits.
 RANKING_KERNELS = ("score_kernel", "digit_kernel", "mark_kernel")
 #: (sparse, masked), besides (False, True), with which everything is compiled.
@@ -257,11 +258,13 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                             launch.kernel in ITEM_KERNELS or dtype == "bf16"
                         ):
                             recorded[launch] = None
-        for dim, key_block_size in itertools.product({64, 128} & set(dims), NARROW):
-            for dtype, biased in itertools.product(("bf16", "fp32"), (False, True)):
+        for key_block_size, dtype, dim in NARROW:
+            for biased in (False, True) if dim in dims and dtype in dtypes else ():
                 call = (target, dtype, dim, False, True, "ieee", 4096, biased)
-                for launch in _recorded(*call, key_block_size) if dtype in dtypes else ():
-                    if _key_block_size(launch) not in (0, 32):
+                for launch in _recorded(*call, key_block_size):
+                    if _key_block_size(launch) not in (0, BLOCK_SIZE) and (
+                        launch.kernel in ITEM_KERNELS or (key_block_size, dtype) == (8, "bf16")
+                    ):
                         recorded[launch] = None
     unique = {}
     for launch in recorded:  # many kernels do not depend on the dtype or the precision

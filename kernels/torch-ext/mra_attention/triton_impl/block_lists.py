@@ -207,8 +207,8 @@ class OwnerLists(NamedTuple):
         config = call.config_of(kernel)
         # A bias takes registers that gradients do not leave; swapped tiles need their 64 rows.
         halved = bias.is_given and kernel != "forward" and not config.swapped
-        stages = config.num_stages
-        if call.per_block > 1 and kernel == "forward" and call.dtype.itemsize == 2:
+        stages, operand = config.num_stages, (call.padded_dim, call.dtype.itemsize)
+        if kernel == "forward" and call.per_block > 1 and operand == (64, 2):
             # With two stages, key blocks of 16 spill on sm_80.
             stages = 3 if launching.architecture(call.device) == "sm_80" else stages
         return {

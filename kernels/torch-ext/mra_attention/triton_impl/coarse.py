@@ -288,9 +288,10 @@ def coarse_gradients(
         of_query = dict(arguments)
         is_tight = bias.is_given and call.padded_dim == 128
         if is_tight:
-            tile["num_warps"] = 4  # more registers for each thread
             if call.per_block > 1:
-                of_query["PRECISION"] = "ieee"  # three products still spill
+                of_query["PRECISION"] = "ieee"  # three products spill at any number of warps
+            else:
+                tile["num_warps"] = 4  # more registers for each thread
         launching.launch(
             coarse_query_kernel,
             call.strips(tile["ROWS"]),
