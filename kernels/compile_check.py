@@ -8,9 +8,10 @@ shows that nothing on that path reads a value back. Kernels are not specialized 
 one compiled kernel serves them all. Each launch is compiled ahead of time by the installed Triton
 for sm_80, sm_90 and gfx942, with the launch configuration shipped for that architecture. Tiles of
 two query blocks (column "queries"), which no shipped configuration uses, are compiled at head dim
-64 in 16 bits. Findings: stack spills beyond the allowance, shared memory over the GPU's limit
-(which compiling does not notice), tensor-core instructions other than the intended ones, and scores
-that are fused with the product before them.
+64 in 16 bits; some with key blocks narrower than query blocks (column "keys": tokens) at head dims
+64 and 128. Findings: stack spills beyond the allowance, shared memory over the GPU's limit (which
+compiling does not notice), tensor-core instructions other than the intended ones, and scores that
+are fused with the product before them.
 """
 
 import argparse
@@ -40,6 +41,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mra_attention import triton_impl  # noqa: E402
+from mra_attention.implementations import BLOCK_SIZE  # noqa: E402
 from mra_attention.triton_impl import launching  # noqa: E402
 
 #: Target and bytes of shared memory that one program may use.
@@ -51,6 +53,9 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIMS = (16, 32, 64, 128)
 ITEM_KERNELS = ("exact_kernel", "exact_query_kernel", "exact_key_kernel")
+#: Key blocks narrower than query blocks: their size, dtype and head dim. Kernels that are not of
+#: `ITEM_KERNELS` are compiled for 8 keys in bf16 only.
+NARROW = ((8, "bf16", 64), (16, "bf16", 64), (8, "fp32", 64), (8, "bf16", 128))
 #: Kernels that subtract the largest logit of a row from its logits.
 RANKING_KERNELS = ("score_kernel", "digit_kernel", "mark_kernel")
 #: (sparse, masked), besides (False, True), with which everything is compiled.
@@ -109,6 +114,7 @@ class Result:
     form: str
     bias: str
     query_blocks: int
+    key_block_size: int
     group: int
     warps: int
     stages: int
@@ -134,8 +140,9 @@ _TYPES = {
 
 
 def _recorded(
-    target, dtype, dim, sparse, masked, precision, length, biased=False, **changes
-) -> list[Launch]:
+    target, dtype, dim, sparse, masked, precision, length, biased=False, key_block_size=32,
+    **changes,
+) -> list[Launch]:  # fmt: skip
     """The launches of a selection, a forward and a backward pass, with a distance bias or without,
     and with `changes` to the configurations of kernels whose tiles belong to query blocks.
     """
@@ -186,15 +193,15 @@ def _recorded(
         for name, stand_in in patches.items():
             stack.enter_context(mock.patch.object(launching, name, stand_in))
         scale = dim**-0.5
-        summaries = triton_impl.summarize(query, key, value, mask)
+        summaries = triton_impl.summarize(query, key, value, mask, key_block_size)
         settings = {"summaries": summaries, "scale": scale, "block_size": 32}
-        settings["key_block_size"] = 32
+        settings["key_block_size"] = key_block_size
         settings |= {"distance_bias": bias, "initial_prior_first_n_blocks": 1}
         choice = {"block_per_row": 8, "block_budget": None, "rule": "row_normalized"}
         choice["initial_prior_diagonal_n_blocks"] = 3
         blocks = triton_impl.select(query, key, mask, **settings, **choice)
         settings["sparse"] = sparse
-        settings["largest_budget"] = 8 * length // 32  # as of the selection above
+        settings["largest_budget"] = 8 * length // key_block_size  # as of the selection above
         results = triton_impl.forward(query, key, value, mask, blocks, **settings)
         triton_impl.backward(grad, query, key, value, *results, mask, blocks, **settings)
     return launches
@@ -251,6 +258,14 @@ def recorded_launches(targets=tuple(TARGETS), dims=DIMS, dtypes=tuple(DTYPES)) -
                             launch.kernel in ITEM_KERNELS or dtype == "bf16"
                         ):
                             recorded[launch] = None
+        for key_block_size, dtype, dim in NARROW:
+            for biased in (False, True) if dim in dims and dtype in dtypes else ():
+                call = (target, dtype, dim, False, True, "ieee", 4096, biased)
+                for launch in _recorded(*call, key_block_size):
+                    if _key_block_size(launch) not in (0, BLOCK_SIZE) and (
+                        launch.kernel in ITEM_KERNELS or (key_block_size, dtype) == (8, "bf16")
+                    ):
+                        recorded[launch] = None
     unique = {}
     for launch in recorded:  # many kernels do not depend on the dtype or the precision
         unique.setdefault(replace(launch, dtype="", dim=0), launch)
@@ -267,6 +282,15 @@ def _query_blocks(launch: Launch) -> int:
     """Query blocks that own a tile or a list; 0 for kernels without."""
     constants = dict(launch.constants)
     return constants.get("QUERY_BLOCKS", constants.get("OWN_BLOCKS", 0))
+
+
+def _key_block_size(launch: Launch) -> int:
+    """Keys per key block; 0 for kernels that do not depend on it."""
+    constants = dict(launch.constants)
+    per_block = constants.get(
+        "PER_BLOCK", constants.get("PARTS", 0) // constants.get("OWN_BLOCKS", 1)
+    )
+    return BLOCK_SIZE // per_block if per_block else 0
 
 
 def compile_launch(launch: Launch) -> Result:
@@ -295,7 +319,7 @@ def compile_launch(launch: Launch) -> Result:
         census = collections.Counter({"MFMA": len(re.findall(r"\bv_mfma", text))})
     described = (launch.target, launch.kernel, launch.dtype, launch.dim)
     bias = "yes" if _is_biased(launch) else ""
-    tile = (_form(launch.kernel, constants), bias, _query_blocks(launch))
+    tile = (_form(launch.kernel, constants), bias, _query_blocks(launch), _key_block_size(launch))
     tile += (constants.get("GROUP", 0),)
     tensor_core = "+".join(name for name, count in census.items() if count)
     used = (registers, spills, compiled.metadata.shared, tensor_core)
@@ -400,13 +424,14 @@ def main() -> int:
     print(f"Triton {triton.__version__}, {len(results)} compiled launches")
     print(
         f"{'target':<7}{'kernel':<24}{'dtype':<6}{'dim':>4} {'form':<8}{'bias':<5}{'queries':>8}"
-        f"{'group':>6}{'warps':>6}{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  "
+        f"{'keys':>5}{'group':>6}{'warps':>6}{'stages':>7}{'regs':>6}{'spills':>7}{'shared':>8}  "
         f"{'tensor cores':<13}finding"
     )
     for r in results:
         print(
             f"{r.target:<7}{r.kernel.removesuffix('_kernel'):<24}{r.dtype:<6}{r.dim:>4} "
-            f"{r.form:<8}{r.bias:<5}{r.query_blocks or '':>8}{r.group or '':>6}{r.warps:>6}"
+            f"{r.form:<8}{r.bias:<5}{r.query_blocks or '':>8}{r.key_block_size or '':>5}"
+            f"{r.group or '':>6}{r.warps:>6}"
             f"{r.stages:>7}{r.registers:>6}{r.spills:>7}{r.shared_bytes:>8}  "
             f"{r.tensor_core:<13}{r.finding}"
         )

@@ -9,8 +9,9 @@ without the coarse part. `peak_mb` is measured above inputs and the gradient of 
 their own (`models.py`).
 
 `ceilings.csv` holds what the GPU can do: `megabytes` are moved (or `gigaflop` computed) in
-`ms_median`; `rate` is their quotient in GB/s or TFLOP/s. `gather` reads random blocks of 4 KB out
-of a footprint that fits the L2 cache, or does not; `copy` counts what is read and written; float32
+`ms_median`; `rate` is their quotient in GB/s or TFLOP/s. `gather` reads random blocks of 4 KB (32
+keys x 64 channels in 16 bits), or of 1 KB (8 keys), out of a footprint that fits the L2 cache, or
+does not; `copy` counts what is read and written; float32
 products are IEEE.
 """
 
@@ -116,9 +117,10 @@ def ceiling_steps(session: Session) -> list[Step]:
     """The steps that write `ceilings.csv`."""
     records = Records(session.out / "ceilings.csv", CEILING_COLUMNS, ("name",))
     small = session.dry_run
+    sizes = [(1, 4), (1, 1)] if small else [(8, 4), (24, 4), (40, 4), (1024, 4), (24, 1)]
     measures = {
-        f"gather of 4 KB blocks from {n} MB": partial(_gather, session, n)
-        for n in ((1,) if small else (8, 24, 40, 1024))
+        f"gather of {size} KB blocks from {n} MB": partial(_gather, session, n, size)
+        for n, size in sizes
     }
     measures["copy"] = partial(_copy, session)
     for dtype, sizes in (("bf16", (8192, 4096)), ("fp32", (4096,))):
@@ -142,9 +144,9 @@ def _ceiling(session: Session, records: Records, name: str, measure) -> Outcome 
     return Outcome(detail=f"{row['rate']} {unit}")
 
 
-def _gather(session: Session, megabytes: int) -> tuple[dict, Callable[[], None]]:
-    words = 1024  # float32: 4 KB
-    programs, each = (2, 3) if session.dry_run else (132 * 16, 64)
+def _gather(session: Session, megabytes: int, kilobytes: int) -> tuple[dict, Callable[[], None]]:
+    words = 256 * kilobytes  # float32
+    programs, each = (2, 3) if session.dry_run else (132 * 16, 256 // kilobytes)
     blocks = megabytes * 2**20 // (4 * words)
     device = session.device
     x = torch.ones(blocks, words, device=device)
@@ -275,11 +277,13 @@ def _relative_error(session: Session, shape: Shape, output: Tensor, inputs) -> f
 
 
 def _variant_steps(session: Session, records: Records, shape: Shape, budget: int) -> Iterator[Step]:
-    """Forms, groups and stages; coarse products; lengths of work items; topk or radix."""
+    """Forms, groups and stages; narrow key blocks; coarse products; lengths of work items; topk or
+    radix.
+    """
     small = session.dry_run
 
-    def variant(label: str, priors: dict | None = None, **change) -> Step:
-        run = partial(_variant, session, records, shape, budget, label, priors or {}, change)
+    def variant(label: str, settings: dict | None = None, **change) -> Step:
+        run = partial(_variant, session, records, shape, budget, label, settings or {}, change)
         return Step(f"variant: {label}", run)
 
     for swapped in forms(session):
@@ -288,6 +292,10 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
                 configs = with_configs(swapped=swapped, group=group, num_stages=stages)
                 label = f"{'swapped' if swapped else 'plain'} group={group} stages={stages}"
                 yield variant(label, configs=configs)
+    for size in (16, 8):
+        yield variant(f"key blocks of {size}", {"key_block_size": size})
+        by_mass = {"key_block_size": size, "selection": "mass"}
+        yield variant(f"key blocks of {size} by mass", by_mass)
     for precision in coarse_precisions(session):
         yield variant(f"coarse products by {precision}", **with_coarse_precision(precision))
     for blocks in (1, 2) if small else (8, 16, 32):
@@ -302,10 +310,10 @@ def _variant_steps(session: Session, records: Records, shape: Shape, budget: int
             yield Step(f"selection: {rows} block rows by {way}", run)
 
 
-def _variant(session, records, shape, budget, label, priors, change) -> Outcome:
+def _variant(session, records, shape, budget, label, settings, change) -> Outcome:
     about = {"provider": f"mra2[{label}]", "block_per_row": budget, "mode": "full"}
     *inputs, grad = attention_inputs(session, shape)
-    attend = partial(mra2_attention, block_per_row=budget, impl="triton", **priors)
+    attend = partial(mra2_attention, block_per_row=budget, impl="triton", **settings)
     shown = []
     with patched_table(**change):
         for name, run in _passes(attend, inputs, grad).items():

@@ -7,6 +7,9 @@ must move through device memory, what it must move through the L2 cache, and wha
 each divided by its ceiling. Gathered blocks come out of L2; everything else is counted once, as
 device memory. A launch can be faster where the launch before left its inputs in L2. Merges depend
 on the selection and are counted as nothing.
+
+With `--key-block-size` below 32, the queries that the gradients of keys gather depend on the
+selection too: `--spread` says how many times as many there are as for whole squares.
 """
 
 import argparse
@@ -94,6 +97,9 @@ class Problem:
     Args:
         operand_bytes: 2 or 4.
         is_stored: whether coarse scores are kept between the launches of a selection.
+        key_block_size: keys per key block.
+        spread: entries of the lists of key gradients per selected square: 1 where query blocks
+            select squares whole, up to 32 / key_block_size where each selects parts of its own.
     """
 
     length: int
@@ -103,27 +109,32 @@ class Problem:
     block_per_row: int
     operand_bytes: int = 2
     is_stored: bool = True
+    key_block_size: int = _M
+    spread: float = 1.0
 
     def works(self) -> dict[str, dict[str, Work]]:
         """Pass -> kernel -> its work, both in order of launch."""
         all_heads, rows = self.batch * self.heads, -(-self.length // _M)
-        pairs, selected = all_heads * rows**2, all_heads * rows * min(self.block_per_row, rows)
-        # Bytes: a tensor like the query; a float32 per token; a float32 vector per block; the
-        # blocks of two tensors, one of each per selected pair.
+        per_block = _M // self.key_block_size
+        pairs = all_heads * rows**2 * per_block
+        selected = all_heads * rows * min(self.block_per_row, rows)  # squares
+        # Bytes: a tensor like the query; a float32 per token; a float32 vector per block, and per
+        # key block; the blocks of two tensors, one of each per selected square.
         tokens = all_heads * self.length * self.head_dim * self.operand_bytes
         numbers = all_heads * self.length * _WORD
         summaries = all_heads * rows * self.head_dim * _WORD
+        of_keys = per_block * summaries
         gathered = selected * 2 * _M * self.head_dim * self.operand_bytes
-        # FLOP: a product of all summaries; a product of the tokens of all selected pairs.
+        # FLOP: a product of all summaries; a product of the tokens of all selected squares.
         coarse = 2 * pairs * self.head_dim
         exact = 2 * selected * _M * _M * self.head_dim
         # Selection: 11 bits each of prior, score and tie rank; but the launches after the third
         # return at once, unless scores tie exactly.
-        digits = -(-(1 + 32 + (2 * rows**2 - 1).bit_length()) // 11)
-        scores, again = (pairs * _WORD, 0) if self.is_stored else (2 * summaries, coarse)
+        digits = -(-(1 + 32 + (2 * rows**2 * per_block - 1).bit_length()) // 11)
+        scores, again = (pairs * _WORD, 0) if self.is_stored else (summaries + of_keys, coarse)
 
         def lists(directions: int) -> dict[str, Work]:
-            entries = directions * selected * _WORD
+            entries = selected * _WORD * (per_block if directions == 1 else per_block + self.spread)
             return {
                 "count_kernel": Work(memory=pairs),
                 "plan_kernel": Work(),
@@ -133,7 +144,7 @@ class Problem:
         select = {
             "flag_kernel": Work(),
             "score_kernel": Work(
-                memory=2 * summaries + pairs * _WORD * self.is_stored,
+                memory=summaries + of_keys + pairs * _WORD * self.is_stored,
                 coarse=coarse * (1 + self.is_stored),
             ),
             "digit_kernel": Work(digits, 3 * scores, coarse=3 * again),
@@ -141,7 +152,7 @@ class Problem:
         }
         forward = {
             **lists(1),
-            "coarse_kernel": Work(memory=4 * summaries + pairs, coarse=2 * coarse),
+            "coarse_kernel": Work(memory=2 * summaries + 2 * of_keys + pairs, coarse=2 * coarse),
             "exact_kernel": Work(
                 memory=2 * tokens + numbers + summaries, gather=gathered, exact=2 * exact
             ),
@@ -150,20 +161,24 @@ class Problem:
         backward = {
             **lists(2),
             "reduce_rows_kernel": Work(memory=2 * tokens + 2 * numbers + summaries),
-            "coarse_query_kernel": Work(memory=5 * summaries + pairs, coarse=3 * coarse),
-            "coarse_key_kernel": Work(memory=6 * summaries + pairs, coarse=4 * coarse),
+            "coarse_query_kernel": Work(
+                memory=3 * summaries + 2 * of_keys + pairs, coarse=3 * coarse
+            ),
+            "coarse_key_kernel": Work(
+                memory=2 * summaries + 4 * of_keys + pairs, coarse=4 * coarse
+            ),
             "exact_query_kernel": Work(
                 memory=3 * tokens + 2 * numbers + summaries, gather=gathered, exact=3 * exact
             ),
             "exact_key_kernel": Work(
-                memory=4 * tokens + 2 * summaries,
-                gather=gathered + selected * 2 * _M * _WORD,
-                exact=4 * exact,
+                memory=4 * tokens + 2 * of_keys,
+                gather=self.spread * (gathered + selected * 2 * _M * _WORD),
+                exact=self.spread * 4 * exact,
             ),
             "merge_gradient_kernel": Work(3),
         }
         return {
-            "summaries": {"pool_kernel": Work(memory=3 * tokens + 3 * summaries)},
+            "summaries": {"pool_kernel": Work(memory=3 * tokens + summaries + 2 * of_keys)},
             "select": select,
             "forward": forward,
             "backward": backward,
@@ -228,13 +243,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--block-per-row", type=int, default=8)
+    parser.add_argument("--key-block-size", type=int, choices=(8, 16, 32), default=32)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        help="entries of the lists of key gradients per selected square; the default is its bound, "
+        "32 / KEY_BLOCK_SIZE",
+    )
     parser.add_argument("--coarse-precision", choices=("tf32x3", "ieee"), default="tf32x3")
     parser.add_argument("--ceilings", type=Path, help="a ceilings.csv that `run.py bench` wrote")
     args = parser.parse_args(arguments)
     ceilings = Ceilings.measured(args.ceilings) if args.ceilings else Ceilings()
     shape = (args.length, args.batch, args.heads, args.head_dim, args.block_per_row)
-    is_stored = args.length < RECOMPUTE_FROM_LENGTH
-    print_rooflines(Problem(*shape, is_stored=is_stored), ceilings, args.coarse_precision)
+    problem = Problem(
+        *shape,
+        is_stored=args.length < RECOMPUTE_FROM_LENGTH,
+        key_block_size=args.key_block_size,
+        spread=_M / args.key_block_size if args.spread is None else args.spread,
+    )
+    print_rooflines(problem, ceilings, args.coarse_precision)
 
 
 if __name__ == "__main__":

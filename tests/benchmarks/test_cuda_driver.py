@@ -320,7 +320,7 @@ def test_bench_writes_the_columns_of_the_benchmark(tmp_path):
     assert 0 < max(dense) < 0.02
     ceilings = read_rows(tmp_path / "ceilings.csv")
     names = [" ".join(row["name"].split()[:2]) for row in ceilings]
-    assert names == ["gather of", "copy", "matmul bf16", "matmul fp32"]
+    assert names == ["gather of", "gather of", "copy", "matmul bf16", "matmul fp32"]
     assert (tmp_path / "bench.png").stat().st_size > 10_000
 
     # After a run that was cut off in the middle only the missing rows are measured.

@@ -12,11 +12,13 @@ def test_the_rooflines_are_of_the_launches_that_there_are(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "kernels")
     import compile_check
 
-    for length in (1024, 4096, 65536):
-        launches = compile_check._recorded("sm_90", "bf16", 64, False, False, "ieee", length)
+    for length, width in ((1024, 32), (4096, 32), (65536, 32), (4096, 16), (65536, 8)):
+        call = ("sm_90", "bf16", 64, False, False, "ieee", length)
+        launches = compile_check._recorded(*call, key_block_size=width)
         counted = collections.Counter(launch.kernel for launch in launches)
         expected = collections.Counter()
-        for works in roofline.Problem(length, 2, 12, 64, 8).works().values():
+        problem = roofline.Problem(length, 2, 12, 64, 8, key_block_size=width)
+        for works in problem.works().values():
             expected.update({kernel: work.launches for kernel, work in works.items()})
         assert counted == expected
 
@@ -46,6 +48,24 @@ def test_rooflines_count_bytes_and_flop():
     assert least(roofline.Work(coarse=4e6), "ieee") == (4.0, "ieee")
     assert least(roofline.Work()) == (0.0, "")
     assert launching.table().recompute_from_length == roofline.RECOMPUTE_FROM_LENGTH
+
+
+def test_narrow_key_blocks_cost_coarse_work_and_the_queries_of_their_keys():
+    """Queries gather as many tokens as with squares; keys up to 4 times as many."""
+    shape = (4096, 1, 12, 64, 8)
+    square = roofline.Problem(*shape).works()
+    for spread in (1.0, 4.0):
+        narrow = roofline.Problem(*shape, key_block_size=8, spread=spread).works()
+        for name, kernel in (("forward", "exact_kernel"), ("backward", "exact_query_kernel")):
+            assert narrow[name][kernel] == square[name][kernel]
+        for kernel in ("coarse_query_kernel", "coarse_key_kernel"):
+            assert narrow["backward"][kernel].coarse == 4 * square["backward"][kernel].coarse
+        keys, before = (x["backward"]["exact_key_kernel"] for x in (narrow, square))
+        assert keys.gather == spread * before.gather and keys.exact == spread * before.exact
+    selected = 12 * 128 * 8
+    pairs = 12 * 128 * 512
+    assert narrow["forward"]["fill_kernel"].memory == pairs + 4 * selected * 4
+    assert narrow["backward"]["fill_kernel"].memory == pairs + (4 + 4) * selected * 4
 
 
 def test_measured_ceilings_replace_assumed_ones(tmp_path):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from attention_cases import REFERENCE, Implementation
 from triton_cases import TRITON, needs_triton
 
@@ -118,6 +119,26 @@ def two_query_blocks(table):
         table(configs=configs | changed, **entries)
 
     return change
+
+
+@pytest.fixture
+def tiles(table, two_query_blocks):
+    """Let one query block or two own a tile, and change entries of the table."""
+    return lambda query_blocks, **entries: {1: table, 2: two_query_blocks}[query_blocks](**entries)
+
+
+@pytest.fixture
+def fill_scratch(monkeypatch):
+    """From the call on, memory that kernels are to write holds NaN, or -1."""
+    from mra_attention.triton_impl.call import KernelCall
+
+    original = KernelCall.empty
+
+    def filled(self, shape, dtype=torch.float32):
+        x = original(self, shape, dtype)
+        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
+
+    return lambda: monkeypatch.setattr(KernelCall, "empty", filled)
 
 
 @pytest.fixture

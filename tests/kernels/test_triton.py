@@ -35,26 +35,6 @@ from pairwise import pairwise
 pytestmark = needs_triton
 
 
-@pytest.fixture
-def tiles(table, two_query_blocks):
-    """Let one query block or two own a tile, and change entries of the table."""
-    return lambda query_blocks, **entries: {1: table, 2: two_query_blocks}[query_blocks](**entries)
-
-
-@pytest.fixture
-def fill_scratch(monkeypatch):
-    """From the call on, memory that kernels are to write holds NaN, or -1."""
-    from mra_attention.triton_impl.call import KernelCall
-
-    original = KernelCall.empty
-
-    def filled(self, shape, dtype=torch.float32):
-        x = original(self, shape, dtype)
-        return x.fill_(torch.nan) if dtype.is_floating_point else x.fill_(-1)
-
-    return lambda: monkeypatch.setattr(KernelCall, "empty", filled)
-
-
 @pairwise(dtype=TOLERANCES, mode=MODES, form_name=["plain", "swapped"], query_blocks=[1, 2])
 def test_every_dtype_mode_and_form(dtype, mode, form_name, query_blocks, form, tiles):
     form(form_name)

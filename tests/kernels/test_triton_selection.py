@@ -12,6 +12,9 @@ from pairwise import pairwise
 
 pytestmark = needs_triton
 
+#: Keys in a key block.
+WIDTHS = (32, 16, 8)
+
 
 # -- two query blocks a tile
 
@@ -52,8 +55,8 @@ def test_a_bundle_may_select_nothing_or_for_one_of_its_blocks_only(mode, two_que
     assert_right(inputs, None, selection=BlockSelection(blocks, 32), approx_mode=mode)
 
 
-@pairwise(rows=[1, 7, 70], query_blocks=[1, 2])
-def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
+@pairwise(rows=[1, 7, 70], query_blocks=[1, 2], width=WIDTHS)
+def test_lists_hold_the_pairs_that_each_owner_selected(rows, query_blocks, width):
     """And the items cut them into pieces, in order; owners beyond the last bundle have none."""
     from mra_attention.triton_impl.block_lists import build_lists
     from mra_attention.triton_impl.call import KernelCall
@@ -62,30 +65,33 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
     query, key, *_ = TRITON.inputs(1, 2, 32 * rows - 5, 16)
     mask = torch.ones(1, query.shape[2], dtype=torch.bool, device=TRITON.device)
     mask[:, 32:64] = False  # a block that no list may name
+    mask[:, 72:80] = False  # a part of the next one
     generator = torch.Generator().manual_seed(0)
-    blocks = (torch.rand(1, 2, rows, rows, generator=generator) < 0.2).to(TRITON.device)
-    call = KernelCall(query, key, key, mask)
+    shape = (1, 2, rows, rows * 32 // width)
+    blocks = (torch.rand(shape, generator=generator) < 0.2 * width / 32).to(TRITON.device)
+    call = KernelCall(query, key, key, mask, key_block_size=width)
     settings = {"directions": 2, "query_blocks": query_blocks, "largest_budget": None}
     lists = build_lists(call, pool(call).counts, call.as_bytes(blocks), **settings)
-    live = mask.view(-1)[::32][:rows].cpu()
-    selected = blocks[0].cpu() & live[:, None] & live[None, :]
+    live, live_keys = (mask.view(-1)[::size].cpu() for size in (32, width))
+    live_keys = torch.nn.functional.pad(live_keys, (0, shape[-1] - len(live_keys)))
+    selected = blocks[0].cpu() & live[:, None] & live_keys[None, :]
     for of_direction, pairs in ((lists.by_query, selected), (lists.by_key, selected.mT)):
-        bundle, most = of_direction.own_blocks, of_direction.max_items
+        parts, most = of_direction.parts, of_direction.max_items
         sizes, starts, entries, first_items, items, counts = (
             x.cpu().tolist() for x in of_direction[:6]
         )
         for head in range(2):
             wanted_items = []
             for own in range(rows):
-                of_own = pairs[head, own * bundle : (own + 1) * bundle]
+                of_own = pairs[head, own * parts : (own + 1) * parts]
                 expected = of_own.any(0).nonzero().flatten().tolist()
-                if bundle == 2:
-                    weights = torch.tensor([1, 2])[: len(of_own), None]
+                if parts > 1:
+                    weights = 2 ** torch.arange(len(of_own))[:, None]
                     bits = (of_own * weights).sum(0)
-                    expected = [4 * block + bits[block].item() for block in expected]
+                    expected = [(block << parts) + bits[block].item() for block in expected]
                 start = starts[head][own]
                 assert entries[head][start : start + sizes[head][own]] == expected
-                if own * bundle < rows:
+                if own * parts < pairs.shape[1]:
                     assert first_items[head][own] == len(wanted_items)
                     wanted_items += [own] * max(1, -(-len(expected) // of_direction.item_blocks))
             assert counts[head] == len(wanted_items) <= most
@@ -97,7 +103,7 @@ def test_lists_hold_the_pairs_that_each_bundle_selected(rows, query_blocks):
 DEFAULTS = {
     **{"block_size": 32, "block_per_row": 2, "block_budget": None, "rule": "row_normalized"},
     **{"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0, "scale": 0.2},
-    "distance_bias": None,
+    **{"distance_bias": None, "key_block_size": 32},
 }
 SELECTIONS = {
     "plain": {},
@@ -118,8 +124,8 @@ BIASED = {
 }
 
 
-@pairwise(name=[*SELECTIONS, *BIASED], mask_kind=MASK_KINDS)
-def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
+@pairwise(name=[*SELECTIONS, *BIASED], mask_kind=MASK_KINDS, width=WIDTHS)
+def test_selection_by_every_route_is_that_of_torch(name, mask_kind, width, table):
     """Given the same scores all routes choose the same pairs, and those of the torch path, whose
     scores come from float64 means, here too.
     """
@@ -127,7 +133,7 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
 
     inputs = TRITON.inputs(2, 1, 200, 32, seed=3)[:2]
     mask = TRITON.mask(mask_kind, 2, 200)
-    settings = DEFAULTS | (SELECTIONS | BIASED)[name]
+    settings = DEFAULTS | (SELECTIONS | BIASED)[name] | {"key_block_size": width}
     if name in BIASED:
         settings["distance_bias"] = TRITON.bias(1, 7)
     expected = selection.select(*inputs, mask, **settings)
@@ -141,15 +147,15 @@ def test_selection_by_every_route_is_that_of_torch(name, mask_kind, table):
         assert torch.equal(actual, expected), entries
 
 
-@pairwise(length=BEYOND_A_TILE, biased=[False, True])
-def test_selection_among_more_blocks_than_a_tile(length, biased, table):
+@pairwise(length=BEYOND_A_TILE, biased=[False, True], width=[32, 8])
+def test_selection_among_more_blocks_than_a_tile(length, biased, width, table):
     """By radix, with stored and with recomputed scores, as by top-k; and nearly as in torch."""
     from mra_attention import triton_impl
 
     inputs = TRITON.inputs(2, 1, length, 16, seed=5)[:2]
     mask = TRITON.mask("right", 2, length)
     priors = {"initial_prior_first_n_blocks": 1, "initial_prior_diagonal_n_blocks": 1}
-    settings = DEFAULTS | {"block_per_row": 4, "scale": 0.25} | priors
+    settings = DEFAULTS | {"block_per_row": 4, "scale": 0.25, "key_block_size": width} | priors
     if biased:
         settings["distance_bias"] = TRITON.bias(1, -(-length // 32))
     table(topk_up_to_rows=1000)
@@ -163,7 +169,8 @@ def test_selection_among_more_blocks_than_a_tile(length, biased, table):
     assert (by_topk & expected).sum() >= 0.999 * expected.sum()
 
 
-def test_radix_ranks_equal_scores_like_choose_blocks(table):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_radix_ranks_equal_scores_like_choose_blocks(width):
     from mra_attention.triton_impl import selection as kernels
     from mra_attention.triton_impl.call import KernelCall
     from mra_attention.triton_impl.distance_bias import pair_bias
@@ -173,7 +180,7 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
     mask = TRITON.mask("right", 2, 150)
     numbers = {"block_per_row": 2, "block_budget": None}
     priors = {"initial_prior_first_n_blocks": 0, "initial_prior_diagonal_n_blocks": 0}
-    call = KernelCall(*inputs, inputs[1], mask, scale=0.2)
+    call = KernelCall(*inputs, inputs[1], mask, key_block_size=width, scale=0.2)
     summaries = pool(call)
     candidates = kernels.flag_blocks(call, summaries.counts, **numbers, **priors)
     bias = pair_bias(call, summaries, None, 0)
@@ -186,9 +193,14 @@ def test_radix_ranks_equal_scores_like_choose_blocks(table):
         assert torch.equal(kernels.choose_by_radix(ranking), kernels.choose_by_topk(ranking))
 
 
-@pairwise(rule=["row_normalized", "global"], first=[0, 1], recompute_from_length=[0, 10**6])
+@pairwise(
+    rule=["row_normalized", "global"],
+    first=[0, 1],
+    recompute_from_length=[0, 10**6],
+    width=[32, 8],
+)
 def test_scores_that_differ_by_their_bias_only_tie_where_it_is_equal(
-    rule, first, recompute_from_length, table
+    rule, first, recompute_from_length, width, table
 ):
     """Constant inputs, whose products are exact: pairs at one distance have one score."""
     from mra_attention import triton_impl
@@ -199,7 +211,7 @@ def test_scores_that_differ_by_their_bias_only_tie_where_it_is_equal(
     bias = TRITON.bias(2, 12)
     bias[:, 2:6] = bias[:, 2:3]
     settings = DEFAULTS | {"rule": rule, "distance_bias": bias, "block_budget": 37, "scale": 0.25}
-    settings |= {"initial_prior_first_n_blocks": first}
+    settings |= {"initial_prior_first_n_blocks": first, "key_block_size": width}
     expected = selection.select(query, key, mask, **settings)
     table(topk_up_to_rows=0, recompute_from_length=recompute_from_length)
     actual = triton_impl.select(query, key, mask, summaries=None, **settings)

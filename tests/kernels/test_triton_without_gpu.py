@@ -113,8 +113,11 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     two = {(row["kernel"], row["form"]) for row in rows if row["query_blocks"] == "2"}
     forms = itertools.product(("exact_kernel", "exact_query_kernel"), ("plain", "swapped"))
     assert two >= {*forms, ("merge_kernel", ""), ("merge_gradient_kernel", ""), ("fill_kernel", "")}
-    biased = {row["kernel"] for row in rows if row["bias"]}
     items = {"exact_kernel", "exact_query_kernel", "exact_key_kernel"}
+    further = {"pool_kernel", "mark_kernel", "coarse_key_kernel", "fill_kernel"}
+    for width, expected in (("8", items | further), ("16", items), ("32", items | further)):
+        assert {row["kernel"] for row in rows if row["key_block_size"] == width} >= expected
+    biased = {row["kernel"] for row in rows if row["bias"]}
     assert biased >= items | {"diagonal_kernel", "bias_gradient_kernel"}
 
 
@@ -123,7 +126,7 @@ def test_compile_check_sees_spills_shared_memory_and_the_wrong_tensor_cores(monk
     import compile_check as check
 
     good = check.Result(
-        "sm_90", "exact_kernel", "bf16", 64, "swapped", "", 1, 2, 4, 3, 128, 0, 1, "", ""
+        "sm_90", "exact_kernel", "bf16", 64, "swapped", "", 1, 32, 2, 4, 3, 128, 0, 1, "", ""
     )
     good.tensor_core = "HGMMA"
     assert check._findings(good, 100) == []

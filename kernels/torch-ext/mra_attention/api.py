@@ -376,7 +376,9 @@ def _fast_attention(
     # Neither operator has a gradient: the backward pass holds the gradient of the coarse part.
     detached = [x.detach() for x in (query, key, value)]
     if FAST[impl].shares_summaries:
-        shared["vectors"], shared["counts"] = ops.mra2_summarize(*detached, token_mask)
+        key_block_size = settings["key_block_size"]
+        summaries = ops.mra2_summarize(*detached, token_mask, key_block_size)
+        shared["vectors"], shared["counts"] = summaries
     if isinstance(selection, BlockSelection):
         blocks, largest_budget = selection.blocks, None
     else:

@@ -2,7 +2,7 @@
 
 Implementation NAME is the package `NAME_impl`, which `ops.py` imports on its first call. It offers
 
-    summarize(query, key, value, token_mask) -> Summaries | None
+    summarize(query, key, value, token_mask, key_block_size) -> Summaries | None
     select(query, key, token_mask, *, summaries, block_size, block_per_row, block_budget,
            initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale,
            distance_bias, key_block_size) -> blocks
@@ -28,8 +28,7 @@ from torch import Tensor
 
 # What the Triton and the compiled CPU kernels take.
 BLOCK_SIZE = 32
-NATIVE_KEY_BLOCK_SIZES = (8, 16, 32)
-TRITON_KEY_BLOCK_SIZES = (32,)
+KEY_BLOCK_SIZES = (8, 16, 32)
 SMALLEST_DIM, LARGEST_DIM = 16, 128
 LARGEST_NATIVE_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,9 +44,10 @@ class Summaries(NamedTuple):
     """What the coarse part knows of the tokens, computed once for all passes of a call.
 
     Attributes:
-        vectors: `[3, B * H, R, D']` float32, D' at least D: means of query and key and sums of
-            value over the real tokens of each block.
-        counts: `[B, R]` int32, real tokens of each block.
+        vectors: `[1 + 2 * C / R, B * H, R, D']` float32, D' at least D: means of query over the
+            real tokens of each block, and, as `[B * H, C, D']` each, means of key and sums of value
+            over those of each key block.
+        counts: `[B, C]` int32, real tokens of each key block.
     """
 
     vectors: Tensor
@@ -110,8 +110,8 @@ def native_refusal(query: Tensor, block_size: int, key_block_size: int) -> str |
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
-    if key_block_size not in NATIVE_KEY_BLOCK_SIZES:
-        return f"takes key_block_size of {NATIVE_KEY_BLOCK_SIZES}, got {key_block_size}"
+    if key_block_size not in KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
     if query.shape[-1] > LARGEST_NATIVE_DIM:
         return f"takes head dims up to {LARGEST_NATIVE_DIM}, got {query.shape[-1]}"
     if query.device.type != "cpu":
@@ -141,8 +141,8 @@ def triton_refusal(query: Tensor, block_size: int, key_block_size: int) -> str |
         return f"takes float32, bfloat16 and float16, got {query.dtype}"
     if block_size != BLOCK_SIZE:
         return f"takes block_size={BLOCK_SIZE}, got {block_size}"
-    if key_block_size not in TRITON_KEY_BLOCK_SIZES:
-        return f"takes key_block_size of {TRITON_KEY_BLOCK_SIZES}, got {key_block_size}"
+    if key_block_size not in KEY_BLOCK_SIZES:
+        return f"takes key_block_size of {KEY_BLOCK_SIZES}, got {key_block_size}"
     if not SMALLEST_DIM <= query.shape[-1] <= LARGEST_DIM:
         return f"takes head dims {SMALLEST_DIM} to {LARGEST_DIM}, got {query.shape[-1]}"
     if query.device.type != "cuda" and not (query.device.type == "cpu" and interprets()):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .blocks import compute_dtype, count_blocks
-from .implementations import FAST, Summaries
+from .implementations import BLOCK_SIZE, FAST, Summaries
 from .selection import RULES
 
 
@@ -40,12 +40,13 @@ def _summaries(
     package: ModuleType,
     inputs: tuple[Tensor, Tensor, Tensor],
     token_mask: Tensor | None,
+    key_block_size: int,
     vectors: Tensor | None,
     counts: Tensor | None,
 ) -> Summaries | None:
     """The summaries of a call: the ones it was given, else computed."""
     if vectors is None:
-        return package.summarize(*inputs, token_mask)
+        return package.summarize(*inputs, token_mask, key_block_size)
     return Summaries(vectors, counts)
 
 
@@ -55,20 +56,25 @@ def _without_autocast(query: Tensor) -> torch.autocast:
 
 @torch.library.custom_op(add_op_namespace_prefix("mra2_summarize"), mutates_args=())
 def mra2_summarize(
-    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    token_mask: Tensor | None,
+    key_block_size: int = BLOCK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """`summarize` of the Triton kernels: block means of query and key and sums of value,
-    `[3, B * H, R, D']` float32, and the real tokens of the blocks, `[B, R]` int32.
+    """`summarize` of the Triton kernels, whose blocks have 32 tokens: the two tensors of
+    `Summaries`.
     """
     with _without_autocast(query):
-        return tuple(_implementation("triton").summarize(query, key, value, token_mask))
+        package = _implementation("triton")
+        return tuple(package.summarize(query, key, value, token_mask, key_block_size))
 
 
 @mra2_summarize.register_fake
-def _(query, key, value, token_mask):
+def _(query, key, value, token_mask, key_block_size=BLOCK_SIZE):
     from .triton_impl.call import summary_shapes
 
-    vectors, counts = summary_shapes(query.shape)
+    vectors, counts = summary_shapes(query.shape, key_block_size)
     return query.new_empty(vectors, dtype=torch.float32), query.new_empty(counts, dtype=torch.int32)
 
 
@@ -94,8 +100,10 @@ def mra2_select(
     by the rules that kernels do not.
     """
     package = _implementation(impl if impl in RULES[rule].kernels else "torch")
+    key_block_size = key_block_size or block_size
     with _without_autocast(query):
-        summaries = _summaries(package, (query, key, key), token_mask, vectors, counts)
+        inputs = (query, key, key)
+        summaries = _summaries(package, inputs, token_mask, key_block_size, vectors, counts)
         return package.select(
             query,
             key,
@@ -109,7 +117,7 @@ def mra2_select(
             rule=rule,
             scale=scale,
             distance_bias=distance_bias,
-            key_block_size=key_block_size or block_size,
+            key_block_size=key_block_size,
         )
 
 
@@ -151,15 +159,17 @@ def mra2_forward(
     `blocks` is `[B, H, R, C]` bool, or None for every live pair. `largest_budget` is an upper bound
     of the pairs selected per head, None where there is no such bound.
     """
+    key_block_size = key_block_size or block_size
     settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
-        "key_block_size": key_block_size or block_size,
+        "key_block_size": key_block_size,
     }
     package = _implementation(impl)
     with _without_autocast(query):
-        summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
+        inputs = (query, key, value)
+        summaries = _summaries(package, inputs, token_mask, key_block_size, vectors, counts)
         settings |= {"summaries": summaries, "largest_budget": largest_budget}
         return package.forward(query, key, value, token_mask, blocks, **settings)
 
@@ -196,15 +206,17 @@ def mra2_backward(
     distance bias, `[H, R]` in the compute dtype (`[0]` where that is None); `output` and `lse` are
     what `mra2_forward` returned.
     """
+    key_block_size = key_block_size or block_size
     settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
-        "key_block_size": key_block_size or block_size,
+        "key_block_size": key_block_size,
     }
     package = _implementation(impl)
     with _without_autocast(query):
-        summaries = _summaries(package, (query, key, value), token_mask, vectors, counts)
+        inputs = (query, key, value)
+        summaries = _summaries(package, inputs, token_mask, key_block_size, vectors, counts)
         settings |= {"summaries": summaries, "largest_budget": largest_budget}
         tensors = (grad_output, query, key, value, output, lse, token_mask, blocks)
         *grads, grad_bias = package.backward(*tensors, **settings)

@@ -39,7 +39,9 @@ def instruction_set(name: str) -> Iterator[None]:
         _forced_isa.reset(token)
 
 
-def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> None:
+def summarize(
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, key_block_size: int
+) -> None:
     """Return None: every pass pools for itself, and shares nothing."""
 
 

@@ -56,7 +56,9 @@ _GATHER_BYTES_ON_A_GPU = 2**28
 _FILLER_BLOCKS = 24
 
 
-def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> None:
+def summarize(
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, key_block_size: int
+) -> None:
     """Return None: every pass works on its own chunks, and shares nothing."""
 
 

@@ -21,10 +21,12 @@ from .pooling import pool
 from .selection import choose_by_radix, choose_by_topk, flag_blocks, score_pairs
 
 
-def summarize(query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None) -> Summaries:
+def summarize(
+    query: Tensor, key: Tensor, value: Tensor, token_mask: Tensor | None, key_block_size: int
+) -> Summaries:
     """Block means of query and key and sums of value, which all passes of a call can share."""
     with launching.on_device_of(query):
-        return pool(KernelCall(query, key, value, token_mask))
+        return pool(KernelCall(query, key, value, token_mask, key_block_size=key_block_size))
 
 
 def select(
@@ -32,12 +34,13 @@ def select(
     initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, rule, scale, distance_bias,
     key_block_size,
 ) -> Tensor:  # fmt: skip
-    """The selected pairs `[B, H, R, R]` bool, in the order of `selection.choose_blocks`.
+    """The selected pairs `[B, H, R, C]` bool, in the order of `selection.choose_blocks`.
 
     Scores are float32, from float32 means.
     """
     with launching.on_device_of(query):
-        call = KernelCall(query, key, key, token_mask, block_size, scale=scale)
+        sizes = (block_size, key_block_size)
+        call = KernelCall(query, key, key, token_mask, *sizes, scale=scale)
         summaries = pool(call) if summaries is None else summaries
         candidates = flag_blocks(
             call,
@@ -63,11 +66,12 @@ def forward(
     """Return the output `[B, H, N, D]` in the input dtype, and its log-sum-exp `[B, H, N]` in
     float32 (+inf at padding).
 
-    `blocks` is `[B, H, R, R]` bool with at most `largest_budget` pairs per head (None: any number),
+    `blocks` is `[B, H, R, C]` bool with at most `largest_budget` pairs per head (None: any number),
     or None for every live pair.
     """
     with launching.on_device_of(query):
-        call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
+        sizes = (block_size, key_block_size)
+        call = KernelCall(query, key, value, token_mask, *sizes, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
         bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)
@@ -92,7 +96,8 @@ def backward(
     the distance bias, `[H, R]` float32.
     """
     with launching.on_device_of(query):
-        call = KernelCall(query, key, value, token_mask, block_size, scale=scale, sparse=sparse)
+        sizes = (block_size, key_block_size)
+        call = KernelCall(query, key, value, token_mask, *sizes, scale=scale, sparse=sparse)
         summaries = pool(call) if summaries is None else summaries
         blocks = call.as_bytes(blocks)
         bias = pair_bias(call, summaries, distance_bias, initial_prior_first_n_blocks)

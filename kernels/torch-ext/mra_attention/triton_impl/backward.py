@@ -115,15 +115,17 @@ def reduce_rows(
 @triton.jit
 def _store_gradient(
     RESULT, COARSE,
-    head, own, sums, real, length, n_blocks,
-    HAS_COARSE: tl.constexpr, OWN_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    head, own, sums, real, length, n_parts,
+    HAS_COARSE: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Add what the coarse part gives every token of a block, and store; 0 at padding."""
+    """Add what the coarse part gives every token of a part of an owner, and store; 0 at padding. A
+    part has `SIZE` tokens, and a head `n_parts` of them.
+    """
     if HAS_COARSE:
-        sums += load_own_summaries(COARSE, head, own, n_blocks, OWN_BLOCKS, M, D_PAD)
+        sums += load_own_summaries(COARSE, head, own, n_parts, PARTS, SIZE, D_PAD)
     sums = tl.where(real[:, None], sums, 0.0)
-    tokens = own * OWN_BLOCKS * M + tl.arange(0, OWN_BLOCKS * M)
+    tokens = own * PARTS * SIZE + tl.arange(0, PARTS * SIZE)
     store_tokens(RESULT, head * length * D, tokens, sums, tokens < length, D, D_PAD)
 
 
@@ -131,22 +133,25 @@ def _store_gradient(
 def _store_pair_sums(
     PAIR_SUMS, PAIR_DISTANCES,
     columns, list_start, first, end, own, biased_from, grad_logits,
-    QUERY_BLOCKS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Sums of a tile over the token pairs of each of its block pairs, and their distances; -1 for
     global pairs.
     """
-    slots = first + tl.arange(0, GROUP)
+    ENTRIES: tl.constexpr = GROUP * PER_BLOCK
+    slots = first + tl.arange(0, ENTRIES)
     listed = slots < end
-    blocks = listed_blocks(tl.load(columns + slots, mask=listed, other=0), QUERY_BLOCKS)
+    entries = tl.load(columns + slots, mask=listed, other=0)
+    squares = listed_blocks(entries, QUERY_BLOCKS) // PER_BLOCK
     for i in tl.static_range(QUERY_BLOCKS):
         of_block = grad_logits
         if QUERY_BLOCKS == 2:
             of_block = tl.where(of_own(tl.arange(0, 2 * M) // M == i, SWAPPED), grad_logits, 0.0)
         sums = tl.sum(of_block, 1 if SWAPPED else 0)
-        sums = tl.sum(tl.reshape(sums, [GROUP, M]), 1)
+        sums = tl.sum(tl.reshape(sums, [ENTRIES, M // PER_BLOCK]), 1)
         row = own * QUERY_BLOCKS + i
-        distances = tl.where(tl.minimum(blocks, row) >= biased_from, tl.abs(blocks - row), -1)
+        distances = tl.where(tl.minimum(squares, row) >= biased_from, tl.abs(squares - row), -1)
         to = (list_start + slots) * QUERY_BLOCKS + i
         tl.store(PAIR_SUMS + to, sums, mask=listed)
         tl.store(PAIR_DISTANCES + to, distances, mask=listed)
@@ -169,14 +174,15 @@ def exact_query_kernel(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
     HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per work item of a bundle of query blocks: its query gradients, and with a bias,
     the sums of the gradients of the logits of every pair.
     """
     OWN: tl.constexpr = QUERY_BLOCKS * M
+    KEYS: tl.constexpr = M // PER_BLOCK
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
@@ -202,20 +208,20 @@ def exact_query_kernel(
     biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
 
     sums = empty_sums(OWN, D_PAD, SWAPPED)
-    slots = tl.arange(0, GROUP * M) // M
-    within = tl.arange(0, GROUP * M) % M
-    for first in range(begin, end, GROUP):
+    slots = tl.arange(0, GROUP * M) // KEYS
+    within = tl.arange(0, GROUP * M) % KEYS
+    for first in range(begin, end, GROUP * PER_BLOCK):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
         blocks = listed_blocks(entries, QUERY_BLOCKS)
-        gathered = blocks * M + within
+        gathered = blocks * KEYS + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
         if HAS_BIAS:
             logits = add_bias(
-                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                logits, BIAS, biased_from, of_sample, own, blocks // PER_BLOCK, n_blocks,
                 QUERY_BLOCKS, M, SWAPPED,
             )  # fmt: skip
         weights = tl.exp2(logits - of_own(lse, SWAPPED))
@@ -226,7 +232,7 @@ def exact_query_kernel(
         if HAS_BIAS:
             _store_pair_sums(
                 PAIR_SUMS, PAIR_DISTANCES, columns, list_start, first, end, own, biased_from,
-                grad_logits, QUERY_BLOCKS, GROUP, M, SWAPPED,
+                grad_logits, QUERY_BLOCKS, PER_BLOCK, GROUP, M, SWAPPED,
             )  # fmt: skip
         grad_logits = grad_logits.to(keys.dtype)
         sums = add_gathered(sums, grad_logits, keys, SWAPPED, WIDEN, PRECISION)
@@ -291,11 +297,14 @@ def exact_key_kernel(
     PART_VALUES,
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale, scale_log2, length, n_blocks, heads, capacity, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    SWAPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PER_BLOCK: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per work item of a key block: its key and value gradients."""
+    """One program per work item of a square block of keys: its key and value gradients. Queries
+    that only some of its key blocks are paired with are multiplied with all of it, and hidden.
+    """
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
@@ -323,7 +332,8 @@ def exact_key_kernel(
     within = tl.arange(0, GROUP * M) % M
     for first in range(begin, end, GROUP):
         listed = first + slots < end
-        blocks = tl.load(rows + first + slots, mask=listed, other=0)
+        entries = tl.load(rows + first + slots, mask=listed, other=0)
+        blocks = listed_blocks(entries, PER_BLOCK)
         gathered = blocks * M + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         query = load_tokens(QUERY, query_start, gathered, query_token, seen, D, D_PAD)
@@ -335,6 +345,9 @@ def exact_key_kernel(
         delta = tl.load(DELTA + at, mask=seen, other=0.0)
         logits = tile_product(keys, query, SWAPPED, WIDEN, PRECISION) * scale_log2
         weights = tl.exp2(logits - of_gathered(lse, SWAPPED))
+        if PER_BLOCK > 1:
+            visible = visible_pairs(entries, seen, PER_BLOCK, M // PER_BLOCK, SWAPPED)
+            weights = tl.where(visible, weights, 0.0)
         products = tile_product(values, grad, SWAPPED, WIDEN, PRECISION)
         grad_logits = (weights * (products - of_gathered(delta, SWAPPED))).to(query.dtype)
         weights = weights.to(grad.dtype)
@@ -352,10 +365,10 @@ def exact_key_kernel(
             key_rows,
             real,
             length,
-            n_blocks,
+            n_blocks * PER_BLOCK,
             HAS_COARSE,
-            1,
-            M,
+            PER_BLOCK,
+            M // PER_BLOCK,
             D,
             D_PAD,
         )
@@ -367,10 +380,10 @@ def exact_key_kernel(
             value_rows,
             real,
             length,
-            n_blocks,
+            n_blocks * PER_BLOCK,
             HAS_COARSE,
-            1,
-            M,
+            PER_BLOCK,
+            M // PER_BLOCK,
             D,
             D_PAD,
         )
@@ -413,11 +426,12 @@ def key_gradients(
 def merge_gradient_kernel(
     MASK, SIZES, FIRST_ITEMS, COARSE, RESULT, PART_SUMS,
     length, n_blocks, heads, max_items,
-    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, OWN_BLOCKS: tl.constexpr, M: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, OWN_BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ITEM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program per owner of a list, a bundle of query blocks or a key block: add its items, in
-    their order, where it has several.
+    """One program per owner of a list, a bundle of query blocks or a square block of keys: add its
+    items, in their order, where it has several.
     """
     OWN: tl.constexpr = OWN_BLOCKS * M
     owners = tl.cdiv(n_blocks, OWN_BLOCKS)
@@ -441,10 +455,10 @@ def merge_gradient_kernel(
         sums,
         real,
         length,
-        n_blocks,
+        n_blocks * (PARTS // OWN_BLOCKS),
         HAS_COARSE,
-        OWN_BLOCKS,
-        M,
+        PARTS,
+        OWN // PARTS,
         D,
         D_PAD,
     )
@@ -463,5 +477,6 @@ def _merge(
         PART_SUMS=parts,
         HAS_COARSE=call.has_coarse,
         OWN_BLOCKS=lists.own_blocks,
+        PARTS=lists.parts,
         num_warps=8 if call.padded_dim == 128 else 4,  # which spills nothing
     )

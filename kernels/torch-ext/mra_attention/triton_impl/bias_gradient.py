@@ -1,7 +1,7 @@
 """The gradient of the distance bias: the gradients of all logits, summed by distance.
 
 The exact part left the sum of every listed pair (`backward.py`). The coarse part computes its
-gradients of the logits again, tile by tile along the diagonals of the matrix of block pairs, whose
+gradients of the logits again, tile by tile along the diagonals of the matrix of squares, whose
 tiles lie at the same distances. Global pairs are left out. Every sum is made by one program, in one
 order.
 """
@@ -17,9 +17,9 @@ from .block_lists import OwnerLists
 from .call import KernelCall
 from .coarse import RowSums, of_pairs, unselected_pairs, weights_and_gradients
 from .distance_bias import PairBias
-from .primitives import SIZES, first_biased, load_summaries
+from .primitives import SIZES, block_sizes, first_biased, load_summaries
 
-#: Block rows and columns of a tile.
+#: Block rows and columns, in squares, of a tile.
 _SIDE = 16
 
 
@@ -28,7 +28,8 @@ def diagonal_kernel(
     QUERY_MEANS, KEY_MEANS, VALUE_SUMS, COUNTS, BLOCKS, BIAS, BIASED_FROM, SMALLEST, GRAD_SUMS,
     DELTA_SUMS, DIAGONALS,
     scale_log2, n_blocks, heads,
-    HAS_BIAS: tl.constexpr, SIDE: tl.constexpr, D_PAD: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PER_BLOCK: tl.constexpr, SIDE: tl.constexpr, D_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per head, side of the main diagonal, and diagonal of tiles on it, from the main
     one on: sums over the diagonals in the tiles, `[G, 2, diagonals, 2 * SIDE]`.
@@ -41,28 +42,33 @@ def diagonal_kernel(
     head, is_lower = line // 2, (line % 2).to(tl.int32)
     apart = (tl.program_id(0) % diagonals) * SIDE
     sample, of_sample = head // heads, head % heads
-    counts = COUNTS + sample * n_blocks
+    n_key_blocks = n_blocks * PER_BLOCK
+    counts = COUNTS + sample * n_key_blocks
     biased_from = first_biased(BIASED_FROM, sample, HAS_BIAS)
     within = tl.arange(0, SIDE)
     sums = tl.zeros([SIDE, SIDE], tl.float32)
     end = tl.where((is_lower == 1) & (apart == 0), 0, n_blocks - apart)
     for start in range(biased_from, end, SIDE):
         rows = start + is_lower * apart + within
-        columns = start + (1 - is_lower) * apart + within
-        row_counts = tl.load(counts + rows, mask=rows < n_blocks, other=0)
-        sizes = tl.load(counts + columns, mask=columns < n_blocks, other=0)
-        pairs = unselected_pairs(BLOCKS, head, rows, columns, row_counts, sizes, n_blocks)
+        squares = start + (1 - is_lower) * apart + within
+        row_counts = block_sizes(counts, rows, n_blocks, PER_BLOCK)
         smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
         delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
         query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
-        keys = load_summaries(KEY_MEANS, head, columns, n_blocks, D_PAD)
         grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
-        values = load_summaries(VALUE_SUMS, head, columns, n_blocks, D_PAD)
-        _, grad_logits = weights_and_gradients(
-            query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS, biased_from,
-            of_sample, rows, columns, n_blocks, HAS_BIAS, PRECISION,
-        )  # fmt: skip
-        sums += grad_logits
+        for part in range(PER_BLOCK):  # the same part of each square, so that distances are theirs
+            columns = squares * PER_BLOCK + part
+            sizes = tl.load(counts + columns, mask=columns < n_key_blocks, other=0)
+            pairs = unselected_pairs(
+                BLOCKS, head, rows, columns, row_counts, sizes, n_blocks, PER_BLOCK
+            )
+            keys = load_summaries(KEY_MEANS, head, columns, n_key_blocks, D_PAD)
+            values = load_summaries(VALUE_SUMS, head, columns, n_key_blocks, D_PAD)
+            _, grad_logits = weights_and_gradients(
+                query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS,
+                biased_from, of_sample, rows, columns, n_blocks, HAS_BIAS, PER_BLOCK, PRECISION,
+            )  # fmt: skip
+            sums += grad_logits
     further = (within[None, :] - within[:, None]) * (1 - 2 * is_lower)
     further = tl.where(apart == 0, tl.abs(further), further)
     numbers = tl.arange(0, 2 * SIDE)
@@ -122,7 +128,7 @@ def bias_gradient(
     grad_bias = call.empty((call.batch, call.heads, call.n_blocks))
     if call.has_coarse:
         arguments = of_pairs(call, summaries, blocks, bias)
-        if call.padded_dim == 128:
+        if call.padded_dim == 128 or call.per_block > 1:
             arguments["PRECISION"] = "ieee"  # the others spill
         launching.launch(
             diagonal_kernel,
@@ -132,7 +138,8 @@ def bias_gradient(
             DIAGONALS=diagonals,
             scale_log2=call.scale_log2,
             SIDE=_SIDE,
-            num_warps=8,
+            # Narrow key blocks spill with 8 and that many channels.
+            num_warps=4 if call.per_block > 1 and call.padded_dim == 128 else 8,
             num_stages=1,
         )
     launching.launch(

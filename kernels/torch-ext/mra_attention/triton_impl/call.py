@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from ..blocks import count_blocks
-from ..implementations import BLOCK_SIZE
+from ..implementations import BLOCK_SIZE, KEY_BLOCK_SIZES, Summaries
 from . import launching
 
 _LOG2_E = math.log2(math.e)
 
 
-def summary_shapes(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def summary_shapes(
+    shape: torch.Size, key_block_size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the `Summaries` of inputs `[B, H, N, D]`: vectors and counts."""
     batch, heads, length, dim = shape
-    n_blocks = count_blocks(length, BLOCK_SIZE)
-    return (3, batch * heads, n_blocks, launching.padded_dim(dim)), (batch, n_blocks)
+    n_blocks, per_block = count_blocks(length, BLOCK_SIZE), BLOCK_SIZE // key_block_size
+    vectors = (1 + 2 * per_block, batch * heads, n_blocks, launching.padded_dim(dim))
+    return vectors, (batch, n_blocks * per_block)
 
 
 class KernelCall:
@@ -27,14 +30,19 @@ class KernelCall:
     """
 
     def __init__(
-        self, query, key, value, token_mask, block_size=BLOCK_SIZE, *, scale=1.0, sparse=False
-    ):
+        self, query, key, value, token_mask, block_size=BLOCK_SIZE, key_block_size=BLOCK_SIZE, *,
+        scale=1.0, sparse=False,
+    ):  # fmt: skip
         assert block_size == BLOCK_SIZE, block_size
+        assert key_block_size in KEY_BLOCK_SIZES, key_block_size
         self.scale, self.scale_log2, self.has_coarse = scale, scale * _LOG2_E, not sparse
         self.shape, self.device, self.dtype = tuple(query.shape), query.device, query.dtype
         self.batch, self.heads, self.length, self.dim = self.shape
         self.all_heads = self.batch * self.heads
         self.n_blocks = count_blocks(self.length, BLOCK_SIZE)
+        self.key_block_size = key_block_size
+        self.per_block = BLOCK_SIZE // key_block_size
+        self.n_key_blocks = self.n_blocks * self.per_block
         self.padded_dim = launching.padded_dim(self.dim)
         has_mask = token_mask is not None
         self.tokens = {
@@ -58,8 +66,8 @@ class KernelCall:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def as_bytes(self, blocks: Tensor | None) -> Tensor:
-        """A selection `[B, H, R, R]` as int8; every pair for None."""
-        shape = (self.batch, self.heads, self.n_blocks, self.n_blocks)
+        """A selection `[B, H, R, C]` as int8; every pair for None."""
+        shape = (self.batch, self.heads, self.n_blocks, self.n_key_blocks)
         if blocks is None:
             return torch.ones(shape, dtype=torch.int8, device=self.device)
         return blocks.expand(shape).contiguous().view(torch.int8)
@@ -67,6 +75,24 @@ class KernelCall:
     def strips(self, size: int) -> int:
         """Number of programs, where each handles a strip of `size` blocks of one head."""
         return self.all_heads * launching.ceil_div(self.n_blocks, size)
+
+    def key_strips(self, size: int) -> int:
+        """The same for key blocks."""
+        return self.all_heads * launching.ceil_div(self.n_key_blocks, size)
+
+    def as_operands(self, summaries: Summaries) -> dict:
+        """What kernels read of the summaries: means of query blocks `[G, R, D_PAD]`, means and
+        sums of values of key blocks `[G, C, D_PAD]`, and real tokens of key blocks `[B, C]`.
+        """
+        query_means, *of_keys = summaries.vectors.split([1, self.per_block, self.per_block])
+        shape = (self.all_heads, self.n_key_blocks, self.padded_dim)
+        key_means, value_sums = (x.view(shape) for x in of_keys)
+        return {
+            "QUERY_MEANS": query_means[0],
+            "KEY_MEANS": key_means,
+            "VALUE_SUMS": value_sums,
+            "COUNTS": summaries.counts,
+        }
 
     def config_of(self, kernel: str) -> launching.LaunchConfig:
         return launching.config_for(kernel, self.device, self.padded_dim, self.dtype)
@@ -76,6 +102,7 @@ class KernelCall:
         return {
             "n_blocks": self.n_blocks,
             "heads": self.heads,
+            "PER_BLOCK": self.per_block,
             "D_PAD": self.padded_dim,
             "PRECISION": launching.coarse_precision(self.device, self.dtype),
         }

@@ -1,8 +1,8 @@
 """The distance bias as kernels take it: one number per head and distance in blocks.
 
-It is added to the logits of all token pairs of a block pair (x, y), unless the pair is global: x or
-y is one of the first n live blocks. Those blocks, and dead ones before them, are the blocks below
-one number per sample, which a kernel finds.
+It is added to the logits of all token pairs of two blocks (x, y), unless the pair is global: x or y
+is one of the first n live blocks. Those blocks, and dead ones before them, are the blocks below one
+number per sample, which a kernel finds. Key blocks have the bias of the block they are part of.
 """
 
 from typing import NamedTuple
@@ -14,16 +14,20 @@ from torch import Tensor
 from ..implementations import Summaries
 from . import launching
 from .call import KernelCall
-from .primitives import SIZES
+from .primitives import SIZES, block_sizes
 
 
 @triton.jit(do_not_specialize=SIZES)
-def biased_from_kernel(COUNTS, BIASED_FROM, n_blocks, first_blocks, R_PAD: tl.constexpr):
+def biased_from_kernel(
+    COUNTS, BIASED_FROM,
+    n_blocks, first_blocks,
+    PER_BLOCK: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
     """One program per sample: the number of blocks before live block `first_blocks`, from 0."""
     sample = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, R_PAD)
     inside = blocks < n_blocks
-    live = tl.load(COUNTS + sample * n_blocks + blocks, mask=inside, other=0) > 0
+    live = block_sizes(COUNTS + sample * n_blocks * PER_BLOCK, blocks, n_blocks, PER_BLOCK) > 0
     before = inside & (tl.cumsum(live.to(tl.int32), 0) <= first_blocks)
     tl.store(BIASED_FROM + sample, tl.sum(before.to(tl.int32), 0))
 
@@ -69,6 +73,7 @@ def pair_bias(
         BIASED_FROM=bias.biased_from,
         n_blocks=call.n_blocks,
         first_blocks=initial_prior_first_n_blocks,
+        PER_BLOCK=call.per_block,
         R_PAD=launching.next_power_of_2(call.n_blocks),
     )
     return bias

@@ -58,14 +58,15 @@ def exact_kernel(
     query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head,
     value_token, scale_log2, length, n_blocks, heads, capacity, max_items,
     HAS_MASK: tl.constexpr, HAS_COARSE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QUERY_BLOCKS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr, WIDEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    QUERY_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr, ITEM_BLOCKS: tl.constexpr, GROUP: tl.constexpr, SWAPPED: tl.constexpr,
+    WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program per work item: the queries of a bundle against up to `ITEM_BLOCKS` gathered key
-    blocks, `GROUP` of them at a time.
+    blocks, as many at a time as hold the keys of `GROUP` blocks.
     """
     OWN: tl.constexpr = QUERY_BLOCKS * M
+    KEYS: tl.constexpr = M // PER_BLOCK
     head = (tl.program_id(0) // max_items).to(tl.int64)
     item = tl.program_id(0) % max_items
     if item >= tl.load(ITEM_COUNTS + head):
@@ -99,20 +100,20 @@ def exact_kernel(
             numerator = load_own_summaries(NUMERATOR, head, own, n_blocks, QUERY_BLOCKS, M, D_PAD)
             sums += tl.trans(numerator) if SWAPPED else numerator
 
-    slots = tl.arange(0, GROUP * M) // M
-    within = tl.arange(0, GROUP * M) % M
-    for first in range(begin, end, GROUP):
+    slots = tl.arange(0, GROUP * M) // KEYS
+    within = tl.arange(0, GROUP * M) % KEYS
+    for first in range(begin, end, GROUP * PER_BLOCK):
         listed = first + slots < end
         entries = tl.load(columns + first + slots, mask=listed, other=0)
         blocks = listed_blocks(entries, QUERY_BLOCKS)
-        gathered = blocks * M + within
+        gathered = blocks * KEYS + within
         seen = is_real(MASK, sample, gathered, length, listed, HAS_MASK)
         keys = load_tokens(KEY, key_start, gathered, key_token, seen, D, D_PAD)
         values = load_tokens(VALUE, value_start, gathered, value_token, seen, D, D_PAD)
         logits = tile_product(query, keys, SWAPPED, WIDEN, PRECISION) * scale_log2
         if HAS_BIAS:
             logits = add_bias(
-                logits, BIAS, biased_from, of_sample, own, blocks, n_blocks,
+                logits, BIAS, biased_from, of_sample, own, blocks // PER_BLOCK, n_blocks,
                 QUERY_BLOCKS, M, SWAPPED,
             )  # fmt: skip
         visible = visible_pairs(entries, seen, QUERY_BLOCKS, M, SWAPPED)

@@ -3,7 +3,7 @@
 A tile holds the logits of the M tokens of its owner (one block or two adjacent ones) against T
 gathered tokens. In the plain form it is `[M, T]` and the owner's accumulators are `[M, D]`. In the
 swapped form they are `[T, M]` and `[D, M]`, so that every product has the 64 rows or more that the
-tensor cores of sm_90 need.
+tensor cores of sm_90 need. A block has `PER_BLOCK` key blocks.
 
 `WIDEN` turns operands into float32 first, because Triton's interpreter multiplies the bit patterns
 of bfloat16. Head dims are padded to `D_PAD`, a power of 2.
@@ -165,11 +165,20 @@ def load_summaries(X, head, blocks, n_blocks, D_PAD: tl.constexpr):
 
 
 @triton.jit
+def block_sizes(counts, blocks, n_blocks, PER_BLOCK: tl.constexpr):
+    """Real tokens of blocks, from the `counts` of the key blocks of a sample; 0 beyond the last."""
+    sizes = tl.load(counts + blocks * PER_BLOCK, mask=blocks < n_blocks, other=0)
+    for part in tl.static_range(1, PER_BLOCK):
+        sizes += tl.load(counts + blocks * PER_BLOCK + part, mask=blocks < n_blocks, other=0)
+    return sizes
+
+
+@triton.jit
 def load_own_summaries(
     X, head, own, n_blocks, OWN_BLOCKS: tl.constexpr, M: tl.constexpr, D_PAD: tl.constexpr
 ):
-    """The summary of its block for every token of bundle `own`: `[OWN_BLOCKS * M, D_PAD]`, or
-    `[1, D_PAD]` where a bundle is one block.
+    """The summary of its block of M tokens for every token of owner `own`, which consists of
+    `OWN_BLOCKS` of the `n_blocks`: `[OWN_BLOCKS * M, D_PAD]`, or `[1, D_PAD]` for one block.
     """
     if OWN_BLOCKS == 1:
         at = X + (head.to(tl.int64) * n_blocks + own) * D_PAD + tl.arange(0, D_PAD)
@@ -203,7 +212,9 @@ def add_bias(
     logits, BIAS, biased_from, of_sample, own, gathered, n_blocks,
     OWN_BLOCKS: tl.constexpr, M: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias to a tile of logits to base 2; `gathered` are the blocks of gathered tokens."""
+    """Add the bias to a tile of logits to base 2; `gathered` are the blocks, not the key blocks, of
+    gathered tokens.
+    """
     bias = load_bias(BIAS, biased_from, of_sample, own * OWN_BLOCKS, gathered, n_blocks) * LOG2_E
     bias = of_gathered(bias, SWAPPED)
     if OWN_BLOCKS == 2:
@@ -216,14 +227,14 @@ def add_bias(
 @triton.jit
 def coarse_logits(
     query, keys, factor, BIAS, biased_from, of_sample, rows, columns, n_blocks,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PER_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`[row blocks, column blocks]` to base 2 from means in float32, always by the same
+    """`[blocks, key blocks]` to base 2 from means in float32, always by the same
     instructions: passes that compute them anew must see the same bits.
     """
     products = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     if HAS_BIAS:
-        rows, columns = rows[:, None], columns[None, :]
+        rows, columns = rows[:, None], columns[None, :] // PER_BLOCK
         bias = load_bias(BIAS, biased_from, of_sample, rows, columns, n_blocks)
         return tl.fma(products, factor, bias * LOG2_E)
     else:
