@@ -21,11 +21,13 @@ inline uint32_t sort_key(float score) {
 // The order of keys as signed integers, which every instruction set can compare.
 inline int32_t signed_key(uint32_t key) { return static_cast<int32_t>(key ^ 0x80000000u); }
 
+// Sort keys of scores, 0 for dead key blocks.
 void write_ranks(int count, const float* __restrict scores, const uint32_t* __restrict live,
                  uint32_t* __restrict keys) {
   for (int y = 0; y < count; y++) keys[y] = sort_key(scores[y]) & live[y];
 }
 
+// Selects the pairs whose key is above `key`.
 void mark_above(long count, uint32_t key, const uint32_t* __restrict keys,
                 uint8_t* __restrict selected) {
   int32_t bound = signed_key(key);
