@@ -60,8 +60,8 @@ void read_key_blocks(int width, int n_blocks, int padded_keys, char* memory, Sam
 }
 
 // Memory of all samples, in one piece.
-bool read_samples(const MraCall& call, int n_blocks, int padded, int padded_keys, Sample* samples,
-                  void** memory) {
+bool read_samples(const MraCall& call, int width, int n_blocks, int padded, int padded_keys,
+                  Sample* samples, void** memory) {
   size_t bytes = static_cast<size_t>(padded) * (4 + 4 + 4) + static_cast<size_t>(padded_keys) * 8;
   char* at = static_cast<char*>(*memory = calloc(static_cast<size_t>(call.batch), bytes));
   if (!at) return false;
@@ -84,8 +84,7 @@ bool read_samples(const MraCall& call, int n_blocks, int padded, int padded_keys
       sample.live += real != 0;
       sample.is_first[y] = call.first_blocks > 0 && sample.live <= call.first_blocks;
     }
-    read_key_blocks(static_cast<int>(call.key_block_size), n_blocks, padded_keys, at + 12L * padded,
-                    sample);
+    read_key_blocks(width, n_blocks, padded_keys, at + 12L * padded, sample);
   }
   return true;
 }
@@ -107,11 +106,15 @@ int run(const MraCall& call, HeadPass pass, HeadPass pass_bf16) {
   int multiple = kernels->dim_multiple;
   int dim = (static_cast<int>(call.dim) + multiple - 1) / multiple * multiple;
   int n_blocks = static_cast<int>((call.length + kBlock - 1) / kBlock);
-  int width = static_cast<int>(call.key_block_size), n_keys = n_blocks * (kBlock / width);
+  // Where every live pair is selected, squares are the same pairs.
+  bool has_pairs = call.blocks || call.new_blocks;
+  int width = has_pairs ? static_cast<int>(call.key_block_size) : kBlock;
+  int n_keys = n_blocks * (kBlock / width);
   int padded = round_up(n_blocks), padded_keys = round_up(n_keys);
   auto* samples = static_cast<Sample*>(calloc(static_cast<size_t>(call.batch), sizeof(Sample)));
   void* memory = nullptr;
-  bool is_done = samples && read_samples(call, n_blocks, padded, padded_keys, samples, &memory);
+  bool is_done =
+      samples && read_samples(call, width, n_blocks, padded, padded_keys, samples, &memory);
   if (is_done) {
     Shape shape{call, *kernels, dim, n_blocks, padded, width, n_keys, padded_keys, samples};
     size_t bytes = 0;

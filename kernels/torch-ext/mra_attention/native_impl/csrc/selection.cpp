@@ -18,6 +18,22 @@ inline uint32_t sort_key(float score) {
   return static_cast<uint32_t>(bits) ^ mask;
 }
 
+// The order of keys as signed integers, which every instruction set can compare.
+inline int32_t signed_key(uint32_t key) { return static_cast<int32_t>(key ^ 0x80000000u); }
+
+// Sort keys of scores, 0 for dead key blocks.
+void write_ranks(int count, const float* __restrict scores, const uint32_t* __restrict live,
+                 uint32_t* __restrict keys) {
+  for (int y = 0; y < count; y++) keys[y] = sort_key(scores[y]) & live[y];
+}
+
+// Selects the pairs whose key is above `key`.
+void mark_above(long count, uint32_t key, const uint32_t* __restrict keys,
+                uint8_t* __restrict selected) {
+  int32_t bound = signed_key(key);
+  for (long i = 0; i < count; i++) selected[i] |= signed_key(keys[i]) > bound;
+}
+
 // Means of the real tokens of blocks [count, dim], in float64.
 template <class BlockOf>
 void write_means(const Shape& shape, int blocks, int width, const float* counts, BlockOf block,
@@ -58,7 +74,7 @@ class Scores {
       write_masses(sample.counts[x], logits);
     else
       write_logits(logits);
-    for (int y = 0; y < shape_.n_keys; y++) keys[y] = sort_key(row_[y]) & live_[y];
+    write_ranks(shape_.n_keys, row_, live_, keys);
   }
 
  private:
@@ -123,12 +139,12 @@ Threshold find_threshold(const uint32_t* keys, long count, long wanted, uint32_t
     uint32_t digit = mask;
     while (digit > 0 && keys_of(digit) < wanted) wanted -= keys_of(digit--);
     key |= digit << shift;
-    long kept = 0, most = keys_of(digit);
-    for (long i = 0; i < count && kept < most; i++) {
-      candidates[kept] = keys[i];
+    long kept = 0, equal = keys_of(digit);
+    for (long i = 0; i < count && shift; i++) {
+      candidates[kept] = keys[i];  // without a branch; at most place `equal`, which is below count
       kept += (keys[i] >> shift & mask) == digit;
     }
-    keys = candidates, count = kept;
+    keys = candidates, count = equal;
   }
   return {key, count, wanted};
 }
@@ -141,8 +157,7 @@ void select_largest(const Shape& shape, long wanted, const uint32_t* keys, uint3
   int n = shape.n_blocks, per_block = shape.per_block();
   Threshold last = find_threshold(keys, shape.pairs(), wanted, candidates);
   bool takes_equal = last.key && last.equal == last.wanted;
-  uint32_t lowest = takes_equal ? last.key : last.key + 1;
-  for (long i = 0; i < shape.pairs(); i++) selected[i] |= keys[i] >= lowest;
+  mark_above(shape.pairs(), takes_equal ? last.key - 1 : last.key, keys, selected);
   if (takes_equal || !last.key) return;  // key 0: only dead pairs are left
   auto take = [&](long x, long y) {
     if (y < 0 || y >= n) return;
