@@ -51,18 +51,19 @@ def diagonal_kernel(
     for start in range(biased_from, end, SIDE):
         rows = start + is_lower * apart + within
         squares = start + (1 - is_lower) * apart + within
-        row_counts = block_sizes(counts, rows, n_blocks, PER_BLOCK)
-        smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-        delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
-        query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
-        grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
         for part in range(PER_BLOCK):  # the same part of each square, so that distances are theirs
             columns = squares * PER_BLOCK + part
+            # Rows are loaded again for each part, which takes fewer registers than keeping them.
+            row_counts = block_sizes(counts, rows, n_blocks, PER_BLOCK)
             sizes = tl.load(counts + columns, mask=columns < n_key_blocks, other=0)
             pairs = unselected_pairs(
                 BLOCKS, head, rows, columns, row_counts, sizes, n_blocks, PER_BLOCK
             )
+            smallest = tl.load(SMALLEST + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+            delta = tl.load(DELTA_SUMS + head * n_blocks + rows, mask=rows < n_blocks, other=0.0)
+            query = load_summaries(QUERY_MEANS, head, rows, n_blocks, D_PAD)
             keys = load_summaries(KEY_MEANS, head, columns, n_key_blocks, D_PAD)
+            grad = load_summaries(GRAD_SUMS, head, rows, n_blocks, D_PAD)
             values = load_summaries(VALUE_SUMS, head, columns, n_key_blocks, D_PAD)
             _, grad_logits = weights_and_gradients(
                 query, keys, grad, values, sizes, smallest, delta, pairs, scale_log2, BIAS,

@@ -207,9 +207,10 @@ class OwnerLists(NamedTuple):
         config = call.config_of(kernel)
         # A bias takes registers that gradients do not leave; swapped tiles need their 64 rows.
         halved = bias.is_given and kernel != "forward" and not config.swapped
-        stages, operand = config.num_stages, (call.padded_dim, call.dtype.itemsize)
-        if kernel == "forward" and call.per_block > 1 and operand == (64, 2):
-            # With two stages, key blocks of 16 spill on sm_80.
+        stages = config.num_stages
+        is_wide = call.padded_dim >= 64 and call.dtype.itemsize == 2
+        if kernel == "forward" and call.key_block_size == 16 and is_wide:
+            # With two stages they spill on sm_80.
             stages = 3 if launching.architecture(call.device) == "sm_80" else stages
         return {
             **self.of_owners(call),
