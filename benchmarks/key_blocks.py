@@ -315,13 +315,92 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
     save_figure(figure, folder / "error_against_time.png")
 
 
+class Tables:
+    """The tables of `docs/experiments/key_blocks`, from the rows of OUT."""
+
+    def __init__(self, rows: Sequence[dict[str, str]]):
+        self.by_key = {key_of(row): row for row in rows}
+
+    def value(self, part: str, model: str, length: int, setting: Setting, column: str) -> float:
+        """A number of a row."""
+        chosen = ("" if x is None else str(x) for x in asdict(setting).values())
+        return float(self.by_key[(part, model, str(length), *chosen)][column])
+
+    def heads(self) -> str:
+        """Errors of heads: a line for each way, 2, 4, 8 (and 16) blocks per row in a cell."""
+        lines = [
+            "| blocks and rule | MiniLM, 512 | MiniLM, 4096 | English, 512 | English, 4096 |",
+            "|---|---|---|---|---|",
+        ]
+        free = ((32, "row_normalized", 0), (8, "mass", 0))
+        for width, rule, diagonal in (*free, *((*way, 1) for way in _WAYS)):
+            cells = []
+            for model in ("minilm", "english"):
+                for length in LENGTHS:
+                    budgets = [budget for budget in BUDGETS if 32 * budget < length]
+                    of_cell = (Setting(budget, width, rule, diagonal) for budget in budgets)
+                    errors = [self.value("heads", model, length, x, "error") for x in of_cell]
+                    cells.append(" / ".join(f"{error:.3f}" for error in errors))
+            own = ", own block exact" if diagonal else ""
+            lines.append(f"| 32 x {width}, {rule}{own} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def times(self) -> str:
+        """Milliseconds, and how many times those of squares; the own block exact."""
+        columns = ("ms_median", "ms_median_bwd")
+
+        def pair(length: int, setting: Setting) -> list[float]:
+            return [self.value("time", "", length, setting, column) for column in columns]
+
+        lines = ["| forward / forward + backward, ms | 512 tokens | 4096 tokens |", "|---|---|---|"]
+        exact = ["{:.1f} / {:.0f}".format(*pair(length, EXACT)) for length in LENGTHS]
+        lines.append(f"| exact attention (SDPA) | {' | '.join(exact)} |")
+        for budget in BUDGETS:
+            for width, rule in _WAYS:
+                cells = []
+                for length in LENGTHS:
+                    found = pair(length, Setting(budget, width, rule, 1))
+                    squares = pair(length, Setting(budget, *_WAYS[0], 1))
+                    ratios = (x / y for x, y in zip(found, squares, strict=True))
+                    cells.append("{:.1f} / {:.0f} ({:.2f} / {:.2f})".format(*found, *ratios))
+                lines.append(f"| {budget} blocks, 32 x {width}, {rule} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+    def states(self) -> str:
+        """Cosines at the end of MiniLM, the own block exact."""
+        lines = [f"| blocks per row | {self._ways()} |", f"|---|{'---|' * len(_WAYS)}"]
+        for budget in LOSS_BUDGETS:
+            found = (Setting(budget, *way, 1) for way in _WAYS)
+            values = [self.value("states", "minilm", max(LENGTHS), x, "cosine") for x in found]
+            lines.append(f"| {budget} | {' | '.join(f'{value:.3f}' for value in values)} |")
+        return "\n".join(lines)
+
+    def losses(self) -> str:
+        """Nats at the end of the English model, a diagonal of 3 blocks exact."""
+        longest = max(LENGTHS)
+        lines = [f"| model | blocks | {self._ways()} |", f"|---|---|{'---|' * len(_WAYS)}"]
+        for model in dict.fromkeys(key[1] for key in self.by_key if key[0] == "loss"):
+            exact = self.value("loss", model, longest, EXACT, "nll")
+            name = f"{model.removeprefix('english, ')} (exact: {exact:.3f})"
+            for budget in LOSS_BUDGETS:
+                found = (Setting(budget, *way, 3) for way in _WAYS)
+                values = [self.value("loss", model, longest, x, "nll") for x in found]
+                cells = " | ".join(f"{value:.3f}" for value in values)
+                lines.append(f"| {name} | {budget} | {cells} |")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _ways() -> str:
+        return " | ".join(f"32 x {width}, {rule}" for width, rule in _WAYS)
+
+
 def key_of(row: dict[str, str]) -> tuple[str, ...]:
     """The columns of `KEYS`."""
     return tuple(row[name] for name in KEYS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what OUT lacks, or draw it."""
+    """Measure what OUT lacks, or draw it, or print its tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -333,20 +412,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-tokens", type=int, default=65536, help="of the English text")
     parser.add_argument("--smoke", action="store_true", help="one budget, few tokens")
     parser.add_argument("--draw", type=Path, metavar="FOLDER", help="draw the rows of OUT there")
+    parser.add_argument("--tables", action="store_true", help="print the tables of OUT")
     parser.add_argument("--out", type=Path, default=OUT, help="default: %(default)s")
     args = parser.parse_args(arguments)
     if args.smoke:
         args.max_tokens = max(LENGTHS)
     try:
-        if args.draw is not None:
+        if args.tables:
+            tables = Tables(read_rows(args.out))
+            print(*(tables.heads(), tables.times(), tables.states(), tables.losses()), sep="\n\n")
+        elif args.draw is not None:
             rows = read_rows(args.out)
             if not rows:
                 raise ValueError(f"{args.out} holds no rows to draw; measure them first.")
             draw(rows, args.draw)
         elif args.minilm is None or args.corpus is None:
-            raise ValueError("--minilm and --corpus are needed, or --draw.")
+            raise ValueError("--minilm and --corpus are needed, or --draw or --tables.")
         else:
             measure(args)
+    except KeyError as error:
+        parser.error(f"{args.out} has no row {error}; measure it first.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0
