@@ -196,3 +196,26 @@ def test_a_ready_selection_is_exported_as_the_reference():
     program = torch.export.export(module, tuple(inputs))
     assert_exports_no_operator_of_ours(program)
     torch.testing.assert_close(program.module()(*inputs), module(*inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_torch_writes_the_operator_as_onnx(tmp_path):
+    """By itself, too, with sizes of different names; `mra-hf export` is the faster way."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    settings = {"block_per_row": 2, "key_block_size": 8, "initial_prior_first_n_blocks": 1}
+    module = Attention(**settings).eval()
+    inputs = make_inputs(2, 2, 100, 16)[:3]
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", min=2, max=4096)
+    shapes = dict.fromkeys(("query", "key", "value"), {0: batch, 2: tokens})
+    shapes["mask"] = {0: batch, 1: tokens}
+    example = (*inputs, make_mask("right", 2, 100))
+    file = tmp_path / "operator.onnx"
+    torch.onnx.export(module, example, file, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for size, length in ((1, 2), (3, 290)):
+        given = (*make_inputs(size, 2, length, 16)[:3], make_mask("holes", size, length))
+        feed = {x.name: y.numpy() for x, y in zip(session.get_inputs(), given, strict=True)}
+        output = torch.from_numpy(session.run(None, feed)[0])
+        expected = mra2_attention(*given, impl="torch", **settings)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
