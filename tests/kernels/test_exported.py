@@ -207,7 +207,7 @@ def test_torch_writes_the_operator_as_onnx(tmp_path):
     module = Attention(**settings).eval()
     inputs = make_inputs(2, 2, 100, 16)[:3]
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", min=2, max=4096)
-    shapes = dict.fromkeys(("query", "key", "value"), {0: batch, 2: tokens})
+    shapes = {name: {0: batch, 2: tokens} for name in ("query", "key", "value")}
     shapes["mask"] = {0: batch, 1: tokens}
     example = (*inputs, make_mask("right", 2, 100))
     file = tmp_path / "operator.onnx"
