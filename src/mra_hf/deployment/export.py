@@ -282,7 +282,13 @@ def _runner(file: Path, format: str) -> Callable[[dict[str, Tensor]], list[Tenso
         return run_torch
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the classes of its errors are not public
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the graph: {error} Take "
+            "dtype float32 and opset 18, or another version of onnxruntime."
+        ) from error
 
     def run_onnx(inputs):
         outputs = session.run(None, {name: x.numpy() for name, x in inputs.items()})
