@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from mra_hf.conversion.sentence_encoders import read_modules, tokenizer_folder, 
 from mra_hf.conversion.tokenizers import save_tokenizer
 from mra_hf.deployment.graphs import POOLING_MODES, Graph
 from mra_hf.deployment.readme import write_readme
+from mra_hf.deployment.report import ExportReport
 from mra_hf.loading import read_config
 from mra_hf.modeling import HEADS
 
@@ -52,44 +52,6 @@ _TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2, "int8": 0.5}
 _EXAMPLE = (2, 100)
 #: Most tokens of the longest text that the graph is compared on.
 _LONGEST_CHECK = 2000
-
-
-@dataclass
-class ExportReport:
-    """What was exported.
-
-    Attributes:
-        source: the checkpoint.
-        output: the directory.
-        file: of the graph.
-        model_class: such as "MraForMaskedLM".
-        dtype: a name in `DTYPES`.
-        inputs, outputs: names of the tensors.
-        megabytes: size of the graph with its weights, in 10**6 bytes.
-        rows: of every length that was compared: tokens, largest difference from the model as a
-            share of its largest output, and milliseconds of the graph.
-    """
-
-    source: str
-    output: Path
-    file: Path
-    model_class: str
-    dtype: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    megabytes: float = 0.0
-    rows: list[tuple[int, float, float]] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """The report as a few lines of text."""
-        lines = [
-            f"{self.model_class} -> {self.file} ({self.dtype}, {self.megabytes:.1f} MB)",
-            f"inputs {', '.join(self.inputs)}; outputs {', '.join(self.outputs)}",
-            "",
-            f"{'tokens':>8}{'difference from the model':>28}{'ms, batch of 2':>18}",
-        ]
-        lines += [f"{n:>8}{error:>28.1e}{ms:>18.1f}" for n, error, ms in self.rows]
-        return "\n".join(lines)
 
 
 def export_checkpoint(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mra_hf.deployment.export import ExportReport
+    from mra_hf.deployment.report import ExportReport
 
 _RUN = {
     ".onnx": """```python
