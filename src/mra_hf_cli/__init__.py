@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 #: Name of a command -> what it does; its module is imported when the command runs.
 COMMANDS = {
     "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
+    "export": "write a checkpoint as an ONNX or torch graph that runs without this package",
     "run-mlm": "train or evaluate a masked language model with Trainer",
     "run-classification": "fine-tune and evaluate a classifier of texts or pairs with Trainer",
     "run-wikihop": "train or evaluate multi-hop question answering over candidates with Trainer",

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: schemas, compile, export, checkpointing, autocast, refusals."""
+"""The operators as torch sees them: schemas, compile, checkpointing, autocast, refusals."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import shutil
 import pytest
 import torch
 from attention_cases import (
-    INTERPRETED,
     MASK_KINDS,
     MODES,
-    Attention,
     assert_all_equal,
-    assert_exports_no_operator_of_ours,
     make_inputs,
     make_mask,
     outputs_and_gradients,
@@ -195,53 +192,6 @@ def test_a_compiled_module_trains_as_eager_at_changing_lengths(masked, budget, m
     ]
     arguments = {"block_per_row": budget, "approx_mode": mode, "initial_prior_first_n_blocks": 1}
     assert_trains_as_eager(fast, batches, arguments, backend="aot_eager", dynamic=True)
-
-
-# -- torch.export
-
-
-EXPORTED_SIZES = ((2, 70), (1, 129)) if INTERPRETED else (
-    *((2, length) for length in (2, 31, 32, 33, 64, 100, 128, 257)), (1, 100), (5, 33)
-)  # fmt: skip
-
-
-@pairwise(
-    choice=[
-        {"block_per_row": 2},
-        {"block_per_row": 6, "initial_prior_first_n_blocks": 1}
-        | {"initial_prior_diagonal_n_blocks": 2},
-        {"block_budget": 5},
-        {"block_per_row": 2, "selection": "refined"},
-    ],
-    masked=[False, True],
-    mode=MODES,
-    named=[False, True],
-)
-def test_an_exported_module_equals_eager_at_every_batch_and_length(
-    choice, masked, mode, named, fast
-):
-    """The exported graph is the reference, in aten: it runs where this package is not installed.
-
-    Every size of a named range must be allowed; of a dynamic one, torch may rule some out.
-    """
-    module = Attention(approx_mode=mode, impl=fast.name, **choice)
-    dims = (torch.export.Dim.DYNAMIC,) * 2
-    if named:
-        dims = torch.export.Dim("batch", max=64), torch.export.Dim("tokens", min=2, max=4096)
-    dynamic = dict(zip((0, 2), dims, strict=True))
-    of_mask = dict(enumerate(dims)) if masked else None
-    program = torch.export.export(
-        module,
-        (*fast.inputs(3, 2, 70, 16)[:3], fast.mask("right", 3, 70) if masked else None),
-        dynamic_shapes=dict.fromkeys(("query", "key", "value"), dynamic) | {"mask": of_mask},
-    )
-    assert_exports_no_operator_of_ours(program)
-    exported = program.module()
-    for batch, length in EXPORTED_SIZES:
-        inputs = fast.inputs(batch, 2, length, 16, seed=length)[:3]
-        mask = fast.mask("holes", batch, length) if masked else None
-        expected = module(*inputs, mask)
-        torch.testing.assert_close(exported(*inputs, mask), expected, rtol=0, atol=1e-5)
 
 
 # -- checkpointing

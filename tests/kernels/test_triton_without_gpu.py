@@ -218,7 +218,7 @@ def test_the_compute_capability_does_not_break_a_compiled_graph(capability, on_a
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_module_for_the_kernels_is_exported_without_a_gpu(mode, monkeypatch):
-    """Where calling it is refused: the exported graph is the reference, whatever `impl` says."""
+    """Where calling it is refused: the exported graph is the same, whatever `impl` says."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     settings = {"block_per_row": 2, "approx_mode": mode}
     module = Attention(**settings, impl="triton")

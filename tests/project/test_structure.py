@@ -30,6 +30,7 @@ OPERATOR_IMPORTS = {
     "selection": {"blocks"},
     "scheme": {"blocks", "selection"},
     "reference": {"blocks"},
+    "exported": {"blocks", "selection"},
     "multiresolution_reference": {"blocks", "scheme", "selection", "reference"},
     "multiresolution": {"blocks", "scheme", "selection"},
     "torch_impl": {"blocks", "implementations", "selection"},
@@ -42,7 +43,7 @@ OPERATOR_IMPORTS = {
     "checks": {"blocks", "implementations", "scheme", "selection"},
     "order": {"checks"},
     "api": {
-        *("blocks", "checks", "implementations", "ops", "scheme", "selection"),
+        *("blocks", "checks", "exported", "implementations", "ops", "scheme", "selection"),
         *("reference", "multiresolution", "multiresolution_reference"),
     },
     "": {"api", "selection"},
@@ -54,7 +55,7 @@ FAMILY_LAYERS = (
         *("sparse_prediction", "loading", "english", "remote_code"),
     },
     {"baselines", "encoders", "evaluation", "data"},
-    {"training", "conversion", "analysis", "results", "registration", ""},
+    {"training", "conversion", "deployment", "analysis", "results", "registration", ""},
     {"commands"},
     {"__main__"},
 )

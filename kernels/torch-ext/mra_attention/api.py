@@ -5,13 +5,15 @@ per key block, C = R * M / W key blocks.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import multiresolution, ops, reference
+from . import exported, multiresolution, ops, reference
 from .blocks import count_blocks, is_exporting
 from .checks import (
     APPROX_MODES,
@@ -97,7 +99,8 @@ def mra2_attention(
             to 256, block_size 32), `"triton"` (kernels for CUDA and ROCm tensors: the same dtypes,
             head dims 16 to 128, block_size 32), or `"auto"`: native or triton for such tensors
             where they are there, else torch. An explicit choice is never replaced. While
-            `torch.export` traces, the reference is used.
+            `torch.export` traces, none of them: the graph of standard operators in `exported.py`
+            is used, which takes every length and costs what the budget costs.
 
     Returns:
         `[B, H, N, D]` in the dtype of the inputs (of autocast, where that is on). Two runs give the
@@ -122,7 +125,7 @@ def mra2_attention(
     tensors = (query, key, value, token_mask)
 
     if is_exporting():
-        return _traceable_attention(*tensors, selection, bias, settings, arguments)
+        return _exported_attention(*tensors, selection, bias, settings, arguments)
     match resolve_impl(impl, query, block_size, key_block_size):
         case "reference":
             refuse_tracing('impl="reference"', 'use impl="auto"')
@@ -412,23 +415,26 @@ def _refuse_forward_mode(*inputs: Tensor) -> None:
         )
 
 
-def _reference_blocks(query, key, token_mask, selection, bias, settings, traceable=False) -> Tensor:
+def _reference_blocks(query, key, token_mask, selection, bias, settings) -> Tensor:
     """The selected pairs `[B, H, R, C]` bool: of a ready selection, or chosen by torch."""
     if isinstance(selection, BlockSelection):
         return selection.blocks
-    return select(query, key, token_mask, **settings, distance_bias=bias, traceable=traceable)
+    return select(query, key, token_mask, **settings, distance_bias=bias)
 
 
-def _traceable_attention(
+def _exported_attention(
     query, key, value, token_mask, selection, bias, settings, arguments
 ) -> Tensor:
-    """The reference in shapes that `torch.export` can keep symbolic for every N >= 2."""
-    if token_mask is None:
-        sizes = (query.shape[0], query.shape[2])
-        token_mask = torch.ones(sizes, dtype=torch.bool, device=query.device)
-    blocks = _reference_blocks(query, key, token_mask, selection, bias, settings, traceable=True)
-    with torch.autocast(query.device.type, enabled=False):
-        return reference.attention(query, key, value, token_mask, blocks, bias, **arguments)
+    """The operator in a graph that `torch.export` can keep symbolic for every N >= 1."""
+    if isinstance(selection, BlockSelection):  # of one length, and of any number of pairs
+        attend = partial(reference.attention, blocks=selection.blocks, **arguments)
+    else:
+        attend = partial(exported.export_attention, sparse=arguments["sparse"], **settings)
+    device = query.device.type
+    # Where autocast is off anyway, a region of it would hide the graph in a submodule.
+    autocast = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        return attend(query, key, value, token_mask, distance_bias=bias)
 
 
 def _reference_attention(query, key, value, token_mask, blocks, bias, arguments) -> Tensor:

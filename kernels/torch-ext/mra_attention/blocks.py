@@ -43,6 +43,16 @@ def count_blocks(length: int, block_size: int) -> int:
     return (length + block_size - 1) // block_size
 
 
+def count_exported_blocks(length: int, block_size: int) -> int:
+    """R of an exported graph: one more than `count_blocks`, so that it is at least 2 and the last
+    block holds no token.
+
+    Written as one floor division, which stays one symbol in sizes: torch cannot divide
+    64 + 32 * (N // 32) by N // 32 + 2.
+    """
+    return (length + 2 * block_size - 1) // block_size
+
+
 def to_blocks(x: Tensor, token_mask: Tensor | None, block_size: int, n_blocks: int) -> Tensor:
     """Cut `[B, H, N, D]` into `[B, H, R, M, D]`; tokens that are not real become zero, even NaN.
 
@@ -94,9 +104,7 @@ def mask_to_blocks(
 
 def split_blocks(x: Tensor, dim: int, block_size: int) -> Tensor:
     """Cut dimension `dim`, of R * block_size entries, into the two dimensions (R, block_size)."""
-    if is_exporting():  # nothing has to be known of R
-        return x.unfold(dim, block_size, block_size).movedim(-1, dim + 1)
-    return x.unflatten(dim, (-1, block_size))
+    return x.unflatten(dim, (x.shape[dim] // block_size, block_size))
 
 
 def first_tokens(x: Tensor, dim: int, length: int) -> Tensor:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import block_means, count_blocks, is_exporting, mask_to_blocks, to_blocks
+from .blocks import (
+    block_means,
+    count_blocks,
+    count_exported_blocks,
+    is_exporting,
+    mask_to_blocks,
+    to_blocks,
+)
 from .selection import select
 
 
@@ -36,10 +43,8 @@ class Scheme:
 
     def padded_length(self, length: int) -> int:
         """`length` rounded up to whole blocks of scale s_0."""
-        blocks = count_blocks(length, self.resolutions[0])
-        if is_exporting():  # as `select` counts them there
-            blocks = length // self.resolutions[0] + 2
-        return blocks * self.resolutions[0]
+        count = count_exported_blocks if is_exporting() else count_blocks
+        return count(length, self.resolutions[0]) * self.resolutions[0]
 
     def select_first(self, query: Tensor, key: Tensor, token_mask: Tensor | None) -> Tensor:
         """Return the blocks of scale s_0 that are cut, `[B, H, R, R]` bool."""

@@ -27,6 +27,7 @@ from .blocks import (
     block_means,
     chunks,
     count_blocks,
+    count_exported_blocks,
     drop_trivial_mask,
     global_pairs,
     is_exporting,
@@ -285,10 +286,17 @@ def sort_keys(
     # + 0.0 turns -0.0 into 0.0; a copy, because torch.vmap of torch 2.11 cannot make the view.
     bits = torch.view_copy(scores.float() + 0.0, dtype=torch.int32).long()
     ordered = torch.where(bits >= 0, bits + 2**31, ~bits)
-    block, part = column // per_block, column % per_block
-    tie_rank = 2 * ((row - block).abs() * n_blocks + row) + (block > row)
-    tie_rank = tie_rank * per_block + part
+    tie_rank = tie_ranks(row, column, n_blocks, per_block)
     return (ordered << _TIE_BITS) + ((1 << _TIE_BITS) - 1 - tie_rank)
+
+
+def tie_ranks(row: Tensor, column: Tensor, n_blocks: int, per_block: int) -> Tensor:
+    """Where pairs of equal scores stand, the first at 0: int64 below 2 * R * R * per_block, no two
+    equal; arguments as of `sort_keys`.
+    """
+    block, part = column // per_block, column % per_block
+    rank = 2 * ((row - block).abs() * n_blocks + row) + (block > row)
+    return rank * per_block + part
 
 
 def best_keys(keys: Tensor, budget: int) -> tuple[Tensor, Tensor]:
@@ -392,15 +400,15 @@ def select(
     Takes checked arguments of `mra2_attention`; `rule` is a name in `RULES`. `distance_bias` is
     `[H, K]`.
 
-    `traceable` keeps every size polynomial in N for `torch.export`: R is N // block_size + 2
-    instead of ceil(N / block_size) (the surplus blocks hold no real token and are never chosen),
-    and all pairs are sorted. A traced graph also needs `reads_mask=False`: no value of the mask is
+    `traceable` keeps every size polynomial in N for `torch.export`: R is
+    `count_exported_blocks` (the surplus block holds no real token and is never chosen), and all
+    pairs are sorted. A traced graph also needs `reads_mask=False`: no value of the mask is
     then read on the host.
     """
     batch, heads, length, _ = query.shape
     per_block = block_size // (key_block_size or block_size)
     if traceable:
-        n_blocks, largest_budget = length // block_size + 2, None
+        n_blocks, largest_budget = count_exported_blocks(length, block_size), None
     else:
         n_blocks = count_blocks(length, block_size)
         largest_budget = per_block * min(
