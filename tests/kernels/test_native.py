@@ -79,6 +79,17 @@ def test_it_selects_what_torch_selects(changes, mask_kind, each_instruction_set)
 
 
 @needs_native
+@pytest.mark.parametrize("width", [8, 16])
+def test_a_budget_just_below_the_live_pairs_is_kept(width):
+    """The live pairs are no multiple of the pairs of a square: 33 tokens are 5 key blocks of 8."""
+    query, key, *_ = make_inputs(1, 2, 33, 16)
+    for budget in (1, 2, 3):
+        settings = selection_settings(block_budget=budget, key_block_size=width)
+        chosen = native_impl.select(query, key, None, **settings)
+        assert torch.equal(chosen, torch_impl.select(query, key, None, **settings))
+
+
+@needs_native
 @pytest.mark.parametrize("width", [8, 16, 32])
 @pytest.mark.parametrize("rule", list(library.RULES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

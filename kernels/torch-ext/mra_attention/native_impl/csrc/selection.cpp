@@ -175,7 +175,7 @@ long pair_budget(const Shape& shape, const Sample& sample) {
   const MraCall& call = shape.call;
   long pairs = sample.live * sample.live_keys;
   long squares = call.block_budget >= 0 ? call.block_budget : sample.live * call.block_per_row;
-  return squares < pairs / shape.per_block() ? squares * shape.per_block() : pairs;
+  return squares <= pairs / shape.per_block() ? squares * shape.per_block() : pairs;
 }
 
 // Moves the keys of priors to `prior_keys`, with 0 for all others, and returns how many there are.
