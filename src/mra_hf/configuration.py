@@ -96,9 +96,10 @@ class AttentionSettings:
         return {name: getattr(self, name) for name in SETTING_NAMES}
 
     def write_to(self, config: "MraConfig") -> None:
-        """Set the fields of `config`."""
-        for name in SETTING_NAMES:
-            setattr(config, name, getattr(self, name))
+        """Set the fields of `config`; squares as None, so that they follow another `block_size`."""
+        squares = {"key_block_size": None} if self.key_block_size == self.block_size else {}
+        for name, value in (self.as_dict() | squares).items():
+            setattr(config, name, value)
 
     def for_operator(self) -> dict[str, Any]:
         """Return the arguments of `mra2_attention`, or of `multiresolution_attention`."""
@@ -314,8 +315,8 @@ class MraConfig(OwnConfig, RobertaConfig):
         initial_prior_first_n_blocks: first block rows and columns, always exact (default 0).
         initial_prior_diagonal_n_blocks: blocks of the always exact diagonal band (default 0).
         block_size: queries per block (default 32).
-        key_block_size: keys per block, 8, 16 or 32 (default `block_size`). Budgets and priors count
-            squares; narrow ones go with the selection "mass" and a diagonal prior.
+        key_block_size: keys per block, 8, 16 or 32 (default None: `block_size`, 32). Budgets and
+            priors count squares; narrow ones go with the selection "mass" and a diagonal prior.
         selection: the rule that ranks blocks, a name in `mra_attention.selection.RULES` (default
             "row_normalized").
         resolutions: scales from coarse to fine in place of (block_size, 1), see

@@ -93,6 +93,15 @@ def test_attention_settings_reach_the_config(tmp_path):
     assert report.dense_length == 6 * 32
 
 
+def test_the_longest_result_is_that_of_the_key_blocks_of_the_source(tmp_path):
+    make_source(tmp_path / "source")
+    narrow = {"key_block_size": 8, "selection": "mass"}
+    convert(tmp_path / "source", tmp_path / "narrow", max_length=512, **narrow)
+    with pytest.raises(ValueError, match=r"at most 370720, .* 8 keys"):
+        convert(tmp_path / "narrow", tmp_path / "out", max_length=400_000)
+    assert not (tmp_path / "out").exists()
+
+
 def test_result_opens_through_auto_classes_and_fills_a_mask(tmp_path):
     make_source(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out")

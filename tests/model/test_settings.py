@@ -37,7 +37,10 @@ def test_a_change_clears_what_it_replaces():
 
 
 def test_key_blocks_are_squares_unless_said():
-    assert (MraConfig().key_block_size, MraConfig(block_size=16).key_block_size) == (32, 16)
+    assert AttentionSettings.of(MraConfig()).key_block_size == 32
+    config = MraConfig()
+    config.block_size = 64  # as does a dict of the config with another size
+    assert AttentionSettings.of(MraConfig(**config.to_dict())).key_block_size == 64
     narrow = AttentionSettings(key_block_size=8)
     assert narrow.replace(block_per_row=4).key_block_size == 8
     assert narrow.replace(block_size=16).key_block_size == 16

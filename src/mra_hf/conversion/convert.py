@@ -114,7 +114,7 @@ def convert_checkpoint(
             `output_dir` that must not be written.
         OSError: something cannot be read or written.
     """
-    _check_arguments(source, output_dir, tokenizer, progress, max_length, key_block_size)
+    _check_arguments(source, output_dir, tokenizer, max_length, progress)
     bias, dtype = _BiasRequest(distance_bias, far_bias), _as_dtype(dtype)
     texts = None if text is None else read_texts(text)
     output = _check_output(output_dir, source, force)
@@ -145,8 +145,8 @@ def convert_checkpoint(
     return report
 
 
-def _check_arguments(source, output_dir, tokenizer, progress, max_length, key_block_size) -> None:
-    _check_length(max_length, key_block_size)
+def _check_arguments(source, output_dir, tokenizer, max_length, progress) -> None:
+    check_int("max_length", max_length, 1)
     paths = {"source": source, "output_dir": output_dir}
     if tokenizer is not None:
         paths["tokenizer"] = tokenizer
@@ -157,15 +157,16 @@ def _check_arguments(source, output_dir, tokenizer, progress, max_length, key_bl
         raise ValueError(f"progress must be a function of one line of text, got {progress!r}.")
 
 
-def _check_length(max_length: int, key_block_size: int | None) -> None:
+def _check_length(max_length: int, settings: AttentionSettings) -> None:
     """Check that the blocks of so many tokens can be ranked."""
-    check_int("max_length", max_length, 1)
-    block_size, key_block_size = check_block_sizes(AttentionSettings().block_size, key_block_size)
-    longest = max_block_rows(block_size // key_block_size) * block_size
+    if settings.resolutions is not None:
+        settings = AttentionSettings()
+    sizes = check_block_sizes(settings.block_size, settings.key_block_size)
+    longest = max_block_rows(sizes[0] // sizes[1]) * sizes[0]
     if max_length > longest:
         raise ValueError(
-            f"max_length must be at most {longest}, the most tokens whose blocks can be ranked, "
-            f"got {max_length}."
+            f"max_length must be at most {longest}, the most tokens whose blocks of {sizes[0]} "
+            f"queries and {sizes[1]} keys can be ranked, got {max_length}."
         )
 
 
@@ -267,6 +268,7 @@ def _result_config(
     """The result's config, and notes; prepares the tokenizer."""
     notes: list[str] = []
     settings = _result_settings(source, changes, max_length, notes)
+    _check_length(max_length, settings)
     fields = {
         field.name: getattr(source.config, field.name)
         for field in dataclasses.fields(MraConfig)

@@ -37,7 +37,8 @@ _IGNORED_SETTINGS = frozenset(
 
 #: Conditions in `results.json` that seeds of one result share.
 _CONDITIONS = (
-    *("task", "attention", "approx_mode", "block_per_row", "parameters", "max_seq_length"),
+    *("task", "attention", "approx_mode", "block_per_row", "key_block_size", "selection"),
+    *("parameters", "max_seq_length"),
     *("device", "processes", "dtype", "mra_hf", "commit", "torch", "transformers"),
 )
 

@@ -71,7 +71,7 @@ def selection_rules(heads: HeadInputs) -> Drawn:
         "its code by the mean logit minus the largest of the row (row_normalized); "
         "mass is the softmax over the mean logits of a row, refined estimates it from quarters of "
         "blocks. Blocks are 32 x 32 where nothing is said; narrower ones are more, so that as many "
-        "entries are exact. Mean errors of MRA-2 over "
+        "entries are exact, and no own block is kept. Mean errors of MRA-2 over "
         f"{', '.join(map(str, _budgets(heads)))} blocks per row: {errors}. Milliseconds to select "
         f"for {heads.query.shape[:2].numel()} heads ({torch.get_num_threads()} threads): {times}."
     )

@@ -98,7 +98,7 @@ class Scores {
     if (shape_.call.rule != kRowNormalized) return;
     for (int y = 0; y < shape_.n_keys; y++) row_[y] -= largest;
   }
-  // The share of attention times the queries of the row, rounded as `softmax_mass` rounds.
+  // The share of attention times the queries of the row, in float32 as by `softmax_mass`.
   void write_masses(float queries, const double* logits) {
     for (int y = 0; y < shape_.n_keys; y++)
       row_[y] = static_cast<float>(logits[y]) + log_counts_[y] + biases_[y];
