@@ -295,7 +295,7 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
                 for row in rows:
                     found = (row["part"], row["model"], row["length"], row["diagonal"])
                     of_way = (row["key_block_size"], row["selection"]) == (width, rule)
-                    if of_way and found == ("heads", model, str(length), "0"):
+                    if of_way and found == ("heads", model, str(length), "1"):
                         time = times[("", *key_of(row)[2:])]["ms_median_bwd"]
                         points.append((float(time), float(row["error"])))
                 label = f"32 x {width}, {rule}"
@@ -308,7 +308,7 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
     first = next(iter(times.values()))
     figure.suptitle(
-        f"2, 4, 8 and 16 blocks per row; {first['device']}, float32, torch {first['torch']}, "
+        f"2, 4, 8 and 16 blocks per row, own block exact; {first['device']}, float32, torch {first['torch']}, "
         f"{first['date']}, {first['commit']}",
         fontsize=9,
     )
