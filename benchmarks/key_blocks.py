@@ -308,8 +308,8 @@ def draw(rows: Sequence[dict[str, str]], folder: Path) -> None:
             axes.legend(frameon=False, fontsize=8)
     first = next(iter(times.values()))
     figure.suptitle(
-        f"2, 4, 8 and 16 blocks per row, own block exact; {first['device']}, float32, torch {first['torch']}, "
-        f"{first['date']}, {first['commit']}",
+        f"2, 4, 8 and 16 blocks per row, own block exact; {first['device']}, float32, "
+        f"torch {first['torch']}, {first['date']}, {first['commit']}",
         fontsize=9,
     )
     save_figure(figure, folder / "error_against_time.png")

@@ -389,8 +389,8 @@ class MraConfig(OwnConfig, RobertaConfig):
             given = f"{self.hidden_size} and {self.num_attention_heads}"
             raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {given}.")
         check_int_if_given("embedding_size", self.embedding_size, 1)
-        if not isinstance(self.sparse_prediction, bool):
-            raise ValueError(f"sparse_prediction must be a bool, got {self.sparse_prediction!r}.")
+        if not isinstance(given := self.sparse_prediction, bool):
+            raise ValueError(f"sparse_prediction must be True or False, got {given!r}.")
         self._check_distance_bias()
         check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()

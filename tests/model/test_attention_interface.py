@@ -383,7 +383,7 @@ def test_the_fast_path_holds_no_n_by_n_buffer(biased):
     mask = torch.ones(1, length, dtype=torch.bool)
     mask[:, -100:] = False
     blocks = torch.rand(1, 1, 128, 128) < 8 / 128
-    settings = {"scale": 0.25, "sparse": False, "block_size": 32}
+    settings = {"scale": 0.25, "sparse": False, "block_size": 32, "key_block_size": 32}
     settings |= {"summaries": None, "largest_budget": None, "initial_prior_first_n_blocks": 0}
     settings["distance_bias"] = torch.zeros(1, 128) if biased else None
     with LargestTensor() as largest:
