@@ -345,7 +345,5 @@ def test_traceable_choice_is_the_normal_one_and_nothing_beyond(
     settings |= {"rule": rule, "scale": 0.5}
     normal = selection.select(query, key, mask, **settings)
     traceable = selection.select(query, key, mask, **settings, traceable=True)
-    rows, surplus = normal.shape[-1], length // 32 + 2 - normal.shape[-1]
-    assert surplus >= 1
-    padded = torch.nn.functional.pad(normal, (0, surplus, 0, surplus))
-    assert rows == -(-length // 32) and torch.equal(traceable, padded)
+    padded = torch.nn.functional.pad(normal, (0, 1, 0, 1))  # a block that holds no token
+    assert normal.shape[-1] == -(-length // 32) and torch.equal(traceable, padded)
