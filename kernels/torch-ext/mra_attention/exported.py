@@ -38,8 +38,9 @@ from .selection import coarse_scores, pair_budget, tie_ranks
 _NOTHING = -1e30
 #: Squares of an item: more make larger products, fewer leave less to fill up.
 _SQUARES_PER_ITEM = 4
-#: More than every float32 score: prior pairs rank from here on.
-_PRIOR = 2.0**200
+#: Constants that float32 holds too, as exporters may write them; float64 factors are two of them.
+#: Prior pairs rank from `_HUGE` squared on, more than every float32 score.
+_HUGE, _TINY = 2.0**100, 2.0**-100
 
 
 _replacement: Callable[..., Tensor] | None = None
@@ -213,7 +214,7 @@ def _sort_keys(
     scores = scores.double()
     # In [0, 1), rising: the later of two equal scores.
     lateness = tie_ranks(row, column, rows, per_block).double() / (2 * rows * columns)
-    keys = scores - (scores.abs() * 2.0**-26 + 2.0**-200) * lateness
+    keys = scores - scores.abs() * 2.0**-26 * lateness - lateness * _TINY * _TINY
     live_pairs = live[:, None, :, None] & live_keys[:, None, None, :]
     if initial_prior_first_n_blocks or initial_prior_diagonal_n_blocks:
         prior = global_pairs(live, initial_prior_first_n_blocks)
@@ -222,7 +223,7 @@ def _sort_keys(
             distance = (row - column // per_block).abs()
             prior = prior | (distance <= initial_prior_diagonal_n_blocks // 2)
         squeezed = scores / (1 + scores.abs()) - lateness * 2.0**-30
-        keys = torch.where(prior, (2 + squeezed) * _PRIOR, keys)
+        keys = torch.where(prior, (2 + squeezed) * _HUGE * _HUGE, keys)
     return torch.where(live_pairs, keys, -torch.inf)
 
 
