@@ -58,7 +58,7 @@ def pool_kernel(
     start = sample * value_batch + of_sample * value_head
     rows = load_tokens(VALUE, start, tokens, value_token, real, D, D_PAD).to(tl.float32)
     tl.store(VALUE_SUMS + to_key, _key_block_sums(rows, PER_BLOCK, M, D_PAD))
-    is_first = (key_blocks >= 0) & (of_sample == 0)
+    is_first = of_sample + 0 * key_blocks == 0  # in the shape of the counts
     tl.store(COUNTS + sample * n_blocks * PER_BLOCK + key_blocks, key_counts, mask=is_first)
 
 
