@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key-block-size",
         **number,
-        help="keys per block, 8, 16 or 32: narrow ones lower the error of the same budget, with "
+        help="keys per block, 8, 16 or 32: narrow ones lower the error of far-looking heads, with "
         f"--selection mass and --prior-diagonal (default: 32; {source_default})",
     )
     parser.add_argument(
