@@ -33,8 +33,9 @@ OPERATOR_IMPORTS = {
     "exported": {"blocks", "selection"},
     "multiresolution_reference": {"blocks", "scheme", "selection", "reference"},
     "multiresolution": {"blocks", "scheme", "selection"},
-    "torch_impl": {"blocks", "implementations", "selection"},
-    "native_impl": {"blocks", "selection"},
+    "parallel": set(),
+    "torch_impl": {"blocks", "implementations", "parallel", "selection"},
+    "native_impl": {"blocks", "parallel", "selection"},
     "triton_impl": {"blocks", "implementations", "selection"},
     "ops": {
         *("_ops", "blocks", "implementations", "selection"),

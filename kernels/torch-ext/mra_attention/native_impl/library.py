@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..parallel import torch_parallel_for
+
 _FOLDER = Path(__file__).parent
 #: Built by `kernels/build_native.py` when the package is installed.
 LIBRARY_NAMES = ("libmra_attention.so", "libmra_attention.dylib")
@@ -68,17 +70,9 @@ def load() -> ctypes.CDLL:
         raise ImportError(f"the compiled CPU kernels cannot be loaded: {error}") from error
     if library.mra_call_bytes() != ctypes.sizeof(Call):
         raise ImportError(f"{path} was built from another version of this package; build it again")
-    library.mra_set_parallel_for(_parallel_for())
+    region = torch_parallel_for()
+    library.mra_set_parallel_for(None if region is None else ctypes.cast(region, c_void_p))
     return library
-
-
-def _parallel_for() -> c_void_p | None:
-    """The address of `torch_parallel_for`, in torch from 2.10 on."""
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        return ctypes.cast(ctypes.CDLL(str(torch_library)).torch_parallel_for, c_void_p)
-    except (OSError, AttributeError):
-        return None
 
 
 def instruction_sets() -> list[str]:

@@ -21,7 +21,7 @@ form one batched attention (`batched.py`). Its keys are gathered, on a CPU into 
 (`scratch.py`) small enough for the caches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -40,17 +40,20 @@ from ..blocks import (
     to_blocks,
     zero_unsafe_padding,
 )
+from ..parallel import run_items
 from ..selection import select as select_pairs
 from .batched import LOG2_E, attend, attend_backward, operand_dtype
 from .coarse import CoarsePart
 from .dense import dense_backward, dense_forward, flash_is_available
-from .scratch import convert, scratch, take
+from .scratch import borrowed_buffers, convert, scratch, take
 from .sums import add_blocks_, sum_by_distance
 
 #: Bytes of the keys of one batched attention, in the compute dtype: a few times what stays in a
 #: core's cache, which pays for the calls.
 _GATHER_BYTES = 3 * 2**19
 _GATHER_BYTES_ON_A_GPU = 2**28
+#: Bytes of the queries of a chunk: few enough that there are chunks for all threads.
+_CHUNK_BYTES = 2**20
 #: Query blocks with different numbers of selected blocks share a batched attention where that adds
 #: at most so many filler blocks of the query's size: about the cost of one more call.
 _FILLER_BLOCKS = 24
@@ -103,8 +106,11 @@ def forward(
     lse = query.new_empty(query.shape[:3], dtype=dtype)
     settings = (scale, sparse, (block_size, key_block_size), initial_prior_first_n_blocks)
     tensors = (query, key, value, token_mask, blocks, distance_bias)
-    for where, chunk in _chunks_in_blocks(*tensors, *settings):
-        _forward_chunk(chunk, output[where], lse[where])
+
+    def work(where: tuple[slice, slice]) -> None:
+        _forward_chunk(_chunk_in_blocks(where, *tensors, *settings), output[where], lse[where])
+
+    _run_chunks(work, query)
     return output, lse
 
 
@@ -141,11 +147,16 @@ def backward(
     grad_bias = None if distance_bias is None else torch.zeros_like(distance_bias)
     settings = (scale, sparse, (block_size, key_block_size), initial_prior_first_n_blocks)
     tensors = (query, key, value, token_mask, blocks, distance_bias)
-    for where, chunk in _chunks_in_blocks(*tensors, *settings):
+
+    def work(where: tuple[slice, slice]) -> Tensor | None:
+        chunk = _chunk_in_blocks(where, *tensors, *settings)
         chunk_grads = [grad[where] for grad in grads]
         _backward_chunk(chunk, grad_output[where], output[where], lse[where], chunk_grads)
-        if grad_bias is not None:
-            grad_bias[where[1]] += chunk.bias_gradient()
+        return None if grad_bias is None else chunk.bias_gradient()
+
+    for where, chunk_grad_bias in _run_chunks(work, query):  # in a fixed order
+        if chunk_grad_bias is not None:
+            grad_bias[where[1]] += chunk_grad_bias
     if token_mask is not None:
         for grad in grads:
             fill_padding_(grad, token_mask, 0)
@@ -179,14 +190,32 @@ def _backward_chunk(
         chunk.copy_result(result, grad)
 
 
-def _chunks_in_blocks(query, key, value, token_mask, blocks, distance_bias, *settings):
-    """Yield where each chunk lies, (samples, heads) as slices, and the chunk laid out in blocks."""
-    for where in chunks(query.shape, query.device.type):
-        chunk_mask = None if token_mask is None else token_mask[where[0]]
-        chunk_blocks = None if blocks is None else blocks[where]
-        chunk_bias = None if distance_bias is None else distance_bias[where[1]]
-        inputs = (query[where], key[where], value[where])
-        yield where, _Chunk(*inputs, chunk_mask, chunk_blocks, chunk_bias, *settings)
+def _run_chunks(
+    work: Callable[[tuple[slice, slice]], Tensor | None], query: Tensor
+) -> list[tuple[tuple[slice, slice], Tensor | None]]:
+    """Call `work` for where each chunk of `query` lies, (samples, heads) as slices, and return what
+    it returns for each.
+    """
+    places = list(chunks(query.shape, query.device.type, _CHUNK_BYTES))
+    results: list[Tensor | None] = [None] * len(places)
+
+    def run(item: int) -> None:
+        with borrowed_buffers():
+            results[item] = work(places[item])
+
+    run_items(run, len(places))
+    return list(zip(places, results, strict=True))
+
+
+def _chunk_in_blocks(
+    where, query, key, value, token_mask, blocks, distance_bias, *settings
+) -> "_Chunk":
+    """The samples and heads `where` of a call, laid out in blocks."""
+    chunk_mask = None if token_mask is None else token_mask[where[0]]
+    chunk_blocks = None if blocks is None else blocks[where]
+    chunk_bias = None if distance_bias is None else distance_bias[where[1]]
+    inputs = (query[where], key[where], value[where])
+    return _Chunk(*inputs, chunk_mask, chunk_blocks, chunk_bias, *settings)
 
 
 class _Chunk:

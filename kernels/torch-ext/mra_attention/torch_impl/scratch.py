@@ -1,17 +1,37 @@
 """Buffers that are used again: on a CPU, fresh memory costs a page fault per 4 kB.
 
-Every thread keeps one buffer per name and dtype, as large as the largest request so far. A buffer
-is valid until the same thread asks for its name again. The allocators of other devices keep memory
-themselves, so that new tensors are returned there.
+Every thread uses one buffer per name and dtype, as large as the largest request so far. A buffer
+is valid until the same thread asks for its name again. Between uses, sets of buffers are kept for
+any thread. The allocators of other devices keep memory themselves, so that new tensors are returned
+there.
 """
 
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-_kept = threading.local()
+_Buffers = dict[tuple[str, torch.dtype], Tensor]
+_free: list[_Buffers] = []
+_borrowed = threading.local()
+
+
+@contextlib.contextmanager
+def borrowed_buffers() -> Iterator[None]:
+    """While it is open, this thread may call `scratch`."""
+    # Appending and popping are atomic: threads take different sets.
+    try:
+        _borrowed.buffers = _free.pop()
+    except IndexError:
+        _borrowed.buffers = {}
+    try:
+        yield
+    finally:
+        _free.append(_borrowed.buffers)
+        del _borrowed.buffers
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -19,7 +39,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape)
-    buffers = _kept.__dict__.setdefault("buffers", {})
+    buffers: _Buffers = _borrowed.buffers
     buffer = buffers.get((name, dtype))
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # a buffer made inside could not be written to outside
