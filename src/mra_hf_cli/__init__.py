@@ -19,6 +19,7 @@ COMMANDS = {
     "run-wikihop": "train or evaluate multi-hop question answering over candidates with Trainer",
     "run-lra": "train and test an encoder on a task of the Long Range Arena with Trainer",
     "score": "masked-token accuracy and loss of checkpoints on held-out text",
+    "advise": "which budget at which length, measured on your machine and text",
     "results": "one table and one picture of many runs, beside the figures of the paper",
     "compare": "two runs on the same examples: difference in accuracy and its interval",
     "record": "queries, keys and values of a checkpoint that reads text, for figures",

@@ -104,14 +104,27 @@ def added_peak_bytes(run: Callable[[], object], device: torch.device | str = "cp
     Measures PyTorch's allocator on a GPU and the process's resident set on Linux. On other systems
     `run` is called as well, and the result is None.
     """
+    before = reset_peak(device)
+    run()
+    return added_since(before, device)
+
+
+def reset_peak(device: torch.device | str = "cpu") -> int | None:
+    """Set the peak of memory to what is in use now, in bytes, and return that; None where
+    `added_peak_bytes` cannot measure.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
+        return torch.cuda.memory_allocated(device)
+    return _reset_resident_peak()
+
+
+def added_since(before: int | None, device: torch.device | str = "cpu") -> int | None:
+    """Return by how many bytes the peak exceeds `before`, which `reset_peak` returned."""
+    device = torch.device(device)
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    before = _reset_resident_peak()
-    run()
     return None if before is None else max(0, _resident_bytes("VmHWM") - before)
 
 

@@ -294,7 +294,7 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
         row["masked_tokens"] = scores.n_masked
         against = ""
         if first is not None:
-            mean, half = _difference(losses, first)
+            mean, half = losses.difference(first)
             row |= {"nll_difference": round(mean, 4), "half_interval": round(half, 4)}
             against = f"{mean:+.3f} +- {half:.3f}"
         first = first or losses
@@ -306,13 +306,6 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
         "differences with their 95 % intervals."
     )
     return rows
-
-
-def _difference(losses: MaskedTokenLosses, others: MaskedTokenLosses) -> tuple[float, float]:
-    """The mean difference of the losses of the same tokens, and half of its 95 % interval."""
-    differences = losses.nll - others.nll
-    deviation = differences.std().item() if len(differences) > 1 else float("nan")
-    return differences.mean().item(), 1.96 * deviation / len(differences) ** 0.5
 
 
 @torch.no_grad()

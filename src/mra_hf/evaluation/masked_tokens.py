@@ -80,6 +80,12 @@ class MaskedTokenLosses:
             n_tokens=self.n_tokens,
         )
 
+    def difference(self, others: "MaskedTokenLosses") -> tuple[float, float]:
+        """The mean difference to other losses of the same tokens, and half of its 95 % interval."""
+        differences = self.nll - others.nll
+        deviation = differences.std().item() if len(differences) > 1 else float("nan")
+        return differences.mean().item(), 1.96 * deviation / len(differences) ** 0.5
+
 
 def masked_token_scores(
     model: PreTrainedModel,

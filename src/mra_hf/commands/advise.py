@@ -1,0 +1,229 @@
+"""Which budget at which length: measured with your checkpoint, on your text and machine.
+
+example:
+  mra-hf advise roberta-4096 --text held-out.txt
+  mra-hf advise FacebookAI/roberta-base --text held-out.txt --lengths 512 2048
+
+For every length and every budget of exact blocks, and for dense attention: seconds for a document,
+peak memory, and the masked-token loss; of a checkpoint without masked-LM head how far its hidden
+states agree with dense attention. Then one recommendation. A checkpoint of another type is first
+converted, into a temporary folder. A model of base size and 4096 tokens take less than five minutes
+on two cores.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from mra_hf.analysis.advice import BUDGETS, Advice, advise, lengths_up_to, plot_advice
+from mra_hf.commands.env import processor_name
+from mra_hf.commands.experiments import quiet_outside_terminals
+from mra_hf.configuration import MraConfig
+from mra_hf.conversion import DTYPES, convert_checkpoint
+from mra_hf.conversion.sources import SOURCE_TYPES
+from mra_hf.data.mlm import load_documents
+from mra_hf.loading import load_masked_lm, longest_input, read_config
+from mra_hf.results.files import write_text
+
+#: Below this share of the cores' time, other programs disturbed the times.
+_UNDISTURBED = 0.7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("checkpoint", help="directory or hub id of an encoder")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        required=True,
+        help=".txt or .jsonl files, or folders of them; at least as long as the longest length, "
+        "twice that for steady times",
+    )
+    parser.add_argument(
+        "--text-column", default="text", help="field of .jsonl files (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="tokens (default: 512, 1024, ... to the model's longest, at most 4096)",
+    )
+    parser.add_argument(
+        "--block-per-row",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"budgets (default: {', '.join(map(str, BUDGETS))} and the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of the text to read (default: as many as take about four minutes)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("advice"),
+        help="folder for advice.json and advice.png (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print advice.json, not a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print a table and the recommendation, and write the numbers and the picture."""
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        print(f"{time.perf_counter() - start:5.0f} s  {line}", file=sys.stderr, flush=True)
+
+    quiet_outside_terminals()
+    texts = [row["text"] for row in load_documents(args.text, text_column=args.text_column)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with _opened(args, say) as (model, tokenizer, masked_lm):
+        longest = longest_input(model) or model.config.max_position_embeddings
+        advice = advise(
+            model,
+            tokenizer,
+            texts,
+            lengths=args.lengths or lengths_up_to(longest),
+            block_per_row=args.block_per_row,
+            masked_lm=masked_lm,
+            max_tokens=args.max_tokens,
+            progress=say,
+        )
+    say("done")
+    content = _conditions(args) | dataclasses.asdict(advice)
+    _write(args, advice, content)
+    if args.json:
+        print(json.dumps(content, indent=2))
+    else:
+        print(_table(advice))
+        print(f"\n{advice.recommendation}\n\nnumbers  {args.out / 'advice.json'}")
+        print(f"picture  {args.out / 'advice.png'}")
+    return 0
+
+
+@contextmanager
+def _opened(
+    args: argparse.Namespace, say: Callable[[str], None]
+) -> Iterator[tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, bool]]:
+    """The checkpoint, converted where it is of another type, its tokenizer, and whether it fills in
+    masked tokens.
+    """
+    device = _device(args.device)
+    name, config = args.checkpoint, read_config(args.checkpoint)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.model_type != MraConfig.model_type and config.model_type in SOURCE_TYPES:
+            length = max(args.lengths or [4096])
+            say(f"converting it to {length} tokens, into a temporary folder")
+            name = str(Path(folder) / "converted")
+            convert_checkpoint(args.checkpoint, name, max_length=length)
+            config = read_config(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        architectures = config.architectures or []
+        masked_lm = tokenizer.mask_token_id is not None and any(
+            architecture.endswith("ForMaskedLM") for architecture in architectures
+        )
+        if masked_lm:
+            model = load_masked_lm(name)
+        else:
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)
+        yield model.to(device, DTYPES[args.dtype]), tokenizer, masked_lm
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name} is not available here; take cpu. ({str(error).splitlines()[0]})"
+        ) from error
+    return device
+
+
+def _conditions(args: argparse.Namespace) -> dict:
+    """What the numbers depend on."""
+    return {
+        "checkpoint": args.checkpoint,
+        "text": [Path(text).name for text in args.text],
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if args.device != "cpu" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "dtype": args.dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _write(args: argparse.Namespace, advice: Advice, content: dict) -> None:
+    where = f"{content['device']}, {content['threads']} threads"
+    title = f"{Path(args.checkpoint).name}, {args.dtype}, {where}"
+    plot_advice(advice, args.out / "advice.png", title)
+    write_text(args.out / "advice.json", json.dumps(content, indent=2) + "\n")
+
+
+def _table(advice: Advice) -> str:
+    """The rows, and what the columns mean."""
+    has_loss = advice.n_masked is not None
+    first = advice.rows[0]
+    lines = [
+        f"{'tokens':>6}  {'attention':<18}{'s/document':>10}{'x dense':>9}{'peak MB':>9}"
+        + (f"{'loss':>8}{'over dense':>18}{'over chunks':>18}" if has_loss else f"{'cosine':>8}")
+    ]
+    for row in advice.rows:
+        if row.block_per_row is None:
+            dense = row
+        peak = "-" if row.peak_mb is None else f"{row.peak_mb:.0f}"
+        line = (
+            f"{row.length:>6}  {row.attention:<18}{row.seconds:>10.2f}"
+            f"{dense.seconds / row.seconds:>9.2f}{peak:>9}"
+        )
+        if has_loss:
+            over_dense = "" if row is dense else str(row.over_dense)
+            over_chunks = "" if row is first else str(row.over_chunks)
+            line += f"{row.loss:>8.3f}{over_dense:>18}{over_chunks:>18}"
+        else:
+            line += f"{row.cosine:>8.3f}"
+        lines.append(line)
+    quality = (
+        f"loss: of {advice.n_masked} masked tokens, the same in every row, in nats;\n"
+        "over dense, over chunks: difference to dense attention at the same length, and to the "
+        "first row, with 95 % intervals"
+        if has_loss
+        else "cosine: of the last hidden states to those of dense attention at the same length, "
+        "mean over tokens"
+    )
+    lines.append(
+        f"\ns/document: seconds of the encoder for {advice.longest} tokens, in chunks of `tokens`; "
+        f"x dense: speed against\ndense attention at the same length; {quality}. Every row read "
+        f"{advice.n_tokens} tokens."
+    )
+    if advice.share_of_cores < _UNDISTURBED:
+        lines.append(
+            f"This process got {advice.share_of_cores:.0%} of the time of its cores, other "
+            "programs the rest: times are too long. Run it again on an idle machine."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""`mra-hf advise` on checkpoints of every kind."""
+
+import json
+
+import pytest
+from transformers import (
+    ElectraConfig,
+    ElectraForMaskedLM,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
+
+from mra_hf import MraForMaskedLM
+from mra_hf.commands import main
+from tiny_models import SIZES, mra_config, roberta_config, word_tokenizer
+
+TEXT = " ".join(f"w{10 + (7 * i) % 80}" for i in range(700))
+MODELS = {
+    "ours": lambda: MraForMaskedLM(mra_config(block_per_row=2)),
+    "roberta": lambda: RobertaForMaskedLM(roberta_config()),
+    "classifier": lambda: RobertaForSequenceClassification(roberta_config()),
+    "stock": lambda: ElectraForMaskedLM(
+        ElectraConfig(**(SIZES | {"embedding_size": 32, "max_position_embeddings": 256}))
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def save(kind):
+    MODELS[kind]().save_pretrained(kind)
+    word_tokenizer().save_pretrained(kind)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_table_a_recommendation_and_files(kind, folder, capsys):
+    save(kind)
+    arguments = ["advise", kind, "--text", "text.txt", "--lengths", "128", "256"]
+    assert main([*arguments, "--block-per-row", "3", "--max-tokens", "500"]) == 0
+    printed = capsys.readouterr()
+    assert "s/document" in printed.out and "At 256 tokens take" in printed.out
+    assert "4 of 4: 256 tokens, block_per_row=3" in printed.err
+    numbers = json.loads((folder / "advice" / "advice.json").read_text())
+    assert [(row["length"], row["block_per_row"]) for row in numbers["rows"]] == [
+        *[(128, None), (128, 3), (256, None), (256, 3)]
+    ]
+    has_loss = kind != "classifier"
+    assert all((row["loss"] is not None) == has_loss for row in numbers["rows"])
+    assert numbers["recommendation"] in printed.out
+    assert (folder / "advice" / "advice.png").stat().st_size > 10_000
+
+
+def test_json_is_all_of_the_output(capsys):
+    save("ours")
+    arguments = "advise ours --text text.txt --lengths 256 --max-tokens 300 --json --out x"
+    assert main(arguments.split()) == 0
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["threads"] >= 1 and numbers["n_tokens"] == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("nowhere --text text.txt", "nowhere is neither a directory here nor a model"),
+        ("ours --text none.txt", "no text files in ['none.txt']"),
+        ("ours --text text.txt --lengths 999", "lengths must be at most 256"),
+        ("ours --text text.txt --device cuda:77", "--device cuda:77 is not available here"),
+        ("ours --text text.txt --lengths 256 --block-per-row 0", "block_per_row must be"),
+    ],
+)
+def test_mistakes_are_answered(arguments, said, refused):
+    save("ours")
+    assert said in refused("advise", *arguments.split())
