@@ -132,7 +132,7 @@ def test_chunks_of_samples_and_heads_add_up(monkeypatch, general_fast):
     bias, mask = make_bias(4, 5, dtype=torch.float64), make_mask("left", 3, 200)
     settings = {"block_per_row": 2, "initial_prior_first_n_blocks": 1}
     expected = attend_with_bias(REFERENCE, inputs, bias, mask, **settings)
-    monkeypatch.setattr(blocks, "CHUNK_BYTES", 4 * 200 * 16 * 2)  # two heads at a time
+    monkeypatch.setattr(blocks, "THREAD_BYTES", 4 * 200 * 16 * 2)  # two heads at a time
     assert_close(attend_with_bias(general_fast, inputs, bias, mask, **settings), expected, 1e-10)
 
 

@@ -27,7 +27,7 @@ OPERATOR_IMPORTS = {
     "benchmarking": set(),
     "blocks": set(),
     "implementations": {"native_impl"},
-    "selection": {"blocks"},
+    "selection": {"blocks", "parallel"},
     "scheme": {"blocks", "selection"},
     "reference": {"blocks"},
     "exported": {"blocks", "selection"},

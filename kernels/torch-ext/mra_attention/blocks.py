@@ -16,6 +16,9 @@ from torch import Tensor
 #: Bytes of one float32 operand that a CPU works on at a time. Buffers of this size are used again,
 #: where fresh memory would cost a page fault per 4 kB.
 CHUNK_BYTES = 16 * 2**20
+#: Bytes of a float32 operand that a thread works on at a time: few enough that there are chunks for
+#: all threads.
+THREAD_BYTES = 2**20
 
 #: Bytes of a temporary that stays in a core's cache.
 _CACHED_BYTES = 2**20
@@ -201,11 +204,9 @@ def global_pairs(live: Tensor, initial_prior_first_n_blocks: int) -> Tensor:
     return first[:, None, :, None] | first[:, None, None, :]
 
 
-def chunks(
-    shape: torch.Size, device_type: str, size: int = CHUNK_BYTES
-) -> Iterator[tuple[slice, slice]]:
-    """Cut `[B, H, N, D]` into chunks of (samples, heads), to be worked on in turn, of about `size`
-    bytes of query each; on any device but a CPU one chunk holds everything.
+def chunks(shape: torch.Size, device_type: str) -> Iterator[tuple[slice, slice]]:
+    """Cut `[B, H, N, D]` into chunks of (samples, heads), each for one thread; on any device but a
+    CPU one chunk holds everything.
 
     Every (sample, head) is a problem of its own, so cutting changes no result.
     """
@@ -213,7 +214,7 @@ def chunks(
     if device_type != "cpu":
         yield slice(0, batch), slice(0, heads)
         return
-    problems = max(1, size // max(1, 4 * length * dim))
+    problems = max(1, THREAD_BYTES // max(1, 4 * length * dim))
     chunk_heads = max(1, min(heads, problems))
     chunk_samples = max(1, min(batch, problems // chunk_heads))
     for sample in range(0, batch, chunk_samples):

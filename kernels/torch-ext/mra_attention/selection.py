@@ -38,6 +38,7 @@ from .blocks import (
     upsample,
     zero_unsafe_padding,
 )
+from .parallel import run_items
 
 _TIE_BITS = 30
 #: Logits of sub-blocks that `softmax_mass` holds at a time.
@@ -448,8 +449,13 @@ def select(
             token_mask = drop_trivial_mask(token_mask)
         shape = (batch, heads, n_blocks, n_blocks * per_block)
         blocks = query.new_empty(shape, dtype=torch.bool)
-        for chunk in chunks(query.shape, query.device.type):
+        places = list(chunks(query.shape, query.device.type))
+
+        def work(item: int) -> None:
+            chunk = places[item]
             chunk_mask = None if token_mask is None else token_mask[chunk[0]]
             chunk_bias = None if distance_bias is None else distance_bias[chunk[1]]
             blocks[chunk] = choose(query[chunk], key[chunk], chunk_mask, chunk_bias)
+
+        run_items(work, len(places))
         return blocks

@@ -52,8 +52,6 @@ from .sums import add_blocks_, sum_by_distance
 #: core's cache, which pays for the calls.
 _GATHER_BYTES = 3 * 2**19
 _GATHER_BYTES_ON_A_GPU = 2**28
-#: Bytes of the queries of a chunk: few enough that there are chunks for all threads.
-_CHUNK_BYTES = 2**20
 #: Query blocks with different numbers of selected blocks share a batched attention where that adds
 #: at most so many filler blocks of the query's size: about the cost of one more call.
 _FILLER_BLOCKS = 24
@@ -196,7 +194,7 @@ def _run_chunks(
     """Call `work` for where each chunk of `query` lies, (samples, heads) as slices, and return what
     it returns for each.
     """
-    places = list(chunks(query.shape, query.device.type, _CHUNK_BYTES))
+    places = list(chunks(query.shape, query.device.type))
     results: list[Tensor | None] = [None] * len(places)
 
     def run(item: int) -> None:
