@@ -470,8 +470,9 @@ def plot_advice(advice: Advice, path: "str | os.PathLike[str]", title: str) -> N
         ),
     }
     figure = new_figure(12, 3.8)
+    all_axes = figure.subplots(1, 3)
     names = list(dict.fromkeys(row.attention for row in advice.rows))
-    for axes, (label, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axes, (label, value) in zip(all_axes, panels.items(), strict=True):
         for name in names:
             rows = [row for row in advice.rows if row.attention == name]
             points = [(row.length, value(row)) for row in rows if value(row) is not None]
@@ -490,6 +491,6 @@ def plot_advice(advice: Advice, path: "str | os.PathLike[str]", title: str) -> N
         axes.grid(alpha=0.3)
         if not label.startswith(("masked", "cosine")):
             axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    all_axes[0].legend(fontsize=8, loc="upper left")
     figure.suptitle(title, fontsize=11)
     save_figure(figure, Path(path))
