@@ -1,8 +1,9 @@
 """The `mra-hf` program: `mra-hf NAME ...` runs the module `mra_hf.commands.NAME`.
 
-Such a module has a docstring (the help text, with an example), `add_arguments(parser)` and
-`run(args) -> int`. A module that runs an experiment also has `DATACLASSES`, whose fields become
-arguments and keys of a YAML file. Scripts call the same function through `run_command`.
+Such a module has a docstring (the help text; the command lines that end it, under "example:", are
+shown first), `add_arguments(parser)` and `run(args) -> int`. A module that runs an experiment also
+has `DATACLASSES`, whose fields become arguments and keys of a YAML file. Scripts call the same
+function through `run_command`.
 """
 
 import importlib
@@ -16,7 +17,9 @@ from mra_hf.commands.parsing import CommandParser
 from mra_hf_cli import ALIASES, command_of
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
+    from types import ModuleType
 
 
 def main(argv: "Sequence[str] | None" = None) -> int:
@@ -30,19 +33,12 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
 
     A `ValueError` or `OSError` is printed as one sentence; the status is then 2.
     """
-    module_name = ALIASES.get(name, name).replace("-", "_")
-    module = importlib.import_module(f"mra_hf.commands.{module_name}")
-    parser = CommandParser(
-        getattr(module, "DATACLASSES", ()), prog=f"mra-hf {name}", description=module.__doc__
-    )
-    module.add_arguments(parser)
+    module, parser = command_parser(name)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        if hasattr(module, "DATACLASSES"):
-            return module.run(experiments.parse(parser, argv))
-        return module.run(parser.parse_args(argv))
+        return module.run(parse(parser, argv))
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -54,6 +50,26 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def command_parser(name: str) -> "tuple[ModuleType, CommandParser]":
+    """The module of the command `name` and its parser."""
+    module_name = ALIASES.get(name, name).replace("-", "_")
+    module = importlib.import_module(f"mra_hf.commands.{module_name}")
+    parser = CommandParser(
+        getattr(module, "DATACLASSES", ()), prog=f"mra-hf {name}", description=module.__doc__
+    )
+    module.add_arguments(parser)
+    return module, parser
+
+
+def parse(parser: CommandParser, argv: "Sequence[str] | None" = None) -> "argparse.Namespace":
+    """The arguments of a command; an experiment also takes them from the YAML file it names.
+
+    Raises:
+        ValueError: such a file is none, or holds what does not exist.
+    """
+    return experiments.parse(parser, argv) if parser.dataclass_types else parser.parse_args(argv)
 
 
 def _leave_process_group() -> None:

@@ -1,9 +1,8 @@
 r"""Propose block_per_row for each layer of a checkpoint, from the errors of its heads on a text.
 
-Writes a CSV with a row for each head: its entropy, the softmax mass in the selected blocks and the
-error with 2, 4, 8 and 16 blocks per row, and the error of uniform attention. The checkpoint attends
-densely while it reads; the errors are of each layer by itself, on the inputs that a dense model
-gives it. An early layer's errors pass through all others: check a list on the task before use.
+Prints the fewest blocks per row with which each layer stays below the target error, and writes a
+CSV with the errors of every head. The checkpoint attends densely while it reads: errors are of each
+layer by itself. An early layer's errors pass through all others, so check a list on the task.
 
 example:
   mra-hf calibrate roberta-4096 book.txt --target-error 0.2 --length 4096
@@ -21,16 +20,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_reading_arguments(parser)
     parser.add_argument(
-        "--target-error", type=float, required=True, help="relative error of the output of a head"
+        "--target-error",
+        type=float,
+        required=True,
+        metavar="X",
+        help="mean relative error of the outputs of a layer's heads, above 0; 0.2 is 20 %%",
     )
     parser.add_argument(
-        "--approx-mode", choices=("full", "sparse"), default="full", help="default: %(default)s"
+        "--approx-mode",
+        choices=("full", "sparse"),
+        default="full",
+        help="full: MRA-2; sparse: MRA-2-s (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
         type=Path,
+        metavar="FILE",
         default=Path("calibration.csv"),
-        help="CSV with a row for each head (default: %(default)s)",
+        help="CSV with a row for each head; it must not exist (default: %(default)s)",
     )
 
 

@@ -30,7 +30,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         nargs="?",
         metavar="FILE.yaml",
-        help="settings as `name: value`, a line each; the command line wins",
+        help="settings as `name: value`, a line each",
     )
     parser.set_defaults(
         disable_tqdm=quiet_outside_terminals(),

@@ -3,7 +3,7 @@
 The same tokens of the text are hidden from every checkpoint at every length, so rows compare.
 
 example:
-  mra-hf score roberta-base roberta-4096 --text held-out.txt --length 512 --out scores.csv
+  mra-hf score roberta-base roberta-4096 --text held-out.txt --length 512
 """
 
 import argparse
@@ -33,19 +33,42 @@ _NO_LENGTH = 10**9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("models", nargs="+", help="checkpoints with a masked-LM head")
     parser.add_argument(
-        "--text", nargs="+", required=True, help=".txt or .jsonl files, or folders of them"
+        "models", nargs="+", metavar="MODEL", help="directory or hub id with a masked-LM head"
     )
     parser.add_argument(
-        "--text-column", default="text", help="field of .jsonl files (default: %(default)s)"
+        "--text",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="held-out text: .txt or .jsonl files, or folders of them",
     )
     parser.add_argument(
-        "--length", type=int, help="tokens of a chunk (default: what each model can read)"
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens of a chunk (default: the longest that each model reads)",
     )
-    parser.add_argument("--attention", help="sdpa, mra2, mra2_s (default: each model's own)")
-    parser.add_argument("--max-tokens", type=int, help="read only so many tokens from the start")
-    parser.add_argument("--out", type=Path, help="CSV to append the rows to")
+    parser.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="sdpa, mra2, mra2_s or eager (default: each model's own)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="tokens read from the start (default: all)"
+    )
+    parser.add_argument(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="field of .jsonl files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="CSV that the rows are appended to (default: printed only)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
