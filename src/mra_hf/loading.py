@@ -1,11 +1,16 @@
 """Models for the commands: loaded with all weights, the right attention and enough positions."""
 
+import contextlib
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -51,15 +56,15 @@ def read_config(name: "str | os.PathLike[str]", **settings: Any) -> PreTrainedCo
             f"{name} is no model directory: it has no config.json. Pass the folder that "
             "save_pretrained, mra-hf convert or a run wrote."
         )
-    try:
-        return AutoConfig.from_pretrained(name, **settings)
-    except OSError as error:
-        if path.is_dir():
-            raise
-        raise OSError(
-            f"{name} is neither a directory here nor a model that could be fetched from the hub; "
-            "check the name and the connection, or pass a directory."
-        ) from error
+    if not path.is_dir():
+        try:  # asks the hub once; AutoConfig repeats the question for half a minute
+            snapshot_download(str(name), allow_patterns="config.json")
+        except Exception as error:  # the client raises errors of several libraries
+            raise OSError(
+                f"{name} is neither a directory here nor a model that could be fetched from the "
+                "hub; check the name and the connection, or pass a directory."
+            ) from error
+    return AutoConfig.from_pretrained(name, **settings)
 
 
 def load_model(
@@ -84,8 +89,9 @@ def load_model(
         settings: further settings of the configuration, applied before `overrides`.
 
     Raises:
-        ValueError: the checkpoint lacks other weights, settings change the shape of weights, or
-            the model cannot use `attention`.
+        OSError: there is no such checkpoint, or a file of weights is damaged.
+        ValueError: the checkpoint lacks other weights or is of a type without such a head, settings
+            change the shape of weights, or the model cannot use `attention`.
     """
     config = read_config(name, **settings)
     if overrides:
@@ -93,9 +99,17 @@ def load_model(
     if isinstance(config, MraConfig):
         config.validate()  # Transformers sets fields one by one; together they may not fit
     try:
-        model, info = model_class.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        with naming_damaged_weights(name):
+            model, info = model_class.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is of model_type {config.model_type!r}, for which Transformers has no {head}; "
+            "pass a checkpoint of another type, such as roberta or bert."
+        ) from error
     except RuntimeError as error:
         if (overrides or settings) and "mismatch" in str(error):
             changed = overrides or ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -117,6 +131,23 @@ def load_model(
             f"pass a checkpoint that was trained with a {head}."
         )
     return with_attention(model, attention)
+
+
+@contextlib.contextmanager
+def naming_damaged_weights(name: "str | os.PathLike[str]") -> Iterator[None]:
+    """While the weights of the checkpoint `name` are read: say so where a file is damaged.
+
+    Raises:
+        OSError: a file of weights is truncated or corrupt.
+    """
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"the weights of {name} cannot be read, a file is truncated or corrupt ({reason}); "
+            "fetch them again."
+        ) from error
 
 
 def split_settings(name: str, settings: str) -> list[tuple[str, str]]:
@@ -179,9 +210,12 @@ def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedM
         try:
             model.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
+            # A wrong name is answered with every name there is, which says no more than ours.
+            is_unknown = "The only possible arguments are" in str(error)
+            reason = "" if is_unknown else f" ({' '.join(str(error).split()).rstrip('.')})"
             raise ValueError(
                 f"attention {attention!r} cannot be used here; take one of "
-                f"{', '.join((*ATTENTION_NAMES, 'sdpa', 'eager'))}. {error}"
+                f"{', '.join((*ATTENTION_NAMES, 'sdpa', 'eager'))}{reason}."
             ) from error
     return model
 

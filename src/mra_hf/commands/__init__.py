@@ -6,10 +6,12 @@ has `DATACLASSES`, whose fields become arguments and keys of a YAML file. Script
 function through `run_command`.
 """
 
+import errno
 import importlib
 import sys
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.utils import logging
 
 from mra_hf.commands import experiments
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
+#: What the system refuses -> what it means and what to do.
+_SYSTEM_ERRORS = {
+    errno.ENOENT: "there is no such file or folder, and it cannot be made; choose another path",
+    errno.EACCES: "permission denied; choose a path that you may read and write",
+    errno.EPERM: "permission denied; choose a path that you may read and write",
+    errno.EROFS: "the file system is read-only; choose another path",
+    errno.EISDIR: "is a folder; name a file",
+    errno.ENOTDIR: "a part of this path is a file; choose another path",
+    errno.ENOSPC: "the disk is full; free some space or choose another path",
+}
+
+
 def main(argv: "Sequence[str] | None" = None) -> int:
     """Run the program on `argv` (default: the command line) and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -31,7 +45,8 @@ def main(argv: "Sequence[str] | None" = None) -> int:
 def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
     """Run the command `name` on `argv` (default: the command line) and return its exit status.
 
-    A `ValueError` or `OSError` is printed as one sentence; the status is then 2.
+    A `ValueError` or `OSError` is printed as one sentence, and so is a lack of memory; the status
+    is then 2.
     """
     module, parser = command_parser(name)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -39,8 +54,8 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
     logging.disable_progress_bar()
     try:
         return module.run(parse(parser, argv))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{parser.prog}: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
@@ -50,6 +65,20 @@ def run_command(name: str, argv: "Sequence[str] | None" = None) -> int:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _sentence(error: Exception) -> str:
+    """What `error` says, in one line; errors of the system and of memory with what to do."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return (
+            f"out of memory ({(str(error) or 'on the CPU').splitlines()[0]}); take shorter texts "
+            "(--max_seq_length, --length), smaller batches (--per_device_train_batch_size), or "
+            "--gradient_checkpointing."
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        meaning = _SYSTEM_ERRORS.get(error.errno, error.strerror)
+        return f"{error.filename}: {meaning}."
+    return " ".join(str(error).split())
 
 
 def command_parser(name: str) -> "tuple[ModuleType, CommandParser]":

@@ -44,9 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the heads, write them as CSV and print the proposal."""
     check_new_file(args.out)
-    from mra_hf.analysis.calibration import head_report, layers_of, propose
+    from mra_hf.analysis.calibration import check_target, head_report, layers_of, propose
     from mra_hf.analysis.recording import record_checkpoint
 
+    check_target(args.target_error)
     quiet_outside_terminals()
     heads = record_checkpoint(args.checkpoint, args.text, length=args.length, texts=args.texts)
     proposal = propose(heads, args.target_error, approx_mode=args.approx_mode)

@@ -60,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"out must be a folder, and {args.out} is a file.")
     is_recorded = Path(args.source).is_file()
     if args.text is not None and (is_recorded or args.source == "synthetic"):
-        raise ValueError("text is for a checkpoint as --source; drop it.")
+        raise ValueError(
+            f"--text is for a checkpoint, and --source is {args.source}; name a checkpoint with "
+            "--source, or drop it."
+        )
     if args.length is not None and is_recorded:
         raise ValueError(f"length is that of the recorded heads in {args.source}; drop it.")
     length = 512 if args.length is None else args.length

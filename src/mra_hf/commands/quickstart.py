@@ -106,10 +106,9 @@ def run(args: argparse.Namespace) -> int:
     steps.begin("get the source checkpoint")
     text = english_passage() if args.text is None else read_texts(args.text)[0]
     source = args.source or str(english_checkpoint())
+    read = read_source(source)
     if args.source is not None and args.text is None:
         text = _readable(text, source)
-
-    read = read_source(source)
 
     steps.begin(f"convert it to {args.max_length} tokens")
     report = convert_checkpoint(

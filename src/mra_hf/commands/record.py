@@ -66,6 +66,6 @@ def check_new_file(out: Path) -> None:
         ValueError: it exists, or its folder does not.
     """
     if out.exists():
-        raise ValueError(f"out {out} exists; name another file.")
+        raise ValueError(f"OUT (--out) {out} exists; name another file, or remove it first.")
     if not out.parent.is_dir():
-        raise ValueError(f"out {out} is in no folder that exists.")
+        raise ValueError(f"OUT (--out) {out} is in no folder that exists; make {out.parent} first.")

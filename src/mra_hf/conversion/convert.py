@@ -133,6 +133,7 @@ def convert_checkpoint(
     config, notes = _result_config(checkpoint, weights, changes, bias, max_length, saved_tokenizer)
     head = find_head(checkpoint, weights, notes)
     _open_first_block(config, head, checkpoint, changes, notes)
+    notes += _doubtful_requests(checkpoint, config, changes, max_length)
     say(f"building {head.class_name} for {max_length} tokens")
     model, state = _build_result(head, config, checkpoint, weights, dtype, notes)
     report = _report(source, output_dir, checkpoint, model, state, notes)
@@ -313,6 +314,25 @@ def _result_settings(
         )
         settings = settings.replace(block_budget=None)
     return settings.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _doubtful_requests(
+    source: Source, config: MraConfig, changes: dict[str, Any], max_length: int
+) -> list[str]:
+    """Notes on what may be asked for, and is seldom meant."""
+    notes = []
+    if max_length < source.learned_rows:
+        notes.append(
+            f"max_length {max_length} is less than the {source.learned_rows} tokens that the "
+            "source reads: its positions beyond are dropped."
+        )
+    is_dense = AttentionSettings.of(config).dense_length(max_length) >= max_length
+    if is_dense and changes["block_per_row"] is not None:
+        notes.append(
+            f"Every block is exact up to max_length {max_length}: nothing is saved over dense "
+            "attention. Lower block_per_row (--block-per-row) to save time and memory."
+        )
+    return notes
 
 
 def _open_first_block(
