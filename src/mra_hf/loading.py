@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.configuration import SETTING_NAMES, AttentionSettings, MraConfig
+from mra_hf_cli import suggestion
 
 if TYPE_CHECKING:
     import os
@@ -174,6 +175,9 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
         ValueError: not of that form, no such setting, or a value of another type.
     """
     values = dict(split_settings("config_overrides", overrides))
+    for name in values:
+        if not hasattr(config, name):
+            raise ValueError(_no_such_setting(config, name))
     before = AttentionSettings.of(config) if isinstance(config, MraConfig) else None
     try:
         by_yaml = {
@@ -182,7 +186,6 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
             if getattr(config, name, "") is None or value.startswith("[")
         }
         for name in by_yaml:
-            getattr(config, name)  # raises for a setting that does not exist
             setattr(config, name, yaml.safe_load(values[name]))
         others = ",".join(
             f"{name}={value}" for name, value in values.items() if name not in by_yaml
@@ -193,9 +196,15 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
             changes = {name: getattr(config, name) for name in SETTING_NAMES if name in values}
             before.replace(**changes).write_to(config)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"
-        ) from error
+        raise ValueError(f"config_overrides {overrides!r} cannot be applied: {error}") from error
+
+
+def _no_such_setting(config: PreTrainedConfig, name: str) -> str:
+    """What to say of a setting that `config` has not."""
+    message = f"config_overrides: a configuration of type {config.model_type} has no {name!r}"
+    if name in SETTING_NAMES:
+        return f"{message}; convert the checkpoint first (mra-hf convert), which sets it."
+    return f"{message}{suggestion(name, tuple(vars(config)))}."
 
 
 def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:

@@ -30,6 +30,7 @@ _SYSTEM_ERRORS = {
     errno.EACCES: "permission denied; choose a path that you may read and write",
     errno.EPERM: "permission denied; choose a path that you may read and write",
     errno.EROFS: "the file system is read-only; choose another path",
+    errno.EEXIST: "is a file, and a folder is needed; choose another path",
     errno.EISDIR: "is a folder; name a file",
     errno.ENOTDIR: "a part of this path is a file; choose another path",
     errno.ENOSPC: "the disk is full; free some space or choose another path",

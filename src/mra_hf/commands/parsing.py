@@ -12,7 +12,7 @@ from mra_hf_cli import suggestion
 
 #: What help says about the settings of `Trainer` that most runs set.
 TRAINER_HELP = {
-    "output_dir": "folder of the run; it must be new, or be resumed",
+    "output_dir": "folder of the run, new or resumed (default: trainer_output)",
     "do_train": "train",
     "do_eval": "evaluate at the end",
     "num_train_epochs": "passes over the training data",

@@ -133,7 +133,6 @@ def convert_checkpoint(
     config, notes = _result_config(checkpoint, weights, changes, bias, max_length, saved_tokenizer)
     head = find_head(checkpoint, weights, notes)
     _open_first_block(config, head, checkpoint, changes, notes)
-    notes += _doubtful_requests(checkpoint, config, changes, max_length)
     say(f"building {head.class_name} for {max_length} tokens")
     model, state = _build_result(head, config, checkpoint, weights, dtype, notes)
     report = _report(source, output_dir, checkpoint, model, state, notes)
@@ -296,6 +295,7 @@ def _result_config(
     config = MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict())
     for name in source.raw_config.keys() & CLASSIFIER_FIELDS:
         setattr(config, name, source.raw_config[name])
+    notes += _doubtful_requests(source, config, changes, max_length)
     return config, notes
 
 
