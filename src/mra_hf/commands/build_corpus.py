@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packages",
         type=Path,
         metavar="DIR",
-        help="folder with the .deb files (default: they are downloaded)",
+        help="folder that keeps the .deb files; those that lie there are not downloaded again "
+        "(default: a temporary one)",
     )
 
 

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packages",
         type=Path,
         metavar="DIR",
-        help="folder with the .deb file (default: it is downloaded)",
+        help="folder that keeps the .deb file; one that lies there is not downloaded again "
+        "(default: a temporary one)",
     )
 
 

@@ -64,16 +64,24 @@ def run(args: argparse.Namespace) -> int:
             f"{layer:>5}{sum(entropies) / len(entropies):>9.2f}{blocks:>8}"
             f"{proposal.errors[layer]:>8.3f}{proposal.uniform_errors[layer]:>14.3f}"
         )
+    print(
+        "entropy: mean over the heads, in nats, low where few tokens get the attention; blocks: "
+        "proposed,\nexact blocks per block row; error: mean relative error of the heads' outputs "
+        f"with them; error at {proposal.uniform}:\nwith {proposal.uniform} blocks in every layer."
+    )
     listed = ",".join(map(str, proposal.block_per_row))
     mean = sum(proposal.block_per_row) / len(proposal.block_per_row)
     print(
         f"\nblock_per_row=[{listed}]: {mean:.1f} blocks per row on average, "
-        f"every layer below {args.target_error:g}. With {proposal.uniform} in every layer "
-        f"the worst layer has {max(proposal.uniform_errors):.3f}.\n"
-        f"use it as MraConfig(block_per_row=[{listed}]), mra_hf.set_attention(model, "
-        f"block_per_row=[{listed}]), or --config_overrides 'block_per_row=[{listed}]'; "
-        "models whose layers do not know their index (DistilBERT, ViT, ALBERT) "
-        f"take one number for all: {proposal.uniform}\n"
+        f"every layer below an error of {args.target_error:g}.\n"
+        f"With {proposal.uniform} in every layer the worst layer has "
+        f"{max(proposal.uniform_errors):.3f}.\n"
+        "Use it as one of\n"
+        f"  MraConfig(block_per_row=[{listed}])\n"
+        f"  mra_hf.set_attention(model, block_per_row=[{listed}])\n"
+        f"  --config_overrides 'block_per_row=[{listed}]'\n"
+        "Models whose layers do not know their index (DistilBERT, ViT, ALBERT) take one number for "
+        f"all: {proposal.uniform}.\n"
         f"heads written to {args.out}"
     )
     return 0

@@ -65,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
             f"{result.low:+.1%} to {result.high:+.1%}"
             f"{'' if result.is_certain else ' (not told apart)'}"
         )
+    lines.append(
+        "first, second: accuracy; difference: the first minus the second, in percentage points."
+    )
     print("\n".join(lines))
     return 0
 

@@ -311,7 +311,13 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
         print(columns.format(name, label, length, accuracy, loss, against), flush=True)
     print(
         f"{rows[0]['masked_tokens']} masked tokens, the same in every row; loss in nats, "
-        "differences with their 95 % intervals."
+        "differences with their 95 % intervals.\nchunk: tokens read at once; untrained: the "
+        "result of the conversion as it is"
+        + (
+            "."
+            if continued is None
+            else "; continued: the same after\nfurther training, which comes with this package."
+        )
     )
     return rows
 
