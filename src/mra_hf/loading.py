@@ -1,11 +1,16 @@
 """Models for the commands: loaded with all weights, the right attention and enough positions."""
 
+import contextlib
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -17,6 +22,7 @@ from transformers.utils import logging
 
 from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.configuration import SETTING_NAMES, AttentionSettings, MraConfig
+from mra_hf_cli import suggestion
 
 if TYPE_CHECKING:
     import os
@@ -51,15 +57,15 @@ def read_config(name: "str | os.PathLike[str]", **settings: Any) -> PreTrainedCo
             f"{name} is no model directory: it has no config.json. Pass the folder that "
             "save_pretrained, mra-hf convert or a run wrote."
         )
-    try:
-        return AutoConfig.from_pretrained(name, **settings)
-    except OSError as error:
-        if path.is_dir():
-            raise
-        raise OSError(
-            f"{name} is neither a directory here nor a model that could be fetched from the hub; "
-            "check the name and the connection, or pass a directory."
-        ) from error
+    if not path.is_dir():
+        try:  # asks the hub once; AutoConfig repeats the question for half a minute
+            snapshot_download(str(name), allow_patterns="config.json")
+        except Exception as error:  # the client raises errors of several libraries
+            raise OSError(
+                f"{name} is neither a directory here nor a model that could be fetched from the "
+                "hub; check the name and the connection, or pass a directory."
+            ) from error
+    return AutoConfig.from_pretrained(name, **settings)
 
 
 def load_model(
@@ -84,8 +90,9 @@ def load_model(
         settings: further settings of the configuration, applied before `overrides`.
 
     Raises:
-        ValueError: the checkpoint lacks other weights, settings change the shape of weights, or
-            the model cannot use `attention`.
+        OSError: there is no such checkpoint, or a file of weights is damaged.
+        ValueError: the checkpoint lacks other weights or is of a type without such a head, settings
+            change the shape of weights, or the model cannot use `attention`.
     """
     config = read_config(name, **settings)
     if overrides:
@@ -93,9 +100,17 @@ def load_model(
     if isinstance(config, MraConfig):
         config.validate()  # Transformers sets fields one by one; together they may not fit
     try:
-        model, info = model_class.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
-        )
+        with naming_damaged_weights(name):
+            model, info = model_class.from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} is of model_type {config.model_type!r}, for which Transformers has no {head}; "
+            "pass a checkpoint of another type, such as roberta or bert."
+        ) from error
     except RuntimeError as error:
         if (overrides or settings) and "mismatch" in str(error):
             changed = overrides or ", ".join(f"{key}={value}" for key, value in settings.items())
@@ -117,6 +132,23 @@ def load_model(
             f"pass a checkpoint that was trained with a {head}."
         )
     return with_attention(model, attention)
+
+
+@contextlib.contextmanager
+def naming_damaged_weights(name: "str | os.PathLike[str]") -> Iterator[None]:
+    """While the weights of the checkpoint `name` are read: say so where a file is damaged.
+
+    Raises:
+        OSError: a file of weights is truncated or corrupt.
+    """
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"the weights of {name} cannot be read, a file is truncated or corrupt ({reason}); "
+            "fetch them again."
+        ) from error
 
 
 def split_settings(name: str, settings: str) -> list[tuple[str, str]]:
@@ -143,6 +175,9 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
         ValueError: not of that form, no such setting, or a value of another type.
     """
     values = dict(split_settings("config_overrides", overrides))
+    for name in values:
+        if not hasattr(config, name):
+            raise ValueError(_no_such_setting(config, name))
     before = AttentionSettings.of(config) if isinstance(config, MraConfig) else None
     try:
         by_yaml = {
@@ -151,7 +186,6 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
             if getattr(config, name, "") is None or value.startswith("[")
         }
         for name in by_yaml:
-            getattr(config, name)  # raises for a setting that does not exist
             setattr(config, name, yaml.safe_load(values[name]))
         others = ",".join(
             f"{name}={value}" for name, value in values.items() if name not in by_yaml
@@ -162,9 +196,15 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
             changes = {name: getattr(config, name) for name in SETTING_NAMES if name in values}
             before.replace(**changes).write_to(config)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"config_overrides must be name=value,name=value, got {overrides!r}: {error}"
-        ) from error
+        raise ValueError(f"config_overrides {overrides!r} cannot be applied: {error}") from error
+
+
+def _no_such_setting(config: PreTrainedConfig, name: str) -> str:
+    """What to say of a setting that `config` has not."""
+    message = f"config_overrides: a configuration of type {config.model_type} has no {name!r}"
+    if name in SETTING_NAMES:
+        return f"{message}; convert the checkpoint first (mra-hf convert), which sets it."
+    return f"{message}{suggestion(name, tuple(vars(config)))}."
 
 
 def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
@@ -179,9 +219,12 @@ def with_attention(model: PreTrainedModel, attention: str | None) -> PreTrainedM
         try:
             model.set_attn_implementation(attention)
         except (ImportError, ValueError) as error:
+            # A wrong name is answered with every name there is, which says no more than ours.
+            is_unknown = "The only possible arguments are" in str(error)
+            reason = "" if is_unknown else f" ({' '.join(str(error).split()).rstrip('.')})"
             raise ValueError(
                 f"attention {attention!r} cannot be used here; take one of "
-                f"{', '.join((*ATTENTION_NAMES, 'sdpa', 'eager'))}. {error}"
+                f"{', '.join((*ATTENTION_NAMES, 'sdpa', 'eager'))}{reason}."
             ) from error
     return model
 

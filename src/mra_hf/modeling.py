@@ -72,9 +72,11 @@ class MraPreTrainedMixin(OwnCode):
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids"]
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        return super()._check_and_adjust_attn_implementation(
-            attn_implementation or "mra2", *args, **kwargs
-        )
+        name = attn_implementation or "mra2"
+        try:
+            return super()._check_and_adjust_attn_implementation(name, *args, **kwargs)
+        except ValueError as error:  # lists what Transformers has only
+            raise ValueError(f'{error} Of mra_hf: "mra2", "mra2_s".') from error
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -138,8 +140,14 @@ class MraEmbeddings(RobertaEmbeddings):
         inputs_embeds: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        argument = "input_ids" if input_ids is not None else "inputs_embeds"
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        is_ids = input_ids is not None
+        argument, given = ("input_ids", input_ids) if is_ids else ("inputs_embeds", inputs_embeds)
+        if not isinstance(given, Tensor) or given.dim() != (2 if is_ids else 3):
+            raise ValueError(
+                f"{argument} must be a tensor [batch, tokens{'' if is_ids else ', width'}], got "
+                f'{getattr(given, "shape", type(given))}; tokenize with return_tensors="pt".'
+            )
+        length = given.shape[1]
         if length == 0:
             raise ValueError(f"{argument} must hold at least one token, got an empty sequence.")
         if position_ids is None and length > self.max_tokens:
@@ -149,6 +157,7 @@ class MraEmbeddings(RobertaEmbeddings):
                 f"max_length={self.max_tokens}) or convert the checkpoint to a longer table "
                 "with `mra-hf convert SOURCE OUT --max-length N`."
             )
+        _check_rows("input_ids", input_ids, self.word_embeddings)
         _check_rows("position_ids", position_ids, self.position_embeddings)
         _check_rows("token_type_ids", token_type_ids, self.token_type_embeddings)
         embeddings = super().forward(
@@ -159,6 +168,7 @@ class MraEmbeddings(RobertaEmbeddings):
 
 #: What to do about ids beyond a table.
 _REMEDIES = {
+    "input_ids": "pass ids of the model's own tokenizer",
     "position_ids": "convert the checkpoint to a longer table (`mra-hf convert SOURCE OUT "
     "--max-length N`), or leave position_ids out",
     "token_type_ids": "leave token_type_ids out (return_token_type_ids=False of the tokenizer)",
@@ -171,9 +181,10 @@ def _check_rows(name: str, ids: Tensor | None, table: nn.Embedding) -> None:
     Read only where the values are at hand: from a GPU the host would have to wait for them, and a
     graph that is being made has none.
     """
-    if ids is None or ids.device.type != "cpu" or type(ids) is not Tensor or not ids.numel():
+    is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_graph or ids is None or not isinstance(table, nn.Embedding):  # an adapter's has no size
         return
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if ids.device.type != "cpu" or type(ids) is not Tensor or not ids.numel():
         return
     first, last = (int(limit) for limit in ids.aminmax())
     if first < 0 or last >= table.num_embeddings:

@@ -10,28 +10,47 @@ from collections.abc import Sequence
 
 __version__ = "0.1.0"
 
-#: Name of a command -> what it does; its module is imported when the command runs.
-COMMANDS = {
-    "convert": "turn a RoBERTa-family or BERT checkpoint into an MRA checkpoint",
-    "export": "write a checkpoint as an ONNX or torch graph that runs without this package",
-    "run-mlm": "train or evaluate a masked language model with Trainer",
-    "run-classification": "fine-tune and evaluate a classifier of texts or pairs with Trainer",
-    "run-wikihop": "train or evaluate multi-hop question answering over candidates with Trainer",
-    "run-lra": "train and test an encoder on a task of the Long Range Arena with Trainer",
-    "score": "masked-token accuracy and loss of checkpoints on held-out text",
-    "advise": "which budget at which length, measured on your machine and text",
-    "results": "one table and one picture of many runs, beside the figures of the paper",
-    "compare": "two runs on the same examples: difference in accuracy and its interval",
-    "record": "queries, keys and values of a checkpoint that reads text, for figures",
-    "figures": "the figures and Table 7 of the MRA paper, on a checkpoint or on synthetic heads",
-    "calibrate": "propose block_per_row for each layer of a checkpoint from a target error",
-    "build-corpus": "the English corpus of the embedded checkpoint, and its tokenizer",
-    "build-wordnet-hop": "two-hop questions over many short documents, in WikiHop's schema",
-    "env": "versions, and which implementations of the attention run here and why not",
-    "quickstart": "the whole journey on a small English checkpoint, offline, in two minutes",
+#: What one wants to do -> name of a command -> what it does; its module is imported when it runs.
+GROUPS = {
+    "start": {
+        "quickstart": "convert, compare, draw a small model: offline, 2 minutes",
+        "env": "versions, and which attention implementations run here",
+    },
+    "convert and use": {
+        "convert": "turn a RoBERTa-family or BERT checkpoint into a long one",
+        "export": "write a checkpoint as an ONNX or torch graph",
+    },
+    "train": {
+        "run-mlm": "train or evaluate a masked language model",
+        "run-classification": "fine-tune or evaluate a classifier of texts or pairs",
+        "run-wikihop": "train or evaluate multi-hop question answering",
+        "run-lra": "train and test on a task of the Long Range Arena",
+        "build-corpus": "text to train on: the embedded model's English corpus",
+        "build-wordnet-hop": "questions to train on: two hops over many documents",
+    },
+    "measure": {
+        "advise": "which budget at which length: on your machine and text",
+        "score": "masked-token accuracy and loss on held-out text",
+        "calibrate": "propose block_per_row for each layer from a target error",
+        "results": "one table and one picture of many training runs",
+        "compare": "accuracy of two runs on the same examples, with interval",
+    },
+    "study": {
+        "figures": "draw the figures and Table 7 of the MRA paper",
+        "record": "save queries, keys and values of a checkpoint for figures",
+    },
 }
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 #: Other names of commands.
 ALIASES = {"run-mnli": "run-classification"}
+
+_EXAMPLES = """\
+examples:
+  mra-hf quickstart
+  mra-hf convert FacebookAI/roberta-base roberta-base-mra-4096
+  mra-hf COMMAND --help    examples, arguments and defaults of one command
+
+Multi-resolution attention (MRA-2) for RoBERTa-family and BERT encoders."""
 
 
 def command_of(argv: Sequence[str]) -> str:
@@ -43,19 +62,9 @@ def command_of(argv: Sequence[str]) -> str:
         SystemExit: with status 0 after help or the version; with status 2 where `argv` names no
             command.
     """
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
-    others = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
-    parser = argparse.ArgumentParser(
-        prog="mra-hf",
-        usage="%(prog)s COMMAND ...",
-        description="Multi-resolution attention for RoBERTa-family encoders.",
-        epilog=f"commands ({others}):\n{listed}\n\n"
-        "examples:\n  mra-hf quickstart\n  mra-hf convert --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", metavar="COMMAND", help="what to do; see below")
-    parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS)
+    parser = _ProgramParser(prog="mra-hf", usage="%(prog)s COMMAND ...")
+    parser.add_argument("command", metavar="COMMAND")
+    parser.add_argument("--help-all", action="help")
     parser.add_argument("--version", action="version", version=f"mra_hf {__version__}")
     if not argv:
         parser.error("name a command; mra-hf --help lists them.")
@@ -64,6 +73,22 @@ def command_of(argv: Sequence[str]) -> str:
         hint = suggestion(name, (*COMMANDS, *ALIASES))
         parser.error(f"there is no command {name!r}{hint}; mra-hf --help lists them.")
     return name
+
+
+class _ProgramParser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        return program_help()
+
+
+def program_help() -> str:
+    """What `mra-hf --help` prints: examples, then the commands by what one wants to do."""
+    width = max(map(len, COMMANDS))
+    groups = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {name:<{width}}  {what}" for name, what in group.items())])
+        for title, group in GROUPS.items()
+    )
+    others = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())
+    return f"{_EXAMPLES}\n\n{groups}\n\n{others}; --version prints the version.\n"
 
 
 def suggestion(name: str, names: Sequence[str]) -> str:

@@ -162,6 +162,8 @@ def test_the_calibrate_command(tmp_path, monkeypatch, capsys, refused):
     command = ["calibrate", str(english_checkpoint()), "text.txt", "--length", "256"]
     assert main([*command, "--target-error", "0.2"]) == 0
     printed = capsys.readouterr().out
+    assert "entropy: mean over the heads, in nats" in printed
+    assert max(map(len, printed.splitlines())) <= 100
     proposed = printed[printed.index("block_per_row=[") :].split("]")[0].split("[")[1]
     budgets = [int(number) for number in proposed.split(",")]
     assert len(budgets) == 4 and all(1 <= blocks <= 8 for blocks in budgets)

@@ -115,3 +115,19 @@ def test_result_opens_through_auto_classes_and_fills_a_mask(tmp_path):
     assert model(input_ids=ids).logits.shape == (1, 300, SIZES["vocab_size"])
     with pytest.raises(ValueError, match="301 tokens"):
         model(input_ids=torch.randint(5, 30, (1, 301)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"max_length": 20}, "max_length 20 is less than the 40 tokens"),
+        ({"max_length": 512, "block_per_row": 16}, "Every block is exact up to max_length 512"),
+        ({"max_length": 512, "block_per_row": 15}, None),
+        ({"max_length": 40}, None),
+    ],
+)
+def test_what_is_seldom_meant_is_noted(arguments, said, tmp_path):
+    make_source(tmp_path / "source")
+    report = convert(tmp_path / "source", tmp_path / "out", **arguments)
+    doubts = [note for note in report.notes if "max_length" in note]
+    assert [said in note for note in doubts] == ([True] if said else [])

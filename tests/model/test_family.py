@@ -218,6 +218,51 @@ def test_ids_beyond_a_table_are_named(name, ids, words):
         model(torch.tensor([[5, 6, 7]]), **{name: ids})
 
 
+@pytest.mark.parametrize("token", [-1, 100])
+def test_ids_of_another_tokenizer_are_named(token):
+    model = mra_hf.MraModel(mra_config()).eval()
+    with pytest.raises(ValueError, match=f"input_ids must lie between 0 and 99.*got {token}; pass"):
+        model(torch.tensor([[5, 6, token]]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (
+            {"input_ids": torch.tensor([5, 6])},
+            r"input_ids must be a tensor \[batch, tokens\].*\[2\]",
+        ),
+        ({"input_ids": [[5, 6]]}, "input_ids must be a tensor .*got <class 'list'>"),
+        ({"input_ids": "a text"}, "got <class 'str'>; tokenize with return_tensors"),
+        ({"inputs_embeds": torch.zeros(2, 3)}, r"inputs_embeds must be a tensor .*tokens, width\]"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_named(inputs, said):
+    with pytest.raises(ValueError, match=said):
+        mra_hf.MraModel(mra_config()).eval()(**inputs)
+
+
+def test_an_adapter_around_the_embeddings_is_left_to_check_its_ids():
+    class Adapter(torch.nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.table = table
+
+        def forward(self, ids):
+            return self.table(ids)
+
+    model = mra_hf.MraModel(mra_config()).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model(ids)[0]
+    model.embeddings.word_embeddings = Adapter(model.embeddings.word_embeddings)
+    torch.testing.assert_close(model(ids)[0], expected)
+
+
+def test_a_wrong_name_of_an_attention_is_answered_with_ours():
+    with pytest.raises(ValueError, match='Of mra_hf: "mra2", "mra2_s"'):
+        mra_hf.MraModel._from_config(mra_config(), attn_implementation="mra")
+
+
 def test_ids_are_not_read_where_a_graph_is_made():
     """Reading a value would break the graph, and on a GPU wait for the device."""
     model = mra_hf.MraModel(mra_config(block_per_row=1), add_pooling_layer=False).eval()

@@ -180,7 +180,7 @@ def test_images_are_read_in_patches_with_the_priors_of_the_published_runs():
         (("--task", "maze"), "task must be one of"),
         (("--task_settings", "size=3"), "has no 'size'"),
         (("--config_overrides", "segment_lengths=[0]"), r"segment_lengths[0] must be"),
-        (("--config_overrides", "colour=red"), "config_overrides must be"),
+        (("--config_overrides", "colour=red"), "has no 'colour'"),
         (("--config_overrides", "num_labels=3"), "num_labels must be at least 10 for this task"),
         (("--config_overrides", "vocab_size=3"), "vocab_size must be at least 16 for this task"),
         (("--warmup_steps", "6"), "warmup_steps must be from 2 to 5"),

@@ -184,7 +184,7 @@ def test_another_text_column_and_a_generous_limit_are_fine():
     run("--text_column", "body", "--max_eval_samples", "999", "--max_steps", "1")
 
 
-def test_a_model_without_head_is_refused_and_scores_are_appended(refused):
+def test_a_model_without_head_is_refused_and_scores_are_appended(refused, capsys):
     model = RobertaForMaskedLM(roberta_config())
     model.save_pretrained("whole")
     model.roberta.save_pretrained("bare")
@@ -193,7 +193,10 @@ def test_a_model_without_head_is_refused_and_scores_are_appended(refused):
     arguments = ["score", "--text", "held-out.jsonl", "--length", "128", "--out", "scores.csv"]
     assert main([*arguments, "whole"]) == 0
     assert main([*arguments, "whole", "--attention", "mra2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("nll: their mean loss in nats") == 2 and not printed.err
     assert "masked-LM head" in refused(*arguments, "bare")
+    assert not capsys.readouterr().out, "no heading without a row"
     rows = read_csv("scores.csv")
     assert [row["attention"] for row in rows] == ["sdpa", "mra2"]
     assert rows[0]["masked_tokens"] == rows[1]["masked_tokens"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -335,10 +336,14 @@ def test_scripts_are_the_commands(name):
 def test_two_runs_are_compared_on_the_same_examples(capsys, refused):
     run("mnli", max_steps=1)
     run("mnli", max_steps=1, output_dir="other", seed=1)
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert "written to other: the model, results.json, experiment.yaml" in said
+    assert "predictions_matched.csv, predictions_mismatched.csv" in said
+    assert re.search(r"train_runtime +[\d.]+ s\n", said)
     assert main(["compare", "run", "other"]) == 0
-    printed = capsys.readouterr().out.splitlines()
+    *printed, meaning = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["set", "matched", "mismatched"]
+    assert "the first minus the second, in percentage points" in meaning
     rows = Path("other/predictions_matched.csv").read_text().splitlines()
     Path("other/predictions_matched.csv").write_text("\n".join(rows[:-1]) + "\n")
     assert "other examples" in refused("compare", "run", "other")

@@ -95,14 +95,13 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
 
     Args:
         heads: recorded from a model, on text of the kind and length that it will read.
-        target_error: relative error of the output of a head, above 0.
+        target_error: relative error of the output of a head, above 0 and below 1.
         settings: of `mra2_attention`, such as `approx_mode` or `selection`.
 
     Raises:
-        ValueError: a target that is not positive, or heads that are not of a model.
+        ValueError: a target out of range, or heads that are not of a model.
     """
-    if not target_error > 0:
-        raise ValueError(f"target_error must be positive, got {target_error}.")
+    check_target(target_error)
     layers = torch.tensor(layers_of(heads))
     n_layers = int(layers.max()) + 1
     rows = count_blocks(heads.length, _BLOCK)
@@ -132,6 +131,19 @@ def propose(heads: HeadInputs, target_error: float, **settings: Any) -> Proposal
         uniform=uniform,
         uniform_errors=errors(uniform),
     )
+
+
+def check_target(target_error: float) -> None:
+    """Refuse a target error that no head could miss or meet.
+
+    Raises:
+        ValueError: it is not above 0 and below 1.
+    """
+    if not 0 < target_error < 1:
+        raise ValueError(
+            "target_error must be positive and below 1, the error of an output of zeros, got "
+            f"{target_error:g}; 0.2 is 20 %."
+        )
 
 
 def _errors(heads: HeadInputs, exact: Tensor, budget: int, settings: dict[str, Any]) -> Tensor:

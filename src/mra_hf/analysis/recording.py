@@ -16,7 +16,7 @@ from mra_hf.attention import supported_attention_modules
 from mra_hf.baselines.measures import dense_attention
 from mra_hf.data.mlm import load_documents, pack
 from mra_hf.distance_bias import MraSelfAttention
-from mra_hf.loading import check_length, read_config
+from mra_hf.loading import check_length, naming_damaged_weights, read_config
 
 if TYPE_CHECKING:
     import os
@@ -93,7 +93,8 @@ def record_checkpoint(
     check_int("texts", texts, 1)
     read_config(checkpoint)  # says more clearly what is missing
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    with naming_damaged_weights(checkpoint):
+        model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     check_length("length", length, model)
     chunks = pack(load_documents(str(text)), tokenizer, length)
     if len(chunks) < texts:

@@ -1,14 +1,14 @@
-"""Which budget at which length: measured with your checkpoint, on your text and machine.
+"""Which budget at which length: measured with your checkpoint, text and machine.
+
+For every length, with every budget of exact blocks and with dense attention:
+seconds for a document, peak memory, and the masked-token loss; without a
+masked-LM head, how far hidden states agree with dense attention. Then one
+recommendation. Checkpoints of other types are converted first, in a temporary
+folder. A model of base size takes less than five minutes on two cores.
 
 example:
   mra-hf advise roberta-4096 --text held-out.txt
   mra-hf advise FacebookAI/roberta-base --text held-out.txt --lengths 512 2048
-
-For every length and every budget of exact blocks, and for dense attention: seconds for a document,
-peak memory, and the masked-token loss; of a checkpoint without masked-LM head how far its hidden
-states agree with dense attention. Then one recommendation. A checkpoint of another type is first
-converted, into a temporary folder. A model of base size and 4096 tokens take less than five minutes
-on two cores.
 """
 
 import argparse

@@ -15,11 +15,23 @@ from mra_hf.data.corpus import build_english_corpus
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("output", type=Path, help="folder to write; it must not exist")
     parser.add_argument(
-        "--vocab-size", type=int, default=6144, help="of the tokenizer (default: %(default)s)"
+        "output", type=Path, metavar="OUT", help="folder to write; it must not exist"
     )
-    parser.add_argument("--packages", type=Path, help="folder of packages already downloaded")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        default=6144,
+        help="tokens of the tokenizer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps the .deb files; those that lie there are not downloaded again "
+        "(default: a temporary one)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,26 +15,31 @@ from mra_hf.data.wordnet_hop import build_wordnet_hop
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("output", type=Path, help="folder to write; it must not exist")
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="folder to write; it must not exist"
+    )
+    number = {"type": int, "metavar": "N"}
     for split, size in (("train", 2400), ("dev", 100), ("test", 600)):
-        text = f"its {split} questions (default: {size})"
-        parser.add_argument(
-            f"--{split}", type=int, default=size, dest=f"n_{split}", metavar="N", help=text
-        )
+        text = f"questions of {split}.json (default: {size})"
+        parser.add_argument(f"--{split}", **number, default=size, dest=f"n_{split}", help=text)
     parser.add_argument(
         "--hops", type=int, default=2, choices=(1, 2), help="glosses to join (default: 2)"
     )
     text = "answers to choose from (default: 8)"
-    parser.add_argument(
-        "--candidates", type=int, default=8, dest="n_candidates", metavar="N", help=text
-    )
+    parser.add_argument("--candidates", **number, default=8, dest="n_candidates", help=text)
     words = {"type": int, "nargs": 2, "default": (800, 1100), "metavar": ("MIN", "MAX")}
     text = "length of the documents of a question, in words (default: 800 1100)"
     parser.add_argument("--words", **words, help=text)
     text = "questions of a split with the same answer (default: 12)"
-    parser.add_argument("--max-per-answer", type=int, default=12, help=text)
-    parser.add_argument("--seed", type=int, default=0, help="of all choices (default: 0)")
-    parser.add_argument("--packages", type=Path, help="folder of packages already downloaded")
+    parser.add_argument("--max-per-answer", **number, default=12, help=text)
+    parser.add_argument("--seed", **number, default=0, help="of all choices (default: 0)")
+    parser.add_argument(
+        "--packages",
+        type=Path,
+        metavar="DIR",
+        help="folder that keeps the .deb file; one that lies there is not downloaded again "
+        "(default: a temporary one)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,10 +18,20 @@ from mra_hf.results.comparison import paired_bootstrap
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("first", type=Path, help="run directory")
-    parser.add_argument("second", type=Path, help="run directory to compare it with")
-    parser.add_argument("--draws", type=int, default=10_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("first", type=Path, metavar="RUN", help="output_dir of a run with do_eval")
+    parser.add_argument(
+        "second", type=Path, metavar="OTHER", help="the run to compare with it, on the same data"
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        metavar="N",
+        default=10_000,
+        help="bootstrap samples, 100 or more (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of the samples (default: 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
             f"{result.low:+.1%} to {result.high:+.1%}"
             f"{'' if result.is_certain else ' (not told apart)'}"
         )
+    lines.append(
+        "first, second: accuracy; difference: the first minus the second, in percentage points."
+    )
     print("\n".join(lines))
     return 0
 

@@ -1,9 +1,8 @@
 """Turn a checkpoint into one with multi-resolution attention and a longer position table.
 
-SOURCE is a directory or hub id of a RoBERTa-family or BERT model, or of a model of this package to
-make it longer; its weights and its head are kept, and the modules of a directory of
-sentence-transformers. OUT gets weights, config,
-tokenizer, a model card and a report.
+SOURCE keeps its weights and its head, and what else is in a directory of sentence-transformers.
+OUT gets weights, config, tokenizer, a model card and a report. A model of this package as SOURCE is
+made longer.
 
 example:
   mra-hf convert FacebookAI/roberta-base roberta-base-mra-4096 --text novel.txt
@@ -25,73 +24,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     types = ", ".join(SOURCE_TYPES)
     parser.add_argument("source", metavar="SOURCE", help=f"directory or hub id of type {types}")
     parser.add_argument("output_dir", metavar="OUT", help="directory to write")
-    number = {"type": int, "metavar": "N"}
-    parser.add_argument(
+    _add_usual_arguments(parser.add_argument_group("most used options"))
+    _add_block_arguments(
+        parser.add_argument_group(
+            "which blocks are exact (default for a SOURCE of type mra or mra_hf: its own)"
+        )
+    )
+    _add_bias_arguments(parser.add_argument_group("what tells far tokens from near ones"))
+
+
+def _add_usual_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--max-length",
-        **number,
+        type=int,
+        metavar="N",
         default=4096,
-        help="longest sequence (default: %(default)s tokens)",
+        help="longest sequence, in tokens (default: %(default)s)",
     )
-    source_default = "for a source of type mra or mra_hf its own"
-    parser.add_argument(
+    group.add_argument(
         "--block-per-row",
-        **number,
-        help="exact blocks per block row: 8 for a model that is trained further, 16 for one that "
-        f"is used as it is (default: 8; {source_default})",
+        type=int,
+        metavar="N",
+        help="exact blocks per block row: 8 if you train further, 16 to use the model as it is "
+        "(default: 8; SOURCE of type mra or mra_hf: its own)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text on which source and result are compared: masked tokens, or hidden states "
+        "where there is no masked-LM head (default: no comparison)",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer (default: SOURCE)"
+    )
+    group.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: SOURCE's)")
+    group.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
+
+
+def _add_block_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--approx-mode",
         choices=("full", "sparse"),
-        help='"full" (MRA-2) or "sparse" (MRA-2-s) (default: full; for a source of type mra or '
-        "mra_hf its own)",
+        help="full: MRA-2, the other blocks are averaged; sparse: MRA-2-s, they are left out "
+        "(default: full)",
     )
-    priors = {
-        "first": "first block rows and columns that are always exact, and global: no distance bias "
-        "hides them or what they see",
-        "diagonal": "diagonal band in blocks that is always exact; 3 lowers the masked-token loss "
-        "where a distance bias hides far text",
-    }
-    for kind, meaning in priors.items():
-        dest = f"initial_prior_{kind}_n_blocks"
-        new_bias = "; at least 1 with a new distance bias, for heads that read the first token"
-        text = f"{meaning} (default: 0; {source_default}{new_bias if kind == 'first' else ''})"
-        parser.add_argument(f"--prior-{kind}", **number, dest=dest, help=text)
-    parser.add_argument(
-        "--key-block-size",
-        **number,
-        help="keys per block, 8, 16 or 32: narrow ones lower the error of far-looking heads, with "
-        f"--selection mass and --prior-diagonal (default: 32; {source_default})",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--selection",
         choices=SELECTION_RULES,
-        help=f"the rule that ranks blocks (default: row_normalized; {source_default})",
+        help="the rule that ranks blocks (default: row_normalized)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--prior-diagonal",
+        type=int,
+        metavar="N",
+        dest="initial_prior_diagonal_n_blocks",
+        help="blocks around the diagonal that are always exact; 3 lowers the masked-token loss "
+        "where a distance bias hides far text (default: 0)",
+    )
+    group.add_argument(
+        "--prior-first",
+        type=int,
+        metavar="N",
+        dest="initial_prior_first_n_blocks",
+        help="first block rows and columns that are always exact, and that no distance bias hides "
+        "(default: 0; with a new distance bias at least 1, for heads that read the first token)",
+    )
+    group.add_argument(
+        "--key-block-size",
+        type=int,
+        metavar="N",
+        help="keys per block: 8, 16 or 32; narrow ones lower the error of far-looking heads, with "
+        "--selection mass and --prior-diagonal (default: 32)",
+    )
+
+
+def _add_bias_arguments(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
         "--distance-bias",
         action=argparse.BooleanOptionalAction,
-        help="give every head a trainable bias on the distance of blocks: 0 where no two tokens "
-        "share a row of the position table, --far-bias beyond. Without it, repeated positions make "
-        "far tokens look adjacent. A bias that SOURCE has is kept, --no-distance-bias drops it "
-        "(default: where --max-length exceeds SOURCE's positions)",
+        help="give every head a trainable bias on the distance of blocks, --far-bias where "
+        "positions repeat and 0 elsewhere; without it far tokens look adjacent there. A bias of "
+        "SOURCE is kept, --no-distance-bias drops it (default: on where --max-length exceeds the "
+        "positions of SOURCE)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--far-bias",
         type=float,
         metavar="X",
-        help="where that bias starts; -8 closes far pairs until training opens them (default: -8)",
+        help="where that bias starts, a logit; -8 closes far pairs until training opens them "
+        "(default: -8)",
     )
-    parser.add_argument(
-        "--text",
-        metavar="FILE",
-        help="UTF-8 text to score masked tokens of source and result on; without a masked-LM head, "
-        "how far their hidden states agree",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="PATH", help="directory or hub id of the tokenizer (default: SOURCE)"
-    )
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: SOURCE's)")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
 
 
 def run(args: argparse.Namespace) -> int:

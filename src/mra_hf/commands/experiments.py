@@ -30,7 +30,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         nargs="?",
         metavar="FILE.yaml",
-        help="settings as `name: value`, a line each; the command line wins",
+        help="settings as `name: value`, a line each",
     )
     parser.set_defaults(
         disable_tqdm=quiet_outside_terminals(),
@@ -77,11 +77,15 @@ def _print_results(results: dict[str, Any], training_args: TrainingArguments) ->
     for part in ("train", "eval"):
         for name, value in results.get(part, {}).items():
             if isinstance(value, float):
-                print(f"{name:<36}{value:>14.4f}")
+                unit = " s" if name.endswith("_runtime") else ""
+                print(f"{name:<36}{value:>14.4f}{unit}")
             elif isinstance(value, (int, str)):
                 print(f"{name:<36}{value:>14}")
-    written = [RESULTS_NAME, EXPERIMENT_NAME]
+    output = Path(training_args.output_dir)
+    written = ["the model"] * any(output.glob("model*.safetensors"))
+    written += [RESULTS_NAME, EXPERIMENT_NAME]
     written += [HISTORY_NAME] * training_args.do_train
+    written += sorted(path.name for path in output.glob("predictions*.*"))
     print(f"written to {training_args.output_dir}: {', '.join(written)}")
 
 

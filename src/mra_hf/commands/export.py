@@ -1,8 +1,7 @@
 """Write a checkpoint as a graph for ONNX Runtime, OpenVINO or torch without this package.
 
-CHECKPOINT is a directory or hub id of type mra_hf, with any head, or a converted sentence encoder.
 OUT gets the graph, tokenizer, config and a README that says how to run it. The graph takes every
-batch and length; it is compared with the model at three lengths before OUT appears.
+batch size and length; it is compared with the model at three lengths before OUT appears.
 
 example:
   mra-hf export roberta-4096 roberta-4096-onnx --format onnx --dtype int8
@@ -17,7 +16,9 @@ from mra_hf.deployment import DTYPES, FORMATS, export_checkpoint
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mra-hf export`."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="directory or hub id of type mra_hf"
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="directory or hub id of type mra_hf, with any head, or a converted sentence encoder",
     )
     parser.add_argument("output_dir", metavar="OUT", help="directory to write")
     parser.add_argument(
@@ -30,15 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=tuple(DTYPES),
         default="float32",
-        help="bfloat16: torch only; int8: linear layers, onnx only (default: %(default)s)",
+        help="of weights and arithmetic; bfloat16: torch only; int8: the weights of linear layers, "
+        "onnx only (default: %(default)s)",
     )
     parser.add_argument(
-        "--opset", type=int, default=18, metavar="N", help="of ONNX (default: %(default)s)"
+        "--opset",
+        type=int,
+        default=18,
+        metavar="N",
+        help="version of ONNX's operators (default: %(default)s)",
     )
     parser.add_argument(
         "--pooling",
         action="store_true",
-        help="of a sentence encoder: put its pooling into the graph (output sentence_embedding)",
+        help="put the pooling of a sentence encoder into the graph, with the output "
+        "sentence_embedding (default: states of tokens only)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is not empty")
 

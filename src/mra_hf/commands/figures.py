@@ -5,8 +5,8 @@ the paper's.
 
 example:
   mra-hf figures --out figures
-  mra-hf figures --source roberta-base --text book.txt --length 512 --out figures
-  mra-hf figures --source heads.safetensors --only figure-5 figure-7 --out figures
+  mra-hf figures --source roberta-base --text book.txt --out figures
+  mra-hf figures --source heads.safetensors --only figure-5 --out figures
 """
 
 import argparse
@@ -25,17 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         default="synthetic",
-        help='"synthetic" (default), a file of mra-hf record, or a checkpoint (with --text)',
-    )
-    parser.add_argument("--text", help="text for the checkpoint: .txt or .jsonl, or a folder")
-    parser.add_argument(
-        "--length", type=int, help="tokens, 128 or more (default: 512, or what was recorded)"
+        help='"synthetic" (default), a file of mra-hf record, or a checkpoint: directory or hub id',
     )
     parser.add_argument(
-        "--only", nargs="+", choices=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}"
+        "--text",
+        metavar="PATH",
+        help="what the checkpoint reads: .txt or .jsonl file, or a folder (no default)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("figures"), help="folder (default: %(default)s)"
+        "--length",
+        type=int,
+        metavar="N",
+        help="tokens, 128 or more (default: 512, or what was recorded)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help="figure-1 to figure-8, table-7, locality, selection (default: all, some minutes)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("figures"),
+        help="folder to write to (default: %(default)s)",
     )
 
 
@@ -45,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"out must be a folder, and {args.out} is a file.")
     is_recorded = Path(args.source).is_file()
     if args.text is not None and (is_recorded or args.source == "synthetic"):
-        raise ValueError("text is for a checkpoint as --source; drop it.")
+        raise ValueError(
+            f"--text is for a checkpoint, and --source is {args.source}; name a checkpoint with "
+            "--source, or drop it."
+        )
     if args.length is not None and is_recorded:
         raise ValueError(f"length is that of the recorded heads in {args.source}; drop it.")
     length = 512 if args.length is None else args.length

@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -11,7 +12,7 @@ from mra_hf_cli import suggestion
 
 #: What help says about the settings of `Trainer` that most runs set.
 TRAINER_HELP = {
-    "output_dir": "folder of the run; it must be new, or be resumed",
+    "output_dir": "folder of the run, new or resumed (default: trainer_output)",
     "do_train": "train",
     "do_eval": "evaluate at the end",
     "num_train_epochs": "passes over the training data",
@@ -21,7 +22,7 @@ TRAINER_HELP = {
     "gradient_accumulation_steps": "add up the gradients of so many batches before a step",
     "learning_rate": "peak learning rate of AdamW",
     "warmup_steps": "steps to reach it; below 1: as a share of all steps",
-    "eval_strategy": "evaluate while training: no, steps, epoch",
+    "eval_strategy": "evaluate while training",
     "save_steps": "write a checkpoint after so many steps",
     "logging_steps": "log the loss after so many steps",
     "bf16": "compute in bfloat16",
@@ -35,26 +36,75 @@ _VALUES = {int: "N", float: "X", str: "TEXT"}
 class CommandParser(HfArgumentParser):
     """`HfArgumentParser` for a command and its dataclasses.
 
-    `--help` shows the options of the dataclasses in groups, under the first line of their
-    docstrings. Of `TrainingArguments` it shows those of `TRAINER_HELP`, and `--help-all` the rest.
+    `--help` begins with the example that ends the description. It shows the options of the
+    dataclasses in groups, under the first line of their docstrings. Of `TrainingArguments` it shows
+    those of `TRAINER_HELP`, and `--help-all` the rest.
     """
 
-    def __init__(self, kinds: Sequence[type], **settings: Any):
-        if kinds:
-            settings["usage"] = "%(prog)s [FILE.yaml] [--OPTION VALUE ...]"
-        super().__init__(kinds, formatter_class=_HelpFormatter, **settings)
+    def __init__(self, kinds: Sequence[type], description: str | None = None, **settings: Any):
+        text, _, self.example = (description or "").partition("\nexample:\n")
+        column = 34 if kinds else 26
+        super().__init__(
+            kinds,
+            description=text.strip(),
+            formatter_class=functools.partial(_HelpFormatter, max_help_position=column),
+            **settings,
+        )
         more = "show every option of Trainer too, and exit" if kinds else argparse.SUPPRESS
         self.add_argument("--help-all", action=_HelpAll, help=more)
 
+    def format_usage(self) -> str:
+        """One line: what must be given, and that there are options."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self._short_usage(), (), ())
+        return formatter.format_help()
+
     def format_help(self, everything: bool = False) -> str:
         """The help text, with all options of `TrainingArguments` if `everything`."""
-        if not self.dataclass_types:
-            return super().format_help()
-        names = [name for kind in self.dataclass_types for name in _fields(kind)]
         formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, ())
+        if self.example:
+            formatter.add_text(f"example:\n{self.example.rstrip()}")
         formatter.add_text(self.description)
-        _add_section(formatter, "arguments", [x for x in self._actions if x.dest not in names])
+        formatter.add_usage(self._short_usage(), (), ())
+        sections = self._experiment_sections(everything) if self.dataclass_types else self._groups()
+        for title, actions in sections:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _short_usage(self) -> str:
+        if self.dataclass_types:
+            return "%(prog)s [FILE.yaml] [--OPTION VALUE ...]"
+        formatter = self._get_formatter()
+        words = ["%(prog)s"]
+        optional = False
+        for action in self._actions:
+            value = formatter._format_args(action, action.metavar or action.dest.upper())
+            if action.nargs == "+":
+                value = f"{value.split()[0]} ..."
+            if not action.option_strings:
+                words.append(value)
+            elif action.required:
+                words += [action.option_strings[0], value]
+            else:
+                optional |= not isinstance(action, (argparse._HelpAction, _HelpAll))
+        return " ".join([*words, "[--OPTION VALUE ...]"] if optional else words)
+
+    def _groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
+        """Title and actions of every group: positional ones first, --help last."""
+        positional, options, *titled = (
+            (group.title, group._group_actions) for group in self._action_groups
+        )
+        yield "arguments", positional[1]
+        yield from titled
+        title = "other options" if titled else "options"
+        yield title, sorted(options[1], key=lambda x: isinstance(x, argparse._HelpAction))
+
+    def _experiment_sections(self, everything: bool) -> Iterator[tuple[str, list[argparse.Action]]]:
+        """Title and actions of the file and of every dataclass."""
+        names = [name for kind in self.dataclass_types for name in _fields(kind)]
+        yield "arguments", [action for action in self._actions if action.dest not in names]
         for kind in self.dataclass_types:
             actions = [action for action in self._actions if action.dest in _fields(kind)]
             if not everything:
@@ -64,8 +114,7 @@ class CommandParser(HfArgumentParser):
                 title = "Of transformers.TrainingArguments" + (
                     " (all: --help-all)" * (not everything)
                 )
-            _add_section(formatter, title, actions)
-        return formatter.format_help()
+            yield title, actions
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
         """As argparse's; an unknown option is answered with one that resembles it."""
@@ -93,11 +142,18 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """An option is shown under its first name, with a short word for its value and its default."""
+class _HelpFormatter(argparse.HelpFormatter):
+    """An option is shown under its first name, with a short word for its value and its default.
 
-    def __init__(self, prog: str, **settings: Any):
-        super().__init__(prog, **{"max_help_position": 34} | settings)
+    Paragraphs are filled to the width of the terminal; an example keeps its lines.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example:"):
+            return text
+        paragraphs = text.split("\n\n")
+        filled = [super(_HelpFormatter, self)._fill_text(x, width, indent) for x in paragraphs]
+        return "\n\n".join(filled)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         is_usual = isinstance(action, (argparse._HelpAction, argparse.BooleanOptionalAction))
@@ -114,9 +170,12 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return _VALUES.get(action.type, "VALUE") if action.type else action.dest.upper()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_silent = action.default in (None, False, argparse.SUPPRESS, "no") or not action.help
-        if is_silent or "default" in action.help or isinstance(action, argparse._HelpAction):
+        is_flag = action.nargs == 0 or (action.nargs == "?" and not action.default)
+        is_said = not action.help or "default" in action.help or "not set" in action.help
+        if is_flag or is_said or not action.option_strings or action.required:
             return action.help
+        if action.default is None:
+            return f"{action.help} (default: none)"
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return f"{action.help} (default: %(default)s)"
@@ -137,11 +196,3 @@ def _brief(actions: Iterable[argparse.Action], kind: type) -> list[argparse.Acti
     for action in shown:
         action.help = TRAINER_HELP[action.dest]
     return shown
-
-
-def _add_section(
-    formatter: argparse.HelpFormatter, title: str, actions: Sequence[argparse.Action]
-) -> None:
-    formatter.start_section(title)
-    formatter.add_arguments(actions)
-    formatter.end_section()

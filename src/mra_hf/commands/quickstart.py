@@ -1,10 +1,8 @@
 """Convert a real checkpoint and see what comes out, in two minutes on a CPU, offline.
 
-Converts SOURCE to a long MRA checkpoint, compares both on masked tokens of a held-out text, fills
-masks in a long document, times its attention against dense attention at 4096 tokens on this
-machine, and draws one head in two resolutions. A SOURCE that fills in no masks, such as a sentence
-encoder, is compared by its hidden states. Without SOURCE: a small English RoBERTa, before and after
-further training.
+Converts SOURCE to a long MRA checkpoint, compares both on masked tokens of a held-out text (a model
+that fills in no masks: by hidden states), fills masks in a long document, times its attention
+against dense attention on this machine, and draws one head in two resolutions.
 
 example:
   mra-hf quickstart
@@ -67,25 +65,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        help="a checkpoint of a type that mra-hf convert takes: a directory or hub id. Default: "
-        "the small English RoBERTa that comes with this package",
+        metavar="SOURCE",
+        help="directory or hub id of a model that mra-hf convert takes (default: the small English "
+        "RoBERTa that comes with this package)",
     )
     parser.add_argument(
         "--output",
         type=Path,
+        metavar="DIR",
         default=Path("quickstart-output"),
         help="folder for the checkpoint, the numbers and the picture (default: %(default)s)",
     )
-    parser.add_argument("--text", type=Path, help="UTF-8 text to measure on (default: a sample)")
     parser.add_argument(
-        "--max-length", type=int, default=4096, help="tokens (default: %(default)s)"
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to measure on (default: an English sample)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        default=4096,
+        help="longest sequence of the result, in tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--block-per-row",
         type=int,
+        metavar="N",
         default=_UNTRAINED_BLOCKS,
-        help="exact blocks per row (default: %(default)s, for use without training; models that "
-        "are trained further do with 8)",
+        help="exact blocks per block row; 8 do if you train further (default: %(default)s)",
     )
 
 
@@ -97,10 +106,9 @@ def run(args: argparse.Namespace) -> int:
     steps.begin("get the source checkpoint")
     text = english_passage() if args.text is None else read_texts(args.text)[0]
     source = args.source or str(english_checkpoint())
+    read = read_source(source)
     if args.source is not None and args.text is None:
         text = _readable(text, source)
-
-    read = read_source(source)
 
     steps.begin(f"convert it to {args.max_length} tokens")
     report = convert_checkpoint(
@@ -303,7 +311,13 @@ def _compare(report: ConversionReport, source, model, continued, tokenizer, text
         print(columns.format(name, label, length, accuracy, loss, against), flush=True)
     print(
         f"{rows[0]['masked_tokens']} masked tokens, the same in every row; loss in nats, "
-        "differences with their 95 % intervals."
+        "differences with their 95 % intervals.\nchunk: tokens read at once; untrained: the "
+        "result of the conversion as it is"
+        + (
+            "."
+            if continued is None
+            else "; continued: the same after\nfurther training, which comes with this package."
+        )
     )
     return rows
 

@@ -16,16 +16,30 @@ from mra_hf.commands.experiments import quiet_outside_terminals
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_reading_arguments(parser)
-    parser.add_argument("out", type=Path, help="file to write; it must not exist")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="file to write (.safetensors); it must not exist"
+    )
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which checkpoint reads what."""
-    parser.add_argument("checkpoint", help="directory or hub id of an encoder")
-    parser.add_argument("text", help=".txt or .jsonl file, or a folder of them")
-    parser.add_argument("--length", type=int, default=512, help="tokens (default: %(default)s)")
     parser.add_argument(
-        "--texts", type=int, default=2, help="so many chunks of the text (default: %(default)s)"
+        "checkpoint", metavar="CHECKPOINT", help="directory or hub id of an encoder"
+    )
+    parser.add_argument("text", metavar="TEXT", help=".txt or .jsonl file, or a folder of them")
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        default=512,
+        help="tokens of a chunk of text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--texts",
+        type=int,
+        metavar="N",
+        default=2,
+        help="chunks that are read (default: %(default)s)",
     )
 
 
@@ -52,6 +66,6 @@ def check_new_file(out: Path) -> None:
         ValueError: it exists, or its folder does not.
     """
     if out.exists():
-        raise ValueError(f"out {out} exists; name another file.")
+        raise ValueError(f"OUT (--out) {out} exists; name another file, or remove it first.")
     if not out.parent.is_dir():
-        raise ValueError(f"out {out} is in no folder that exists.")
+        raise ValueError(f"OUT (--out) {out} is in no folder that exists; make {out.parent} first.")

@@ -1,10 +1,8 @@
 """Put run directories into one table (Markdown and CSV) and their curves into one picture per task.
 
-A run directory is the output_dir of run-mlm, run-classification, run-wikihop or run-lra; folders
-are searched for them. Runs that differ only in the seed also get a mean and a 95 % interval;
-several attentions on a task of the Long Range Arena get a score of speed, memory and accuracy. With
---paper, the tables of the paper are repeated beside our figures: only a run that names its row
-(paper_row) is matched.
+A run directory is the output_dir of a run-* command. Runs that differ only in the seed also get a
+mean and a 95 % interval; several attentions on a task of the Long Range Arena get a score of speed,
+memory and accuracy.
 
 example:
   mra-hf results runs --out results
@@ -24,16 +22,19 @@ from mra_hf.results.tables import runs_csv, runs_table, seeds_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        "folders", nargs="+", metavar="DIR", help="run directories, or folders that hold some"
+        "folders", nargs="+", metavar="DIR", help="run directories, or folders to search for them"
     )
     parser.add_argument(
         "--out",
         type=Path,
+        metavar="DIR",
         default=Path("results"),
         help="folder for results.md, results.csv and curves_TASK.png (default: %(default)s)",
     )
     parser.add_argument(
-        "--paper", action="store_true", help="add the paper's tables, with ours where there is one"
+        "--paper",
+        action="store_true",
+        help="add the paper's tables, beside the runs that name a row of them (paper_row)",
     )
 
 

@@ -1,16 +1,17 @@
 r"""Fine-tune and evaluate a classifier of texts or pairs of texts (reviews, MNLI, ...).
 
-Settings come from a YAML file, from the command line, or from both: the command line wins. Every
-argument of transformers' TrainingArguments is one of them. Rows are read from .tsv, .csv and .jsonl
-files, or from a data set by name. `run-mnli` is another name of this command.
+Settings come from a YAML file, from options, or from both: options win. Rows are read from .tsv,
+.csv and .jsonl files, or from a data set by name. `run-mnli` is another name of this command.
 
 A new classifier on a model with a distance bias gets a global first block, as `mra-hf convert`
 gives to classifiers: it reads the first token, from which the bias would hide far text.
 
 example:
-  mra-hf run-classification --model_name_or_path roberta-4096 --train_file train.tsv \
-      --validation_file dev.tsv --do_train --do_eval --output_dir runs/pairs
-  mra-hf run-classification --model_name_or_path roberta-4096 --dataset_name nyu-mll/multi_nli \
+  mra-hf run-classification --model_name_or_path roberta-4096 \
+      --train_file train.tsv --validation_file dev.tsv \
+      --do_train --do_eval --output_dir runs/pairs
+  mra-hf run-classification --model_name_or_path roberta-4096 \
+      --dataset_name nyu-mll/multi_nli \
       --do_train --do_eval --output_dir runs/mnli
 """
 

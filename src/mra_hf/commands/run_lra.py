@@ -1,12 +1,13 @@
 r"""Train and test an encoder on a task of the Long Range Arena, with `Trainer`.
 
-Settings come from a YAML file (configs/lra has those of the papers), from the command line, or from
-both: the command line wins. Every argument of transformers' TrainingArguments is one of them.
+Settings come from a YAML file (configs/lra has those of the papers), from options, or from both:
+options win.
 
 example:
-  mra-hf run-lra configs/lra/listops.yaml --attention adamra --output_dir runs/listops-adamra
-  mra-hf run-lra configs/lra/image.yaml --source cifar-10-batches-bin --attention mra2_s \
-      --seed 1 --output_dir runs/image-mra2_s-1
+  mra-hf run-lra configs/lra/listops.yaml --attention adamra \
+      --output_dir runs/listops-adamra
+  mra-hf run-lra configs/lra/image.yaml --source cifar-10-batches-bin \
+      --attention mra2_s --seed 1 --output_dir runs/image-mra2_s-1
 """
 
 import argparse

@@ -1,12 +1,12 @@
 r"""Train or evaluate a masked language model on text files or a dataset, with `Trainer`.
 
-Settings come from a YAML file, from the command line, or from both: the command line wins. Every
-argument of transformers' TrainingArguments is one of them.
+Settings come from a YAML file, from options, or from both: options win.
 
 example:
   mra-hf run-mlm configs/pretrain/english_512.yaml --output_dir runs/english-512
-  mra-hf run-mlm --model_name_or_path roberta-4096 --max_seq_length 4096 --train_file books/ \
-      --validation_file held-out.txt --do_train --do_eval --output_dir runs/books
+  mra-hf run-mlm --model_name_or_path roberta-4096 --max_seq_length 4096 \
+      --train_file books/ --validation_file held-out.txt \
+      --do_train --do_eval --output_dir runs/books
 """
 
 import argparse

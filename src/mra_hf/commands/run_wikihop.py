@@ -1,12 +1,12 @@
 r"""Train or evaluate multi-hop question answering over candidates (WikiHop), with `Trainer`.
 
-Settings come from a YAML file, from the command line, or from both: the command line wins. Every
-argument of transformers' TrainingArguments is one of them. Questions are JSON files in WikiHop's
-schema; `mra-hf build-wordnet-hop` makes some.
+Settings come from a YAML file, from options, or from both: options win. Questions are
+JSON files in WikiHop's schema; `mra-hf build-wordnet-hop` makes some.
 
 example:
-  mra-hf run-wikihop --model_name_or_path roberta-4096 --train_file wikihop/train.json \
-      --validation_file wikihop/dev.json --do_train --do_eval --output_dir runs/wikihop
+  mra-hf run-wikihop --model_name_or_path roberta-4096 \
+      --train_file wikihop/train.json --validation_file wikihop/dev.json \
+      --do_train --do_eval --output_dir runs/wikihop
 """
 
 import argparse

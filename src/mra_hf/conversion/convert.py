@@ -295,6 +295,7 @@ def _result_config(
     config = MraConfig(max_position_embeddings=rows, **fields, **settings.as_dict())
     for name in source.raw_config.keys() & CLASSIFIER_FIELDS:
         setattr(config, name, source.raw_config[name])
+    notes += _doubtful_requests(source, config, changes, max_length)
     return config, notes
 
 
@@ -313,6 +314,25 @@ def _result_settings(
         )
         settings = settings.replace(block_budget=None)
     return settings.replace(**{name: value for name, value in changes.items() if value is not None})
+
+
+def _doubtful_requests(
+    source: Source, config: MraConfig, changes: dict[str, Any], max_length: int
+) -> list[str]:
+    """Notes on what may be asked for, and is seldom meant."""
+    notes = []
+    if max_length < source.learned_rows:
+        notes.append(
+            f"max_length {max_length} is less than the {source.learned_rows} tokens that the "
+            "source reads: its positions beyond are dropped."
+        )
+    is_dense = AttentionSettings.of(config).dense_length(max_length) >= max_length
+    if is_dense and changes["block_per_row"] is not None:
+        notes.append(
+            f"Every block is exact up to max_length {max_length}: nothing is saved over dense "
+            "attention. Lower block_per_row (--block-per-row) to save time and memory."
+        )
+    return notes
 
 
 def _open_first_block(

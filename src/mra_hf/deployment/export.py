@@ -23,7 +23,7 @@ from mra_hf.conversion.tokenizers import save_tokenizer
 from mra_hf.deployment.graphs import POOLING_MODES, Graph
 from mra_hf.deployment.readme import write_readme
 from mra_hf.deployment.report import ExportReport
-from mra_hf.loading import read_config
+from mra_hf.loading import naming_damaged_weights, read_config
 from mra_hf.modeling import HEADS
 
 if TYPE_CHECKING:
@@ -167,9 +167,10 @@ def _load(folder: Path, label: str) -> PreTrainedModel:
         raise ValueError(f"{label} has the head {named[0]}; exported are {listed}.")
 
     def load(**arguments):
-        return head.model_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **arguments
-        )
+        with naming_damaged_weights(label):
+            return head.model_class.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, **arguments
+            )
 
     model, info = load()
     missing = info["missing_keys"]

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mra_attention.checks import check_int
+from mra_attention.checks import check_int, check_int_if_given
 from mra_hf.configuration import AttentionSettings
 from mra_hf.data import classification as data
 from mra_hf.data.samples import check_amounts, sample_rows
@@ -244,6 +244,7 @@ def _evaluates(training_args: TrainingArguments) -> bool:
 
 def _check(model_args, data_args, training_args) -> None:
     runs.check_run(training_args)
+    check_int_if_given("preprocessing_num_workers", data_args.preprocessing_num_workers, 0)
     if not model_args.model_name_or_path:
         raise ValueError("there is no model to start from; pass --model_name_or_path.")
     files = data_args.train_file or data_args.validation_file

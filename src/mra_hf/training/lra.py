@@ -324,6 +324,11 @@ def _warmup(training_args: TrainingArguments, steps: int) -> int:
         ValueError: OneCycleLR cannot use them.
     """
     warmup = training_args.get_warmup_steps(steps)
+    if steps < 3:
+        raise ValueError(
+            f"max_steps must be at least 3 for the one-cycle schedule, got {steps}; or pass "
+            "--one_cycle false."
+        )
     if not 2 <= warmup < steps:
         raise ValueError(
             f"warmup_steps must be from 2 to {steps - 1}, below the steps of the run, "

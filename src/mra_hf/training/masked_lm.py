@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from mra_attention.checks import check_int
+from mra_attention.checks import check_int, check_int_if_given
 from mra_hf.data.masking import NewMasksEveryEpoch, SeededMasking
 from mra_hf.data.mlm import check_files, is_unreadable, load_documents, pack
 from mra_hf.data.samples import check_amounts
@@ -185,6 +185,7 @@ def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _check(model_args, data_args, training_args) -> None:
     runs.check_run(training_args)
+    check_int_if_given("preprocessing_num_workers", data_args.preprocessing_num_workers, 0)
     runs.check_best_metric(training_args, ("loss", "accuracy", "nll", "bits_per_token"))
     if str(training_args.metric_for_best_model).removeprefix("eval_") in ("nll", "bits_per_token"):
         training_args.greater_is_better = False  # Trainer knows this only of names ending in "loss"

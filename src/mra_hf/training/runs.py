@@ -56,6 +56,11 @@ from mra_hf.training.resuming import (
     is_at_its_end,
 )
 
+#: Settings of `TrainingArguments` that count something.
+_COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    "gradient_accumulation_steps",
+)
 #: Rows that `data_fingerprint` reads at a time.
 _FINGERPRINT_ROWS = 1000
 
@@ -87,12 +92,22 @@ class ModelArguments:
         """The tokenizer `tokenizer_name`, or the checkpoint's own.
 
         Raises:
-            ValueError: the checkpoint is none.
+            ValueError: the checkpoint is none, or the tokenizer has more tokens.
             OSError: there is no such checkpoint or tokenizer.
         """
+        config = None
         if self.model_name_or_path:
-            read_config(self.model_name_or_path)  # says more clearly what is missing
-        return AutoTokenizer.from_pretrained(self.tokenizer_name or self.model_name_or_path)
+            config = read_config(self.model_name_or_path)  # says more clearly what is missing
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name or self.model_name_or_path)
+        if self.tokenizer_name and config is not None:
+            last, size = max(tokenizer.get_vocab().values()), config.vocab_size
+            if last >= size:
+                raise ValueError(
+                    f"tokenizer_name {self.tokenizer_name} gives token ids up to {last}, but "
+                    f"vocab_size of {self.model_name_or_path} is {size}; the two do not belong "
+                    "together: leave tokenizer_name out."
+                )
+        return tokenizer
 
 
 @dataclass
@@ -189,6 +204,13 @@ def check_run(training_args: TrainingArguments) -> None:
         raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
     if Path(training_args.output_dir).is_file():
         raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
+    for name in _COUNTS:
+        check_int(name, getattr(training_args, name), 1)
+    epochs = training_args.num_train_epochs
+    if training_args.do_train and training_args.max_steps < 1 and epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs must be positive, got {epochs}; or pass a positive max_steps."
+        )
     if training_args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor must be 0, got {training_args.label_smoothing_factor}: "
