@@ -110,9 +110,9 @@ def added_peak_bytes(run: Callable[[], object], device: torch.device | str = "cp
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    before = _reset_resident_peak()
+    resident = _reset_resident_peak()
     run()
-    return None if before is None else max(0, _resident_bytes("VmHWM") - before)
+    return None if resident is None else max(0, _resident_bytes("VmHWM") - resident)
 
 
 def _reset_resident_peak() -> int | None:

@@ -9,6 +9,7 @@ example:
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mra_hf.data.wordnet_hop import build_wordnet_hop
 
@@ -28,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates", type=int, default=8, dest="n_candidates", metavar="N", help=text
     )
-    words = {"type": int, "nargs": 2, "default": (800, 1100), "metavar": ("MIN", "MAX")}
+    words: dict[str, Any] = {
+        "type": int,
+        "nargs": 2,
+        "default": (800, 1100),
+        "metavar": ("MIN", "MAX"),
+    }
     text = "length of the documents of a question, in words (default: 800 1100)"
     parser.add_argument("--words", **words, help=text)
     text = "questions of a split with the same answer (default: 12)"

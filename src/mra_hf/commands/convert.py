@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+from typing import Any
 
 from mra_attention.selection import SELECTION_RULES
 from mra_hf.conversion import DTYPES, convert_checkpoint
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     types = ", ".join(SOURCE_TYPES)
     parser.add_argument("source", metavar="SOURCE", help=f"directory or hub id of type {types}")
     parser.add_argument("output_dir", metavar="OUT", help="directory to write")
-    number = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument(
         "--max-length",
         **number,

@@ -29,7 +29,7 @@ TRAINER_HELP = {
     "resume_from_checkpoint": "true: go on from the last checkpoint in output_dir",
     "seed": "of the new weights and the order of the data",
 }
-_VALUES = {int: "N", float: "X", str: "TEXT"}
+_VALUES: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class CommandParser(HfArgumentParser):
@@ -39,7 +39,7 @@ class CommandParser(HfArgumentParser):
     docstrings. Of `TrainingArguments` it shows those of `TRAINER_HELP`, and `--help-all` the rest.
     """
 
-    def __init__(self, kinds: Sequence[type], **settings: Any):
+    def __init__(self, kinds: Sequence[Any], **settings: Any):
         if kinds:
             settings["usage"] = "%(prog)s [FILE.yaml] [--OPTION VALUE ...]"
         super().__init__(kinds, formatter_class=_HelpFormatter, **settings)
@@ -67,7 +67,9 @@ class CommandParser(HfArgumentParser):
             _add_section(formatter, title, actions)
         return formatter.format_help()
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # argparse types it by the class of the namespace
+        self, args=None, namespace=None
+    ) -> argparse.Namespace:
         """As argparse's; an unknown option is answered with one that resembles it."""
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -114,8 +116,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return _VALUES.get(action.type, "VALUE") if action.type else action.dest.upper()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_silent = action.default in (None, False, argparse.SUPPRESS, "no") or not action.help
-        if is_silent or "default" in action.help or isinstance(action, argparse._HelpAction):
+        is_silent = action.default in (None, False, argparse.SUPPRESS, "no")
+        is_silent = is_silent or isinstance(action, argparse._HelpAction)
+        if not action.help or is_silent or "default" in action.help:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -130,10 +133,10 @@ def _brief(actions: Iterable[argparse.Action], kind: type) -> list[argparse.Acti
     """One action for each option: without `--no_NAME`; of `TrainingArguments` those that most runs
     set, with a shorter help text.
     """
-    actions = {action.dest: action for action in reversed(list(actions))}  # the first of a name
+    by_name = {action.dest: action for action in reversed(list(actions))}  # the first of a name
     if not issubclass(kind, TrainingArguments):
-        return list(reversed(actions.values()))
-    shown = [actions[name] for name in TRAINER_HELP if name in actions]
+        return list(reversed(by_name.values()))
+    shown = [by_name[name] for name in TRAINER_HELP if name in by_name]
     for action in shown:
         action.help = TRAINER_HELP[action.dest]
     return shown

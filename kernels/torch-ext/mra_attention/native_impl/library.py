@@ -83,7 +83,8 @@ def _parallel_for() -> c_void_p | None:
 
 def instruction_sets() -> list[str]:
     """Names of the instruction sets that this machine can run, best first."""
-    library, names = load(), []
+    library = load()
+    names: list[str] = []
     while (name := library.mra_isa_name(len(names))) is not None:
         names.append(name.decode())
     return names
