@@ -132,9 +132,7 @@ def _check_value(config: str, action: argparse.Action, value: Any) -> None:
         try:
             if action.type is int and isinstance(value, (bool, float)):
                 raise ValueError("no integer")
-            assert callable(
-                action.type
-            )  # argparse also knows names of types, which nothing here uses
+            assert callable(action.type)  # not the name of a type, which argparse knows too
             converted = action.type(str(value))
             is_fault = action.choices is not None and converted not in action.choices
         except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):

@@ -349,8 +349,11 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
         "pooling": config.pooling if is_encoder else "mean",
     }
     if is_mra:
-        names: tuple[str, ...] = ("initial_prior_first_n_blocks", "selection")
-        names += ("initial_prior_diagonal_n_blocks",)
+        names: tuple[str, ...] = (
+            "initial_prior_first_n_blocks",
+            "initial_prior_diagonal_n_blocks",
+            "selection",
+        )
         conditions |= {name: getattr(config, name) for name in names}
     if is_adamra:
         names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")
