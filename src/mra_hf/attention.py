@@ -7,10 +7,9 @@ the model's config and refuses what it cannot serve.
 
 import inspect
 import re
-from collections.abc import Sequence
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,6 +25,9 @@ from mra_attention import (
 )
 from mra_attention.implementations import IMPLEMENTATIONS
 from mra_hf.configuration import AttentionSettings, MraConfig, complete_changes, explicit_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 logger = logging.get_logger(__name__)
 
@@ -190,9 +192,8 @@ def set_attention(
         )
     attention_modules = supported_attention_modules(model)
     changes = complete_changes(settings)
-    configs = {
-        id(module.config): module.config for module in model.modules() if _has_config(module)
-    }.values()
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(x): x for x in found if isinstance(x, PreTrainedConfig)}.values()
     for config in configs:
         new = AttentionSettings.of(config).replace(**changes)
         new.check()
@@ -203,7 +204,7 @@ def set_attention(
     for config in configs:
         _store_settings(config, name, changes)
     for module in attention_modules:
-        module.mra_impl = Implementation(impl)
+        vars(module)["mra_impl"] = Implementation(impl)
     _remove_attention_dropout(attention_modules, configs)
     return model
 
@@ -241,7 +242,11 @@ def supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def _supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     kind = type(model).__name__
-    attention_modules = [m for m in model.modules() if _calls_attention_interface(type(m))]
+    attention_modules = [
+        m
+        for m in model.modules()
+        if _calls_attention_interface(type(m))  # type: ignore[arg-type]  # a class is hashable
+    ]
     if not type(model)._can_set_attn_implementation() or not attention_modules:
         raise ValueError(
             f"{kind} does not use Transformers' attention interface and would ignore the request; "
@@ -280,7 +285,9 @@ def _supported_attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 def _check_masks(model: PreTrainedModel) -> None:
     """Refuse a model of which some part asks for a causal mask, or expands the mask itself."""
     for name, part in model.named_modules():
-        problem = _mask_problem(type(part)) if isinstance(part, PreTrainedModel) else None
+        if not isinstance(part, PreTrainedModel):
+            continue
+        problem = _mask_problem(type(part))  # type: ignore[arg-type]  # a class is hashable
         if problem is not None:
             kind = type(model).__name__
             raise ValueError(f"{kind}, in its {name}, {problem}" if name else f"{kind} {problem}")
@@ -351,7 +358,9 @@ def _store_settings(config: PreTrainedConfig, name: str, changes: dict[str, Any]
     config.mra = {setting: value for setting, value in explicit.items() if value is not None}
 
 
-def _check_layers(attention_modules: list[nn.Module], block_per_row: Sequence[int]) -> None:
+def _check_layers(
+    attention_modules: list[nn.Module], block_per_row: list[int] | tuple[int, ...]
+) -> None:
     """Refuse a list of budgets that does not fit the layers of a model."""
     layers = {getattr(module, "layer_idx", None) for module in attention_modules}
     if len(layers) != len(block_per_row) and None not in layers:
@@ -388,10 +397,11 @@ def _attend(name, module, query, key, value, attention_mask, **kwargs):
             f"and is allowed up to {MAX_MATRIX_TOKENS} tokens, got {query.shape[2]}; shorten the "
             "input, or call mra_attention.select_blocks for the chosen blocks only."
         )
-    attend, matrix_of = mra2_attention, mra2_attention_matrix
+    attend: Callable[..., Tensor] = mra2_attention
+    matrix_of: Callable[..., Tensor] = mra2_attention_matrix
     if settings.resolutions is not None:
         attend, matrix_of = multiresolution_attention, multiresolution_attention_matrix
-    shared = {"scale": scaling}
+    shared: dict[str, Any] = {"scale": scaling}
     if getattr(module, "distance_bias", None) is not None:
         shared["distance_bias"] = module.distance_bias(query)
     arguments = settings.for_operator() | shared
@@ -439,10 +449,6 @@ def _refuse(module: nn.Module, keywords: dict[str, Any]) -> None:
             "under which Transformers returns no matrices with a custom attention; "
             "leave it off and pass output_attentions=True to the forward call."
         )
-
-
-def _has_config(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "config", None), PreTrainedConfig)
 
 
 @cache

@@ -52,7 +52,7 @@ class AttentionSettings:
     `key_block_size` the `block_size`. `check` says whether the settings can be run.
     """
 
-    block_per_row: int | Sequence[int] | None = None
+    block_per_row: int | list[int] | tuple[int, ...] | None = None
     block_budget: int | None = None
     approx_mode: str = "full"
     initial_prior_first_n_blocks: int = 0
@@ -65,11 +65,8 @@ class AttentionSettings:
 
     def __post_init__(self):
         if self.resolutions is None:
-            defaults = {
-                "block_per_row": 8,
-                "block_size": 32,
-                "key_block_size": self.block_size or 32,
-            }
+            side = self.block_size or 32
+            defaults = {"block_per_row": 8, "block_size": side, "key_block_size": side}
             for name, default in defaults.items():
                 if getattr(self, name) is None:
                     object.__setattr__(self, name, default)
@@ -139,20 +136,21 @@ class AttentionSettings:
     def layer_budgets(self) -> tuple[int, ...]:
         """`block_per_row` of every layer; a single number where all layers share it."""
         budgets = self.block_per_row
+        assert budgets is not None  # of two scales
         return tuple(budgets) if isinstance(budgets, (list, tuple)) else (budgets,)
 
+    @property
+    def _side(self) -> int:
+        assert self.block_size is not None  # of two scales
+        return self.block_size
+
     def density(self, length: int) -> float:
-        """Return the share of the matrix that the finest scale covers at `length` real tokens; the
-        mean over layers where they differ.
-        """
+        """Return the share that the finest scale covers at `length` tokens, a mean of layers."""
         if self.resolutions is not None:
             padded = count_blocks(length, self.resolutions[0]) * self.resolutions[0]
-            shares = [
-                budget / (padded // size) ** 2
-                for budget, size in zip(self.block_budgets or (), self.resolutions, strict=False)
-            ]
-            return min([1.0, *shares])
-        rows = count_blocks(length, self.block_size)
+            pairs = zip(self.block_budgets or (), self.resolutions, strict=False)
+            return min([1.0, *(budget / (padded // size) ** 2 for budget, size in pairs)])
+        rows = count_blocks(length, self._side)
         if self.block_budget is not None:
             return min(1.0, self.block_budget / rows**2)
         budgets = self.layer_budgets
@@ -162,7 +160,7 @@ class AttentionSettings:
         """Return how many blocks of a head the finest scale covers at `length` real tokens."""
         if self.resolutions is not None:
             return (self.block_budgets or (0,))[-1]
-        rows = count_blocks(length, self.block_size)
+        rows = count_blocks(length, self._side)
         if self.block_budget is not None:
             return min(rows**2, self.block_budget)
         budgets = self.layer_budgets
@@ -176,7 +174,7 @@ class AttentionSettings:
             side = min(sides, default=longest) if self.resolutions[-1] == 1 else 0
             return min(side - side % self.resolutions[0], longest)
         rows = math.isqrt(self.block_budget or 0) or min(self.layer_budgets)
-        return min(self.block_size * rows, longest)
+        return min(self._side * rows, longest)
 
     def check(self) -> None:
         """Raise a `ValueError` unless these settings can be run."""
@@ -231,7 +229,7 @@ class AttentionSettings:
     def check_priors_at(self, length: int) -> None:
         """Refuse priors that take the whole budget of the coarsest of `resolutions` there."""
         first, diagonal = self.initial_prior_first_n_blocks, self.initial_prior_diagonal_n_blocks
-        if not self.block_budgets or not (first or diagonal):
+        if not self.block_budgets or not self.resolutions or not (first or diagonal):
             return
         rows = count_blocks(length, self.resolutions[0])
         others = max(0, rows - first)  # without the first rows and columns
@@ -389,8 +387,8 @@ class MraConfig(OwnConfig, RobertaConfig):
             given = f"{self.hidden_size} and {self.num_attention_heads}"
             raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {given}.")
         check_int_if_given("embedding_size", self.embedding_size, 1)
-        if not isinstance(given := self.sparse_prediction, bool):
-            raise ValueError(f"sparse_prediction must be True or False, got {given!r}.")
+        if not isinstance(sparse := self.sparse_prediction, bool):
+            raise ValueError(f"sparse_prediction must be True or False, got {sparse!r}.")
         self._check_distance_bias()
         check_choice("candidate_pooling", self.candidate_pooling, CANDIDATE_POOLING)
         self._check_positions()
@@ -424,6 +422,7 @@ class MraConfig(OwnConfig, RobertaConfig):
     @property
     def max_tokens(self) -> int:
         """The longest sequence, in tokens: table rows less the `pad_token_id + 1` reserved ones."""
+        assert self.pad_token_id is not None  # `_check_positions`
         return self.max_position_embeddings - (self.pad_token_id + 1)
 
     @property
@@ -457,9 +456,8 @@ class MraConfig(OwnConfig, RobertaConfig):
             config_dict["block_budget"] = None  # a fixed budget is for the length it was set for
         if kwargs.keys() & {*_TWO_SCALES, *_ANY_SCALES}:
             # The base class sets `kwargs` one by one, after the check; these must change together.
-            config_dict |= complete_changes(
-                {name: kwargs.pop(name) for name in SETTING_NAMES if name in kwargs}
-            )
+            changes = {name: kwargs.pop(name) for name in SETTING_NAMES if name in kwargs}
+            config_dict |= complete_changes(changes)
         return super().from_dict(config_dict, **kwargs)
 
 

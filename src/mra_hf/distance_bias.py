@@ -59,6 +59,7 @@ class DistanceBias(nn.Module):
     def __init__(self, config: MraConfig):
         super().__init__()
         window, self.far_bias = config.distance_bias_window, config.distance_bias_far
+        assert window is not None and config.block_size is not None  # `MraConfig.check`
         n_distances = count_blocks(config.max_tokens, config.block_size)
         self.widths = bucket_widths(window, n_distances)
         self.n_near = min(window + 1, len(self.widths))
@@ -98,9 +99,7 @@ class MraSelfAttention(RobertaSelfAttention):
         super().__init__(config, layer_idx=layer_idx)
         self.distance_bias = DistanceBias(config)
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs):
         """As the base class.
 
         Raises:

@@ -192,7 +192,7 @@ def override(config: PreTrainedConfig, overrides: str) -> None:
         )
         if others:
             config.update_from_string(others)
-        if before is not None:
+        if before is not None and isinstance(config, MraConfig):
             changes = {name: getattr(config, name) for name in SETTING_NAMES if name in values}
             before.replace(**changes).write_to(config)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:

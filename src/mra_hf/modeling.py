@@ -6,7 +6,7 @@ attention and defaults to `"mra2"` here; `"sdpa"` and `"eager"` give the dense m
 """
 
 import copy
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,14 +62,20 @@ GELU_NAMES = ("gelu", "gelu_python")
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "proxies")
 
 
-class MraPreTrainedMixin(OwnCode):
+if TYPE_CHECKING:  # what the mixin is mixed into
+    _Model = PreTrainedModel
+else:
+    _Model = object
+
+
+class MraPreTrainedMixin(OwnCode, _Model):
     """Shared by all classes of the family: default attention, loading of foreign names, saving."""
 
     config_class = MraConfig
     # RoBERTa's losses are means over a batch. Trainer would take them for sums over all
     # labels of a step, and not divide them by gradient_accumulation_steps.
     accepts_loss_kwargs = False
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"embeddings\.position_ids"]
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids"]  # noqa: RUF012
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         name = attn_implementation or "mra2"
@@ -97,9 +103,10 @@ class MraPreTrainedMixin(OwnCode):
         builtin = _is_builtin(pretrained_model_name_or_path, hub)
         if builtin and cls is MraModel:
             kwargs.setdefault("add_pooling_layer", False)  # theirs has none
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         # Transformers would undo the renaming on saving, and Trainer could then resume nothing.
         model._weight_conversions = []
         difference = cls._builtin_difference(model, info) if builtin else None
@@ -134,11 +141,11 @@ class MraEmbeddings(RobertaEmbeddings):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **kwargs,
+        past_key_values_length: int = 0,
     ) -> Tensor:
         is_ids = input_ids is not None
         argument, given = ("input_ids", input_ids) if is_ids else ("inputs_embeds", inputs_embeds)
@@ -160,9 +167,8 @@ class MraEmbeddings(RobertaEmbeddings):
         _check_rows("input_ids", input_ids, self.word_embeddings)
         _check_rows("position_ids", position_ids, self.position_embeddings)
         _check_rows("token_type_ids", token_type_ids, self.token_type_embeddings)
-        embeddings = super().forward(
-            input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs
-        )
+        inputs = (input_ids, token_type_ids, position_ids, inputs_embeds)
+        embeddings = super().forward(*inputs, past_key_values_length)
         return embeddings if self.projection is None else self.projection(embeddings)
 
 
@@ -219,7 +225,7 @@ class MraModel(MraPreTrainedMixin, RobertaModel):
         self.encoder = RobertaEncoder(config)
         if config.distance_bias_window is not None:
             for index, layer in enumerate(self.encoder.layer):
-                layer.attention.self = MraSelfAttention(config, layer_idx=index)
+                layer.get_submodule("attention").self = MraSelfAttention(config, layer_idx=index)
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
         logger.info(
@@ -242,7 +248,7 @@ class MraForMaskedLM(MraPreTrainedMixin, RobertaForMaskedLM):
         self.post_init()
 
     @property
-    def accepts_loss_kwargs(self) -> bool:
+    def accepts_loss_kwargs(self) -> bool:  # type: ignore[override]  # elsewhere a constant
         """Whether the loss is divided by `num_items_in_batch`, as Trainer asks."""
         return self.config.sparse_prediction
 
@@ -398,8 +404,9 @@ class MraForCandidateChoice(MraPreTrainedMixin, RobertaPreTrainedModel):
                 f"chunks of input_ids {tuple(input_ids.shape[:2])}, got {shape}."
             )
         if attention_mask is None:
-            attention_mask = input_ids != self.config.pad_token_id
-        present = attention_mask.any(-1)  # [B, chunks]
+            assert self.config.pad_token_id is not None  # `MraConfig.check`
+            attention_mask = input_ids.ne(self.config.pad_token_id)
+        present: Tensor | tuple[slice, int] = attention_mask.any(-1)  # [B, chunks]
         if input_ids.shape[1] == 1 and not torch.jit.is_tracing():
             present = (slice(None), 0)  # no chunk to skip, and nothing is read on the host
         outputs = self.roberta(

@@ -2,6 +2,8 @@
 again.
 """
 
+from typing import Any, TypeAlias
+
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -10,6 +12,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
     RobertaTokenizer,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,8 +31,10 @@ from mra_hf.encoders.modeling import (
 from mra_hf.modeling import HEADS
 from mra_hf.remote_code import add_model_class
 
+_Classes: TypeAlias = tuple[type[PreTrainedConfig], type[PreTrainedModel], tuple[Any, ...]]
+
 #: (configuration, model class, Auto classes) of the small encoders.
-ENCODERS = (
+ENCODERS: tuple[_Classes, ...] = (
     (AdaMraConfig, AdaMraModel, (AutoModel,)),
     (AdaMraConfig, AdaMraForSequenceClassification, (AutoModelForSequenceClassification,)),
     (LraConfig, LraModel, (AutoModel,)),
@@ -39,7 +45,9 @@ ENCODERS = (
 
 def register() -> None:
     """Register config, models, tokenizer and attention names. Called by `import mra_hf`."""
-    heads = tuple((MraConfig, head.model_class, head.auto_classes) for head in HEADS)
+    heads: tuple[_Classes, ...] = tuple(
+        (MraConfig, head.model_class, head.auto_classes) for head in HEADS
+    )
     for config_class, model_class, auto_classes in heads + ENCODERS:
         # By class name "MraConfig" is taken by Transformers' own MRA, hence exist_ok.
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

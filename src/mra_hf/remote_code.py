@@ -7,6 +7,7 @@ copy is another class: its settings reach neither the attention nor the checks o
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,11 +34,31 @@ class OwnCode:
     def register_for_auto_class(cls, auto_class=None):
         """As the base class for code outside this package; for its own classes nothing."""
         if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
-            super().register_for_auto_class(*([] if auto_class is None else [auto_class]))
+            arguments = [] if auto_class is None else [auto_class]
+            # Configurations and models have the method, and no base class in common.
+            super().register_for_auto_class(*arguments)  # type: ignore[misc]
 
 
-class OwnConfig(OwnCode):
+if TYPE_CHECKING:  # what `OwnConfig` is mixed into
+    _Config = PreTrainedConfig
+else:
+    _Config = object
+
+
+class OwnConfig(OwnCode, _Config):
     """Mixin of the configuration classes of this package."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def num_labels(self) -> int:
+            """Two where nothing names the labels, so never None."""
+
+        @num_labels.setter
+        def num_labels(self, value: int) -> None: ...
+
+        def validate(self) -> None:
+            """What huggingface_hub's `strict` gives to configuration classes."""
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the base class; writes the module of one line beside config.json."""

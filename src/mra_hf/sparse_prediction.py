@@ -72,9 +72,10 @@ def _switches_of(model: PreTrainedModel) -> dict[str, bool]:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return all_logits(input_ids, *args, labels=labels, **kwargs)
         states = model.base_model(input_ids, *args, **kwargs).last_hidden_state  # [B, N, hidden]
+        assert head is not None  # `labelled_logits` and `sparse_prediction` are for models with one
         return output_at_labels(head, states, labels, num_items_in_batch)
 
-    forward.labelled_only = switches
+    vars(forward)["labelled_only"] = switches
     model.forward = forward
     return switches
 

@@ -8,7 +8,8 @@ import argparse
 import difflib
 from collections.abc import Sequence
 
-__version__ = "0.1.0"
+#: The only place that says the version: the build, `mra_hf.__version__` and `--version` read it.
+__version__ = "0.2.0"
 
 #: What one wants to do -> name of a command -> what it does; its module is imported when it runs.
 GROUPS = {

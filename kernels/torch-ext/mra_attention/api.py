@@ -4,10 +4,10 @@ Letters: B batch, H heads, N tokens, D head dim, M queries per block, R = ceil(N
 per key block, C = R * M / W key blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -186,7 +186,7 @@ def multiresolution_attention(
         ValueError: an argument of the wrong type, shape, dtype, device or value; the message says
             what to pass.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "approx_mode": approx_mode,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
         "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
@@ -318,7 +318,7 @@ def multiresolution_attention_matrix(
     Raises:
         ValueError: as `multiresolution_attention`.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "approx_mode": approx_mode,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
         "initial_prior_diagonal_n_blocks": initial_prior_diagonal_n_blocks,
@@ -427,7 +427,9 @@ def _exported_attention(
 ) -> Tensor:
     """The operator in a graph that `torch.export` can keep symbolic for every N >= 1."""
     if isinstance(selection, BlockSelection):  # of one length, and of any number of pairs
-        attend = partial(reference.attention, blocks=selection.blocks, **arguments)
+        attend: Callable[..., Tensor] = partial(
+            reference.attention, blocks=selection.blocks, **arguments
+        )
     else:
         attend = partial(exported.export_attention, sparse=arguments["sparse"], **settings)
     device = query.device.type

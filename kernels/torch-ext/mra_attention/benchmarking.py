@@ -123,9 +123,11 @@ def reset_peak(device: torch.device | str = "cpu") -> int | None:
 def added_since(before: int | None, device: torch.device | str = "cpu") -> int | None:
     """Return by how many bytes the peak exceeds `before`, which `reset_peak` returned."""
     device = torch.device(device)
+    if before is None:
+        return None
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before
-    return None if before is None else max(0, _resident_bytes("VmHWM") - before)
+    return max(0, _resident_bytes("VmHWM") - before)
 
 
 def _reset_resident_peak() -> int | None:

@@ -76,7 +76,8 @@ class Items(NamedTuple):
 
 def export_attention(*tensors: Tensor | None, **arguments) -> Tensor:
     """`attention`, or what it is `replaced_by`."""
-    return (_replacement or attention)(*tensors, **arguments)
+    function: Callable[..., Tensor] = _replacement or attention
+    return function(*tensors, **arguments)
 
 
 def attention(

@@ -21,7 +21,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ OLDEST_CAPABILITY = (8, 0)
 INSTALL_TRITON = 'pip install "triton>=3.5" (Linux; the CUDA and ROCm builds of torch bring it)'
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _traced_as_constant(function: _Function) -> _Function:
+    """Tell torch.compile to call the function while it traces and to keep the result.
+
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler: two seconds.
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
 
 
 class Summaries(NamedTuple):
@@ -119,6 +132,7 @@ def native_refusal(query: Tensor, block_size: int, key_block_size: int) -> str |
     return native_problem()
 
 
+@_traced_as_constant
 def native_problem() -> str | None:
     """Why the compiled CPU kernels cannot be used here, None if they can."""
     from .native_impl import library
@@ -128,9 +142,6 @@ def native_problem() -> str | None:
     except ImportError as error:
         return f"is not available: {error}"
     return None
-
-
-native_problem._dynamo_marked_constant = True  # as `cuda_capability` below
 
 
 def triton_refusal(query: Tensor, block_size: int, key_block_size: int) -> str | None:
@@ -165,16 +176,12 @@ def triton_is_installed() -> bool:
     return _IS_INSTALLED
 
 
+@_traced_as_constant
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a CUDA device; None for ROCm, and where tensors on it are fake."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
-
-
-# Tells torch.compile to call the function while it traces and to keep the result. The decorator
-# torch.compiler.assume_constant_result does the same, but imports the compiler: two seconds.
-cuda_capability._dynamo_marked_constant = True
 
 
 def interprets() -> bool:

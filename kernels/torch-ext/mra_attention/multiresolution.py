@@ -53,8 +53,8 @@ def attention(
             pairs, cut = _choose(children, query, key, scheme, budget, level)
             members = members & ~cut
         if is_last or not scheme.sparse:
-            means = (level.means(x).flatten(0, 1) for x in (query, key, value))
-            state.add_pairs(children, members, *means, scheme.scale)
+            of_query, of_key, of_value = (level.means(x).flatten(0, 1) for x in (query, key, value))
+            state.add_pairs(children, members, of_query, of_key, of_value, scheme.scale)
     return _finish(state, levels[-1], query.shape, token_mask, value.dtype)
 
 

@@ -21,6 +21,7 @@ C = R * M / W key blocks.
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def _summaries(
     counts: Tensor | None,
 ) -> Summaries | None:
     """The summaries of a call: the ones it was given, else computed."""
-    if vectors is None:
+    if vectors is None or counts is None:
         return package.summarize(*inputs, token_mask, key_block_size)
     return Summaries(vectors, counts)
 
@@ -160,7 +161,7 @@ def mra2_forward(
     of the pairs selected per head, None where there is no such bound.
     """
     key_block_size = key_block_size or block_size
-    settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
+    settings: dict[str, Any] = {"scale": scale, "sparse": sparse, "block_size": block_size}
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,
@@ -207,7 +208,7 @@ def mra2_backward(
     what `mra2_forward` returned.
     """
     key_block_size = key_block_size or block_size
-    settings = {"scale": scale, "sparse": sparse, "block_size": block_size}
+    settings: dict[str, Any] = {"scale": scale, "sparse": sparse, "block_size": block_size}
     settings |= {
         "distance_bias": distance_bias,
         "initial_prior_first_n_blocks": initial_prior_first_n_blocks,

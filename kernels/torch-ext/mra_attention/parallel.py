@@ -10,14 +10,18 @@ import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    import _ctypes
 
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
 
 @functools.cache
-def torch_parallel_for() -> "ctypes._CFuncPtr | None":
+def torch_parallel_for() -> "_ctypes.CFuncPtr | None":
     """`torch_parallel_for(begin, end, grain, body, context)` of torch's C interface, in torch from
     2.10 on; None where there is none.
     """
@@ -41,7 +45,8 @@ def run_items(work: Callable[[int], None], count: int) -> None:
         for item in range(count):
             work(item)
         return
-    items, errors = itertools.count(), []
+    items = itertools.count()
+    errors: list[BaseException] = []
     # A thread of torch has neither mode of the caller.
     in_inference_mode = torch.is_inference_mode_enabled()
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mra_attention.benchmarking import added_since, reset_peak
-from mra_attention.blocks import count_blocks
 from mra_attention.checks import check_int
 from mra_hf.attention import ATTENTION_NAMES, set_attention
 from mra_hf.configuration import AttentionSettings
@@ -251,7 +250,9 @@ def _fits(settings: AttentionSettings, blocks: int) -> bool:
 
 def _is_approximate(model: PreTrainedModel, blocks: int | list[int], length: int) -> bool:
     smallest = min(blocks) if isinstance(blocks, list) else blocks
-    return smallest < count_blocks(length, AttentionSettings.of(model.config).block_size)
+    size = AttentionSettings.of(model.config).block_size
+    assert size is not None  # there are two scales
+    return smallest * size < length
 
 
 class _Reader:
@@ -260,7 +261,8 @@ class _Reader:
     def __init__(self, model, tokenizer, texts, stream: Tensor, borders, masked_lm: bool):
         self.model, self.tokenizer, self.texts = model, tokenizer, texts
         self.stream, self.masked_lm = stream, masked_lm
-        self.borders = tuple(torch.tensor(ids).long() for ids in borders)
+        before, after = (torch.tensor(ids).long() for ids in borders)
+        self.borders = (before, after)
         #: Of dense attention in chunks of the shortest length, and at the present length.
         self.chunks: MaskedTokenLosses | None = None
         self.dense: MaskedTokenLosses | None = None
@@ -303,6 +305,7 @@ class _Reader:
         if is_dense:
             self.dense = losses
             self.chunks = self.chunks or losses
+        assert self.dense is not None and self.chunks is not None  # dense attention is first
         return {
             "accuracy": scores.accuracy,
             "loss": scores.nll,
@@ -393,7 +396,7 @@ def recommend(rows: Sequence[AdviceRow]) -> str:
 def _is_good(row: AdviceRow) -> bool:
     """Whether a budget costs little beside dense attention."""
     if row.over_dense is None:
-        return 1 - row.cosine <= COSINE_TOLERANCE
+        return row.cosine is not None and 1 - row.cosine <= COSINE_TOLERANCE
     return row.over_dense.mean - row.over_dense.half <= LOSS_TOLERANCE
 
 

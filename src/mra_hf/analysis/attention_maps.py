@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mra_attention import BlockSelection, mra2_attention_matrix, select_blocks
@@ -60,10 +60,12 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
         ValueError: the configuration has other scales than two (`resolutions`).
     """
     encoder = getattr(model, "roberta", model)
-    projections: list[dict[str, Tensor]] = [{} for _ in encoder.encoder.layer]
+    layers = encoder.get_submodule("encoder.layer")
+    assert isinstance(layers, nn.ModuleList)
+    projections: list[dict[str, Tensor]] = [{} for _ in layers]
     handles = []
-    for layer, module in enumerate(encoder.encoder.layer):
-        attention = module.attention.self
+    for layer, module in enumerate(layers):
+        attention = module.get_submodule("attention.self")
         for name in ("query", "key"):
 
             def record(_module, _inputs, output, layer=layer, name=name):
@@ -92,7 +94,7 @@ def matrices_of_all_heads(model: PreTrainedModel, inputs: dict[str, Tensor]) -> 
             recorded[name].unflatten(-1, (heads, -1)).transpose(1, 2).float()
             for name in ("query", "key")
         )
-        attention = encoder.encoder.layer[layer].attention.self
+        attention = layers[layer].get_submodule("attention.self")
         arguments = settings.for_layer(layer).for_operator()
         if isinstance(attention, MraSelfAttention):
             arguments["distance_bias"] = attention.distance_bias(query)

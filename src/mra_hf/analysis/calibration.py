@@ -47,10 +47,11 @@ def layers_of(heads: HeadInputs) -> list[int]:
     Raises:
         ValueError: the heads are not of a model.
     """
-    matches = [re.search(r"layer (\d+)$", name) for name in heads.instance_names]
-    if not all(matches):
+    found = [re.search(r"layer (\d+)$", name) for name in heads.instance_names]
+    layers = [int(match[1]) for match in found if match is not None]
+    if len(layers) < len(found):
         raise ValueError(f"heads must be recorded from a model, got {heads.source}.")
-    return [int(match[1]) for match in matches]
+    return layers
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def record_heads(model: PreTrainedModel, texts: Sequence[Tensor], source: str) -
         for ids in texts:
             model(input_ids=ids[None])
         records = [_RECORDS[module][number] for number in range(len(texts)) for module in modules]
-    query, key, value = (torch.cat([record[part] for record in records]) for part in range(3))
+    query, key, value = map(torch.cat, list(zip(*records, strict=True))[:3])
     names = tuple(
         f"text {number} layer {layer}"
         for number in range(len(texts))

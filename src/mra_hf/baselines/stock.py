@@ -3,6 +3,8 @@
 Its modeling modules are imported when a method is called: they would slow `import mra_hf` down.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -127,7 +129,7 @@ def nystromformer(
     return output.view(batch, length, heads, dim).transpose(1, 2)
 
 
-def _sizes(query: Tensor) -> dict[str, int]:
+def _sizes(query: Tensor) -> dict[str, Any]:
     _, heads, _, dim = query.shape
     return {"hidden_size": heads * dim, "num_attention_heads": heads, "num_hidden_layers": 1}
 

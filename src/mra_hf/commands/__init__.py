@@ -77,7 +77,7 @@ def _sentence(error: Exception) -> str:
             "--gradient_checkpointing."
         )
     if isinstance(error, OSError) and error.filename is not None:
-        meaning = _SYSTEM_ERRORS.get(error.errno, error.strerror)
+        meaning = _SYSTEM_ERRORS.get(error.errno or 0) or error.strerror
         return f"{error.filename}: {meaning}."
     return " ".join(str(error).split())
 

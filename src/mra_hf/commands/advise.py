@@ -141,11 +141,13 @@ def _opened(
         masked_lm = tokenizer.mask_token_id is not None and any(
             architecture.endswith("ForMaskedLM") for architecture in architectures
         )
+        model: PreTrainedModel
         if masked_lm:
             model = load_masked_lm(name)
         else:
             model = AutoModel.from_pretrained(name, dtype=torch.float32)
-        yield model.to(device, DTYPES[args.dtype]), tokenizer, masked_lm
+        torch.nn.Module.to(model, device, DTYPES[args.dtype])  # in place
+        yield model, tokenizer, masked_lm
 
 
 def _device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ example:
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from mra_hf.data.wordnet_hop import build_wordnet_hop
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output", type=Path, metavar="OUT", help="folder to write; it must not exist"
     )
-    number = {"type": int, "metavar": "N"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     for split, size in (("train", 2400), ("dev", 100), ("test", 600)):
         text = f"questions of {split}.json (default: {size})"
         parser.add_argument(f"--{split}", **number, default=size, dest=f"n_{split}", help=text)
@@ -27,9 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "answers to choose from (default: 8)"
     parser.add_argument("--candidates", **number, default=8, dest="n_candidates", help=text)
-    words = {"type": int, "nargs": 2, "default": (800, 1100), "metavar": ("MIN", "MAX")}
-    text = "length of the documents of a question, in words (default: 800 1100)"
-    parser.add_argument("--words", **words, help=text)
+    parser.add_argument(
+        "--words",
+        type=int,
+        nargs=2,
+        default=(800, 1100),
+        metavar=("MIN", "MAX"),
+        help="length of the documents of a question, in words (default: 800 1100)",
+    )
     text = "questions of a split with the same answer (default: 12)"
     parser.add_argument("--max-per-answer", **number, default=12, help=text)
     parser.add_argument("--seed", **number, default=0, help="of all choices (default: 0)")

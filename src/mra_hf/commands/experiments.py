@@ -81,7 +81,7 @@ def _print_results(results: dict[str, Any], training_args: TrainingArguments) ->
                 print(f"{name:<36}{value:>14.4f}{unit}")
             elif isinstance(value, (int, str)):
                 print(f"{name:<36}{value:>14}")
-    output = Path(training_args.output_dir)
+    output = Path(training_args.output_dir or ".")
     written = ["the model"] * any(output.glob("model*.safetensors"))
     written += [RESULTS_NAME, EXPERIMENT_NAME]
     written += [HISTORY_NAME] * training_args.do_train
@@ -136,6 +136,7 @@ def _check_value(config: str, action: argparse.Action, value: Any) -> None:
         try:
             if action.type is int and isinstance(value, (bool, float)):
                 raise ValueError("no integer")
+            assert callable(action.type)  # not the name of a type, which argparse knows too
             converted = action.type(str(value))
             is_fault = action.choices is not None and converted not in action.choices
         except (ValueError, TypeError, KeyError, argparse.ArgumentTypeError):

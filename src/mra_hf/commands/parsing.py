@@ -30,7 +30,7 @@ TRAINER_HELP = {
     "resume_from_checkpoint": "true: go on from the last checkpoint in output_dir",
     "seed": "of the new weights and the order of the data",
 }
-_VALUES = {int: "N", float: "X", str: "TEXT"}
+_VALUES: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class CommandParser(HfArgumentParser):
@@ -41,7 +41,7 @@ class CommandParser(HfArgumentParser):
     those of `TRAINER_HELP`, and `--help-all` the rest.
     """
 
-    def __init__(self, kinds: Sequence[type], description: str | None = None, **settings: Any):
+    def __init__(self, kinds: Sequence[Any], description: str | None = None, **settings: Any):
         text, _, self.example = (description or "").partition("\nexample:\n")
         column = 34 if kinds else 26
         super().__init__(
@@ -80,7 +80,7 @@ class CommandParser(HfArgumentParser):
         words = ["%(prog)s"]
         optional = False
         for action in self._actions:
-            value = formatter._format_args(action, action.metavar or action.dest.upper())
+            value = formatter._format_args(action, action.dest.upper())
             if action.nargs == "+":
                 value = f"{value.split()[0]} ..."
             if not action.option_strings:
@@ -91,7 +91,7 @@ class CommandParser(HfArgumentParser):
                 optional |= not isinstance(action, (argparse._HelpAction, _HelpAll))
         return " ".join([*words, "[--OPTION VALUE ...]"] if optional else words)
 
-    def _groups(self) -> Iterator[tuple[str, list[argparse.Action]]]:
+    def _groups(self) -> Iterator[tuple[str | None, list[argparse.Action]]]:
         """Title and actions of every group: positional ones first, --help last."""
         positional, options, *titled = (
             (group.title, group._group_actions) for group in self._action_groups
@@ -116,7 +116,9 @@ class CommandParser(HfArgumentParser):
                 )
             yield title, actions
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # argparse types it by the class of the namespace
+        self, args=None, namespace=None
+    ) -> argparse.Namespace:
         """As argparse's; an unknown option is answered with one that resembles it."""
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -189,10 +191,10 @@ def _brief(actions: Iterable[argparse.Action], kind: type) -> list[argparse.Acti
     """One action for each option: without `--no_NAME`; of `TrainingArguments` those that most runs
     set, with a shorter help text.
     """
-    actions = {action.dest: action for action in reversed(list(actions))}  # the first of a name
+    by_name = {action.dest: action for action in reversed(list(actions))}  # the first of a name
     if not issubclass(kind, TrainingArguments):
-        return list(reversed(actions.values()))
-    shown = [actions[name] for name in TRAINER_HELP if name in actions]
+        return list(reversed(by_name.values()))
+    shown = [by_name[name] for name in TRAINER_HELP if name in by_name]
     for action in shown:
         action.help = TRAINER_HELP[action.dest]
     return shown

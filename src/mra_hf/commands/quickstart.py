@@ -271,7 +271,8 @@ def _readable(text: str, source: str) -> str:
     )
     words = sorted({token for token in tokenizer.get_vocab().values() if token not in special})
     generator = random.Random(0)
-    return " ".join(tokenizer.decode([generator.choice(words)]) for _ in range(1000))
+    drawn = [generator.choice(words) for _ in range(1000)]
+    return " ".join(str(tokenizer.decode([word])) for word in drawn)
 
 
 def _compare(report: ConversionReport, source, model, continued, tokenizer, text) -> list[dict]:

@@ -239,7 +239,7 @@ class _BiasRequest:
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or dtype in DTYPES.values():
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(

@@ -330,6 +330,7 @@ def _budget(report: ConversionReport) -> str:
             f"blocks of {scales} tokens ({mode}), of which {budgets} per head are cut: "
             f"the finest cover {report.density:.1%} of the matrix at {length} tokens"
         )
+    assert size is not None  # of two scales
     if settings.block_budget is None:
         budgets = ", ".join(map(str, settings.layer_budgets))
         budget = f"{budgets} exact blocks of {size} tokens per block row"
@@ -370,6 +371,7 @@ def _bias_summary(report: ConversionReport) -> str:
 
 def _bias_in_words(report: ConversionReport) -> str:
     size = AttentionSettings(**report.settings).block_size
+    assert report.distance_bias_window is not None and size is not None  # `_has_bias`
     tokens = (report.distance_bias_window + 1) * size
     return (
         "every head adds a learned number to its logits, one for each distance in blocks; it "

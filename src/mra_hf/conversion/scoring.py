@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import (
@@ -50,7 +51,8 @@ def with_scores(
             f"it says little about {report.max_length}.",
         )
     field = "scores" if measure is _masked_tokens else "agreement"
-    return dataclasses.replace(report, notes=notes, **{field: tuple(rows)})
+    found: dict[str, Any] = {field: tuple(rows)}
+    return dataclasses.replace(report, notes=notes, **found)
 
 
 def _lengths(report: ConversionReport) -> list[int]:

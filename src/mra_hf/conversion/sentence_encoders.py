@@ -96,9 +96,10 @@ def read_modules(root: Path) -> SentenceModules | None:
     _refuse_modules(root, rows)
     encoder_folder = root / rows[0]["path"]
     names = (ENCODER_SETTINGS_NAME, *_OLD_SETTINGS_NAMES)
-    found = next((encoder_folder / name for name in names if (encoder_folder / name).is_file()), "")
+    files = (encoder_folder / name for name in names)
+    found = next((path for path in files if path.is_file()), None)
     modules = SentenceModules(root, rows, read_json(found) if found else {})
-    _refuse_settings(found, modules.settings)
+    _refuse_settings(found or file, modules.settings)
     if modules.opened_by not in _OPENERS.values():
         raise ValueError(
             f"{root / MODEL_SETTINGS_NAME} says model_type {modules.opened_by!r}; "
@@ -167,9 +168,9 @@ def _refuse_settings(file: Path | str, settings: Mapping[str, Any]) -> None:
         )
     inputs = settings.get("modality_config", {"text": {}})
     text = inputs.get("text") if isinstance(inputs, dict) else None
-    reads_text = isinstance(text, dict) and len(inputs) == 1
     if (
-        not reads_text
+        not isinstance(text, dict)
+        or len(inputs) != 1
         or text.get("method", "forward") != "forward"
         or text.get("method_output_name", _OUTPUTS[0]) not in _OUTPUTS
     ):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mra_hf.configuration import MraConfig
 from mra_hf.conversion.report import TensorRecord
@@ -222,8 +222,9 @@ def _widen(source_name: str, bias: Tensor, fresh: Tensor) -> tuple[Tensor, str]:
     return bias, f"{known} buckets kept, {buckets - known} more as the last one"
 
 
-def _start_note(config: MraConfig) -> str:
+def _start_note(config: PreTrainedConfig) -> str:
     """Where a new distance bias starts."""
+    assert isinstance(config, MraConfig)
     window = config.distance_bias_window
     return f"0 up to {window} blocks, {config.distance_bias_far:g} beyond"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, load_dataset
 
 from mra_hf.data.hub import fetching
@@ -92,7 +93,7 @@ class LabelledTexts:
     without_text: int = 0
     faulty: int = 0
 
-    def select(self, rows: Sequence[int]) -> "LabelledTexts":
+    def select(self, rows: Sequence[int] | np.ndarray) -> "LabelledTexts":
         """The rows of these indices."""
         return LabelledTexts(
             [self.texts[row] for row in rows],
@@ -123,7 +124,7 @@ def read_files(
             label; the message gives file and line.
     """
     texts, labels, origins = [], [], []
-    count = Counter()
+    count: Counter[str] = Counter()
 
     def skip(fault: str) -> None:
         count["faulty"] += 1
@@ -134,8 +135,8 @@ def read_files(
             where = f"{file}, line {line}"
             if present is None:
                 present = columns.among(row, where)
-            values = tuple(row.get(name) for name in present.texts)
-            label = row.get(present.label)
+            values: tuple[Any, ...] = tuple(row.get(name) for name in present.texts)
+            label = None if present.label is None else row.get(present.label)
             label = label.strip() if isinstance(label, str) else label
             kind, fault = _fault_of(present, values, label)
             if fault and not skip_faulty:
@@ -226,7 +227,7 @@ def read_split(
     is_class = names is None and MINUS_ONE in declared
     no_label = (None, "", "-") if is_class else (None, "", *NO_LABEL)
     texts, labels, origins = [], [], []
-    count = Counter()
+    count: Counter[str] = Counter()
     for number, row in enumerate(data.select_columns([*columns.texts, columns.label])):
         values = tuple(row[column] for column in columns.texts)
         label = row[columns.label]
@@ -239,7 +240,7 @@ def read_split(
             count["without_text"] += 1
         else:
             texts.append(values)
-            labels.append(names[label] if names else label)
+            labels.append(names[int(label)] if names else label)
             origins.append((f"{where}, row", number))
     rows = LabelledTexts(texts, labels, origins, names, **count)
     return rows if names or is_class else _drop_minus_one(rows)

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from tqdm.auto import tqdm
@@ -112,7 +113,8 @@ def _write_source(source: TextSource, downloads: Path, output: Path) -> dict:
         split = "heldout" if held_out else "train"
         splits[split].append(json.dumps({"title": title, "text": text}, ensure_ascii=False))
         characters[split] += len(text)
-    row = {"package": source.package, "version": version, "licence": source.licence}
+    row: dict[str, Any] = {"package": source.package, "version": version}
+    row["licence"] = source.licence
     for split, lines in splits.items():
         written = "".join(f"{line}\n" for line in lines).encode()
         if lines:
@@ -161,7 +163,10 @@ def train_tokenizer(
     # The mask stands for a word with the space before it.
     mask = AddedToken("<mask>", lstrip=True, special=True)
     tokenizer = RobertaTokenizer(
-        vocab=vocab, merges=merges, mask_token=mask, model_max_length=max_length
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]  # pairs, which its annotation leaves out
+        mask_token=mask,  # type: ignore[arg-type]  # the same of an AddedToken
+        model_max_length=max_length,
     )
     tokenizer.save_pretrained(output)
     return tokenizer

@@ -90,7 +90,7 @@ def fetch_package(name: str, folder: Path) -> tuple[Path, str]:
             )
     archive = archives[-1]
     version = ""
-    for command in (["-x", archive, unpacked], ["-f", archive, "Version"]):
+    for command in (["-x", str(archive), str(unpacked)], ["-f", str(archive), "Version"]):
         done = subprocess.run(["dpkg-deb", *command], capture_output=True, text=True, check=False)
         if done.returncode:
             raise OSError(f"the package {archive} is damaged ({done.stderr.strip()}); delete it.")

@@ -7,18 +7,24 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import os
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 #: A document may be one cell; the limit of `csv` is 131072 characters by default.
 _LONGEST_CELL = 2**31 - 1
 
 #: Suffix (before the compression's) -> the character between columns; None: JSON lines.
-KINDS = {".jsonl": None, ".json": None, ".tsv": "\t", ".txt": "\t", ".csv": ","}
+KINDS: dict[str, str | None] = {
+    ".jsonl": None,
+    ".json": None,
+    ".tsv": "\t",
+    ".txt": "\t",
+    ".csv": ",",
+}
 
 
 def read_table(
@@ -131,7 +137,9 @@ def check_characters(content: Any, where: str) -> None:
 
 def _cells(lines, path: Path, kind: str, fault) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(_LONGEST_CELL)
-    quoting = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
+    delimiter = KINDS[kind]
+    assert delimiter is not None
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
     last = 0
 
     def texts() -> Iterator[str]:
@@ -141,10 +149,12 @@ def _cells(lines, path: Path, kind: str, fault) -> Iterator[tuple[int, dict[str,
                 _refuse_old_line_ends(text, path)
             yield text
 
-    reader = csv.reader(texts(), delimiter=KINDS[kind], quoting=quoting, strict=True)
+    reader = csv.reader(texts(), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         header = next(reader, None)
-        if header is not None and len(set(header)) < len(header):
+        if header is None:
+            return
+        if len(set(header)) < len(header):
             raise ValueError(f"{path}, line 1: two columns have one name, got {header}.")
         for cells in reader:
             if not cells:

@@ -204,8 +204,10 @@ def assemble(
     """
     check_int("max_length", max_length, 1)
     first, last = boundary_tokens(tokenizer)
-    question, end_question, answer, end_answer = tokenizer.convert_tokens_to_ids(list(MARKERS))
-    prefix = [first, question, *parts.question, end_question]
+    markers = tokenizer.convert_tokens_to_ids(list(MARKERS))
+    assert isinstance(markers, list)
+    question, end_question, answer, end_answer = markers
+    prefix: list[int] = [first, question, *parts.question, end_question]
     spans = []
     for candidate in parts.candidates:
         spans.append((len(prefix), len(prefix) + len(candidate) + 1))

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mra_attention.checks import check_int
 from mra_hf.data import debian_text
@@ -186,7 +186,7 @@ def build_wordnet_hop(
         chains = defaultdict(list)
         for chain in find_chains(nouns, hops):
             chains[_split_of(chain.answer, seed)].append(chain)
-        manifest = {
+        manifest: dict[str, Any] = {
             "package": PACKAGE,
             "version": version,
             "licence": "WordNet 3.0",

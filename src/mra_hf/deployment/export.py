@@ -95,7 +95,8 @@ def export_checkpoint(
     progress(f"reading {location.label}")
     modules = read_modules(location.folder)
     folder = location.folder if modules is None else modules.encoder_folder
-    model = _load(folder, location.label).to(DTYPES[dtype])
+    model = _load(folder, location.label)
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]  # its decorator hides `self`
     graph = Graph(model, *_pooling_of(modules, location.label) if pooling else ()).eval()
     report = ExportReport(
         location.label,

@@ -36,7 +36,7 @@ class Graph(nn.Module):
         self.model, self.pooling, self.normalize = model, pooling, normalize
         head = type(model).__name__
         self.output_names = _OUTPUTS.get(head, ("logits",))
-        self.input_names = ("input_ids", "attention_mask")
+        self.input_names: tuple[str, ...] = ("input_ids", "attention_mask")
         if head == _CANDIDATES:
             self.input_names += ("candidate_spans",)
         elif model.config.type_vocab_size > 1:
@@ -48,7 +48,8 @@ class Graph(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, other: Tensor | None = None):
         """Tensors in the order of `input_names`; returns those of `output_names`."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Tensor | None] = {"input_ids": input_ids}
+        inputs["attention_mask"] = attention_mask
         if len(self.input_names) == 3:
             inputs[self.input_names[2]] = other
         outputs = self.model(**inputs, return_dict=True)

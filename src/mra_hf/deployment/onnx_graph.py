@@ -56,8 +56,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.kind = kind
 
-    def forward(self, query, key, value, *others):
-        others = list(others)
+    def forward(self, query, key, value, *tensors):
+        others = list(tensors)
         token_mask = others.pop(0) if self.kind.masked else None
         bias = None if self.kind.distances is None else others.pop(0)
         settings = dict(self.kind.settings)
@@ -104,17 +104,20 @@ def export_onnx(
             sizes = tuple(dynamic_shapes.values())
             program = torch.export.export(module, tuple(inputs.values()), dynamic_shapes=sizes)
         progress("translating the model")
-        model = torch.onnx.export(
+        exported_program = torch.onnx.export(
             program,
             dynamo=True,
             opset_version=opset,
             input_names=list(inputs),
             output_names=list(output_names),
             verbose=False,
-        ).model
+        )
+        assert exported_program is not None
+        model = exported_program.model
         for number, (kind, name) in enumerate(kinds.items(), 1):
             progress(f"translating the attention ({number} of {len(kinds)})")
             function = onnx_ir.from_proto(_function(kind, opset))
+            assert isinstance(function, onnx_ir.Function)
             function.name = name
             model.functions[function.identifier()] = function
     InlinePass()(model)
@@ -127,10 +130,12 @@ def _name_sizes(model: onnx_ir.Model, dynamic_shapes: dict[str, dict[int, Any]])
     """Call sizes of inputs and outputs by the names of their `torch.export.Dim`."""
     import onnx_ir
 
-    names = {}
+    names: dict[str, str] = {}
     for value, shape in zip(model.graph.inputs, dynamic_shapes.values(), strict=True):
+        assert value.shape is not None
         names |= {str(value.shape[dim]): size.__name__ for dim, size in shape.items()}
     for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
         sizes = [names.get(str(size), str(size)) for size in value.shape]
         value.shape = onnx_ir.Shape(
             [int(size) if size.isdigit() else onnx_ir.SymbolicDim(size) for size in sizes]
@@ -154,7 +159,9 @@ def _function(kind: _Kind, opset: int) -> onnx.FunctionProto:
         shapes.append(None)
     named = (*shapes[:3], tuple(shapes[3:]))
     program = torch.export.export(_Attention(kind), tuple(inputs), dynamic_shapes=named)
-    graph = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False).model.graph
+    translated = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    assert translated is not None
+    graph = translated.model.graph
     for value in list(graph.initializers.values()):  # a function has none
         constant = onnx_ir.node("Constant", [], {"value": value.const_value})
         graph.insert_before(graph[0], constant)

@@ -94,13 +94,12 @@ class AdaMraAttention(nn.Module):
         n_heads = len(self.segment_lengths)
         if self.routing == "random":
             probabilities = query.new_full((batch, length, n_heads), 1 / n_heads).float()
-            heads = self._random_heads(batch, length, query.device)
+            heads: Tensor | None = self._random_heads(batch, length, query.device)
         else:
             probabilities = torch.softmax(self.router(query).float(), dim=-1)
             heads = probabilities.argmax(-1) if self.routing == "learned" else None
-        assignment = probabilities.detach()
-        if heads is not None:
-            assignment = F.one_hot(heads, n_heads).float()
+        one_hot = None if heads is None else F.one_hot(heads, n_heads).float()
+        assignment = probabilities.detach() if one_hot is None else one_hot
         real = query.new_ones(batch, length, 1, dtype=torch.float32)
         if token_mask is not None:
             real = real * token_mask[..., None]
@@ -160,7 +159,8 @@ class AdaMraAttention(nn.Module):
             is_routed = F.one_hot(routing.heads, len(memories)).float()
             gates = is_routed * self._gate(routing)[..., None]
         reads = [self._read(head, query, memory) for head, memory in enumerate(memories)]
-        return sum(gates[..., head, None] * read for head, read in enumerate(reads))
+        parts = [gates[..., head, None] * read for head, read in enumerate(reads)]
+        return sum(parts[1:], parts[0])
 
     def _attend_routed(self, query: Tensor, memories: list, routing: Routing) -> Tensor:
         """The same result, computing only the selected head of each query.
@@ -170,6 +170,7 @@ class AdaMraAttention(nn.Module):
         """
         batch, _, width = query.shape
         n_heads = len(memories)
+        assert routing.heads is not None
         slot_of_query, head_of_tile = _tiles(routing.heads, n_heads)
         n_tiles = head_of_tile.shape[1]
         slots = query.new_zeros(batch, n_tiles * _TILE, width)
@@ -186,6 +187,7 @@ class AdaMraAttention(nn.Module):
 
     def _gate(self, routing: Routing) -> Tensor:
         """Factor of the selected head's output, `[B, N]`."""
+        assert routing.heads is not None
         probability = routing.probabilities.gather(-1, routing.heads[..., None])[..., 0]
         if self.router_gate == "prob" and self.routing == "learned":
             return probability
@@ -273,7 +275,7 @@ def _tiles(heads: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
     """
     length = heads.shape[1]
     one_hot = F.one_hot(heads, n_heads)
-    tiles = count_blocks(one_hot.sum(1), _TILE)  # of each head, [B, H]
+    tiles = (one_hot.sum(1) + _TILE - 1) // _TILE  # of each head, [B, H]
     ends = tiles.cumsum(-1)
     rank = (one_hot.cumsum(1) - 1).gather(-1, heads[..., None])[..., 0]
     slot_of_query = (ends - tiles).gather(-1, heads) * _TILE + rank

@@ -220,7 +220,7 @@ class LraConfig(SmallEncoderConfig):
                     f"attention={self.attention!r}; drop it."
                 )
             self.check_ints("attention_size")
-        if self.attention == "longformer" and self.size % 2:
+        if self.attention == "longformer" and (self.size or 0) % 2:
             raise ValueError(
                 f"attention_size must be even, got {self.size}: "
                 "half of Longformer's window lies on each side."

@@ -113,10 +113,11 @@ class MraForImageClassification(PreNormPreTrainedModel):
         super().__init__(config)
         check_classes(config)
         kernel = (config.stem_kernel_size, config.stem_stride, config.stem_padding)
-        self.stem = nn.Conv2d(config.num_channels, config.hidden_size, *kernel)
+        self.stem: nn.Module = nn.Conv2d(config.num_channels, config.hidden_size, *kernel)
         self.positions = nn.Embedding(config.grid_side**2, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         attention_layer = METHODS[config.attention].layer
+        assert attention_layer is not None  # `ATTENTIONS`
         layers = range(config.num_hidden_layers)
         self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
         self.classifier = Classifier(
@@ -124,10 +125,10 @@ class MraForImageClassification(PreNormPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Conv2d:
+    def get_input_embeddings(self) -> nn.Module:
         return self.stem
 
-    def set_input_embeddings(self, value: nn.Conv2d) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.stem = value
 
     def forward(

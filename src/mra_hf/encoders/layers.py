@@ -5,6 +5,7 @@ the fields it reads); `encoders.methods.METHODS` lists the layers by name.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class Mra2Attention(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int = 0):
         super().__init__()
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "approx_mode": "sparse" if config.attention == "mra2_s" else "full",
             "block_per_row": config.block_per_row,
             "block_size": config.block_size,
@@ -130,7 +131,7 @@ class PerformerAttention(nn.Module):
 
     def forward(self, query, key, value, token_mask):
         directions = self.directions.to(query.dtype)
-        settings = {"size": 0, "directions": directions, "token_mask": token_mask}
+        settings: dict[str, Any] = {"size": 0, "directions": directions, "token_mask": token_mask}
         return performer(query, key, value, scale=query.shape[-1] ** -0.5, **settings)
 
 
@@ -157,7 +158,7 @@ class NystromformerLayer(nn.Module):
         )
         self.attend = NystromformerSelfAttention(sizes)
         self.attend.conv_kernel_size = None
-        self.attend.iterative_inv = iterative_inverse
+        self.attend.iterative_inv = iterative_inverse  # type: ignore[method-assign]
         if hasattr(self.attend, "conv"):
             del self.attend.conv
         self.output = nn.Linear(config.hidden_size, config.hidden_size)

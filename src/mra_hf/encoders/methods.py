@@ -13,6 +13,7 @@ models. **Scatterbrain** has no maintained package.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -98,12 +99,12 @@ def _mra2_s(query, key, value, *, scale, size, seed=0):
 
 
 def _mra2_narrow(query, key, value, *, scale, size, seed=0):
-    narrow = {"key_block_size": 8, "selection": "mass"}
+    narrow: dict[str, Any] = {"key_block_size": 8, "selection": "mass"}
     return mra2_attention(query, key, value, block_per_row=size, scale=scale, **narrow)
 
 
 _BLOCKS = (8, 16, 32, 64, 128)
-_MRA = {
+_MRA: dict[str, Any] = {
     "size_name": "blocks per row",
     "sizes": tuple(2**power for power in range(7)),
     "largest_share": 1 / 64,

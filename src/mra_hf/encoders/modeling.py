@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from mra_attention.order import inverse_order, patch_order
 from mra_hf.encoders.configuration import AdaMraConfig, LraConfig
@@ -33,12 +34,13 @@ class LraModel(PreNormPreTrainedModel):
         config: sizes, and the attention, a key of `METHODS`.
     """
 
-    config_class = LraConfig
+    config_class: type[PreTrainedConfig] = LraConfig
     base_model_prefix = "lra"
 
     def __init__(self, config: LraConfig | AdaMraConfig):
         super().__init__(config)
         attention_layer = METHODS[config.attention].layer
+        assert attention_layer is not None  # `ARENA_ATTENTIONS`
         self.embeddings = TokenEmbeddings(config)
         layers = range(config.num_hidden_layers)
         self.encoder = PreNormEncoder(config, [attention_layer(config, layer) for layer in layers])
@@ -107,7 +109,7 @@ class LraForSequenceClassification(PreNormPreTrainedModel):
     texts.
     """
 
-    config_class = LraConfig
+    config_class: type[PreTrainedConfig] = LraConfig
     base_model_prefix = "lra"
     encoder_class: ClassVar[type[LraModel]] = LraModel
 
@@ -174,6 +176,7 @@ class LraForSequenceClassification(PreNormPreTrainedModel):
 
     def _pooled(self, encoded: EncoderOutput, attention_mask: Tensor | None) -> Tensor:
         states = encoded.last_hidden_state
+        assert states is not None
         token_mask = to_token_mask(attention_mask, states.shape[:2])
         return pooled(states, token_mask, self.config)
 

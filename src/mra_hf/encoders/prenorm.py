@@ -5,7 +5,7 @@ returns `[B, N, C]` and a `Routing` if it routes its queries, else None.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from mra_hf.remote_code import OwnCode, check_config_class
+from mra_hf.remote_code import OwnCode, OwnConfig, check_config_class
 
 
 @dataclass
@@ -148,7 +148,8 @@ class PreNormEncoder(nn.Module):
         """Encode `[B, N, C]` embeddings under a `[B, N]` bool mask or None."""
         if token_mask is not None:  # padding may hold anything
             hidden_states = hidden_states.masked_fill(~token_mask[..., None], 0)
-        states, routings = [hidden_states], []
+        states = [hidden_states]
+        routings: list[Routing] = []
         for layer in self.layers:
             hidden_states, *routing = layer(hidden_states, token_mask)
             states.append(hidden_states)
@@ -157,7 +158,7 @@ class PreNormEncoder(nn.Module):
         output = self.norm(hidden_states)
         if token_mask is not None:
             output = output.masked_fill(~token_mask[..., None], 0)
-        routed = {}
+        routed: dict[str, Any] = {}
         if routings:
             routed["routing_shares"] = torch.stack([r.shares for r in routings])
             routed["balance_loss"] = torch.stack([r.balance_loss for r in routings]).mean()
@@ -220,7 +221,7 @@ def refuse_matrices(output_attentions: bool | None) -> None:
         )
 
 
-def check_classes(config: PreTrainedConfig) -> None:
+def check_classes(config: OwnConfig) -> None:
     """Raise a `ValueError` unless the configuration asks for one of two or more classes."""
     if config.num_labels < 2:
         raise ValueError(
@@ -258,16 +259,19 @@ class PreNormPreTrainedModel(OwnCode, PreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: PreTrainedConfig):
-        check_config_class(config, type(self).config_class)
+        config_class = type(self).config_class
+        assert config_class is not None
+        check_config_class(config, config_class)
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config.initializer_range)
-        if hasattr(module, "reset_own_parameters"):
-            module.reset_own_parameters()
+        reset = getattr(module, "reset_own_parameters", None)
+        if reset is not None:
+            reset()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.embeddings.tokens
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_submodule("embeddings.tokens")
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.base_model.embeddings.tokens = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.get_submodule("embeddings").tokens = value

@@ -1,6 +1,6 @@
 """Pictures of training curves: one run by itself, or many runs of a task against each other."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib
 from matplotlib.lines import Line2D
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from mra_hf.results.runs import Run
 
-_LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _LOSS_COLOURS = ("#1f5f99", "#5b3f8c", "#3c8c6b")
 _ACCURACY_COLOURS = ("#d95f02", "#b3273a", "#a6761d")
 
@@ -47,7 +47,7 @@ def plot_training_curve(
     for axes, name, label, colour in lines:
         steps, values = _curve(rows, name)
         if steps:
-            mark = {} if name == "loss" else {"marker": "o", "markersize": 4}
+            mark: dict[str, Any] = {} if name == "loss" else {"marker": "o", "markersize": 4}
             axes.plot(steps, values, label=label, color=colour, **mark)
     loss_axes.set(xlabel="step", ylabel=f"loss per {unit}, nats", title=title)
     accuracy_axes.set(ylabel="accuracy", ylim=(0, None))
@@ -77,7 +77,8 @@ def plot_curves(runs: "Sequence[Run]", path: "str | os.PathLike[str]", title: st
     metrics = _metrics(all_rows, ending)
     factor, unit = (100, "%") if ending == "accuracy" else (1, "nats")
     styles = [_LINE_STYLES[number % len(_LINE_STYLES)] for number in range(len(metrics))]
-    colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    colormap = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
+    colours = [colormap(number) for number in range(colormap.N)]
     for number, run in enumerate(runs):
         colour = colours[number % len(colours)]
         label = f"{run.name} (unfinished)" if run.missing else run.name

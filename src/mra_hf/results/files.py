@@ -147,7 +147,7 @@ def write_history(
     rows: dict[int, dict[str, float]] = {}
     for entry in history:
         if "train_runtime" not in entry:
-            rows.setdefault(entry["step"], {}).update(entry)
+            rows.setdefault(int(entry["step"]), {}).update(entry)
     logged = {name for row in rows.values() for name in row}
     columns = ["step", "epoch", "loss", "learning_rate", "grad_norm"]
     columns += sorted(name for name in logged if name.startswith("share_"))

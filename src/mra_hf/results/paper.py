@@ -42,7 +42,7 @@ _PARAMETERS = {"base": (120e6, 130e6), "small": (12e6, 16e6)}
 _TRAINING_ROWS = {"mnli": 390_000, "wikihop": 43_000}
 
 # (table, size, tokens) -> {(attention, blocks per row): {result: figures}}
-_TABLES = {
+_TABLES: dict[tuple, dict[tuple, dict[str, tuple[float | None, ...]]]] = {
     (1, "base", 512): {
         ("dense", None): {"mlm-before": (73.1,), "mlm": (74.0,), "mnli": (87.4, 87.3)},
         ("mra2", 4): {"mlm-before": (68.9,), "mlm": (73.1,), "mnli": (86.8, 87.1)},

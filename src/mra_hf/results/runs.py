@@ -79,7 +79,7 @@ class Run:
         kind = self.settings.get("model_type")
         if kind:
             return f"new {kind}"
-        method = METHODS.get(self.settings.get("attention"))
+        method = METHODS.get(self.settings.get("attention", ""))
         return method.label if method else ""
 
     @property

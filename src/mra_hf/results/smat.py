@@ -45,8 +45,8 @@ def smat_scores(
     return (scaled[0] + (1 - scaled[1]) + scaled[2]).tolist()
 
 
-def _scaled(values: "Sequence[float]") -> np.ndarray:
-    values = np.asarray(values, float)
+def _scaled(measured: "Sequence[float]") -> np.ndarray:
+    values = np.asarray(measured, float)
     spread = values.max() - values.min()
     return (values - values.min()) / spread if spread else np.full_like(values, 0.5)
 
@@ -73,11 +73,12 @@ def smat_table(runs: "Sequence[Run]") -> str:
     for (task, _), compared in comparable.items():
         if len(compared) < 2:
             continue
-        first = compared[0][0]
+        one = compared[0][0]
         device, batch, length = (
-            first.results.get(name) for name in ("device", "train_batch_size", "max_seq_length")
+            one.results.get(name) for name in ("device", "train_batch_size", "max_seq_length")
         )
-        means = [np.mean([_measured(run) for run in group], axis=0) for group in compared]
+        measures = [[m for run in group if (m := _measured(run)) is not None] for group in compared]
+        means = [np.mean(of_group, axis=0) for of_group in measures]
         scores = smat_scores(*np.transpose(means))
         rows = [
             (
@@ -92,7 +93,7 @@ def smat_table(runs: "Sequence[Run]") -> str:
         ]
         columns = ("attention", "n", "examples/s", "peak MB", "test", "score")
         parts.append(
-            f"{task}, up to {length} tokens, {first.settings.get('task_settings') or 'whole'}; on "
+            f"{task}, up to {length} tokens, {one.settings.get('task_settings') or 'whole'}; on "
             f"{device}, batches of {batch}: training with its evaluations.\n\n"
             + markdown_table(columns, rows)
         )
@@ -106,9 +107,8 @@ def smat_table(runs: "Sequence[Run]") -> str:
 def _measured(run: Run) -> tuple[float, float, float] | None:
     """Examples per second, peak megabytes and test accuracy; None where one is missing."""
     train = run.results.get("train", {})
-    measures = (
-        train.get("train_samples_per_second"),
-        train.get("peak_memory_mb"),
-        run.metrics.get(_ACCURACY),
-    )
-    return None if None in measures else measures
+    speed, memory = train.get("train_samples_per_second"), train.get("peak_memory_mb")
+    accuracy = run.metrics.get(_ACCURACY)
+    if speed is None or memory is None or accuracy is None:
+        return None
+    return speed, memory, accuracy

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 #: Ending of a metric -> its word in a table, factor, digits and unit.
-_MEASURES = {
+_MEASURES: dict[str, tuple[str, float, int, str]] = {
     "accuracy": ("accuracy", 100, 1, " %"),
     "nll": ("nll", 1, 3, ""),
     "bits_per_token": ("bits", 1, 3, ""),
@@ -29,7 +29,7 @@ def runs_csv(runs: "Sequence[Run]") -> str:
     rows = []
     for run in runs:
         train = run.results.get("train", {})
-        facts = {"run": run.name, "model": run.model, "paper_row": run.paper_row}
+        facts: dict[str, Any] = {"run": run.name, "model": run.model, "paper_row": run.paper_row}
         facts |= {"status": run.missing or "finished", "seconds_per_step": run.seconds_per_step}
         facts["train_seconds"] = train.get("train_runtime")
         rows.append({**run.settings, **run.results, **train, **run.metrics, **facts})
@@ -118,9 +118,10 @@ def markdown_table(columns: "Sequence[str]", rows: "Iterable[Sequence[Any]]") ->
 def _measures(metrics: "Iterable[str]") -> dict[str, tuple[str, float, int, str]]:
     """Metric -> label, factor, digits and unit, for the metrics that a table shows."""
     measures = {}
-    for ending, (word, *form) in _MEASURES.items():
+    for ending, (word, factor, digits, unit) in _MEASURES.items():
         for key in sorted(key for key in metrics if key.endswith(f"_{ending}")):
-            measures[key] = (evaluation_set(key, ending) or word, *form)
+            label = evaluation_set(key, ending) or word
+            measures[key] = (label, factor, digits, unit)
     return measures
 
 

@@ -110,7 +110,9 @@ def run_classification(
     settings = (model_args, data_args, stopping_args, training_args)
     experiment = runs.Experiment("classification", "text", *settings)
     tokenizer = model_args.load_tokenizer()
-    config = read_config(model_args.model_name_or_path)
+    checkpoint = model_args.model_name_or_path
+    assert checkpoint is not None  # `_check`
+    config = read_config(checkpoint)
     if leave_out_token_types(tokenizer, getattr(config, "type_vocab_size", None)):
         logger.warning(
             "The tokenizer's token types are left out: the model has one type only "
@@ -120,13 +122,13 @@ def run_classification(
     for note in (data.left_out(texts), data.note_minus_one(texts.values(), data_args.labels or ())):
         if note:
             logger.warning(note)
-    trained_labels = None if training_args.do_train else _labels_of(model_args.model_name_or_path)
+    trained_labels = None if training_args.do_train else _labels_of(checkpoint)
     names = _label_names(data_args, texts, trained_labels)
     sets = _tokenise(data_args, training_args, tokenizer, names, texts)
     training = sets.pop(_TRAIN, None)
     model = load_model(
         AutoModelForSequenceClassification,
-        model_args.model_name_or_path,
+        checkpoint,
         "sequence classifier",
         model_args.attn_implementation,
         model_args.config_overrides,
@@ -160,7 +162,7 @@ def run_classification(
         matrices = experiment.results["confusion_matrix"] = {}
         for name, rows in sets.items():
             predicted = trainer.predict(rows, metric_key_prefix=prefixes[name])
-            scores |= predicted.metrics
+            scores |= predicted.metrics or {}
             answers = {"predictions": predicted.predictions, "references": predicted.label_ids}
             counts = confusion.compute(**answers, n_classes=len(names))
             matrices[name] = counts["confusion_matrix"]
@@ -211,7 +213,8 @@ def _global_block(model_args, do_train: bool) -> dict[str, int]:
 def _labels_of(checkpoint: str) -> tuple[str, ...] | None:
     """The labels a checkpoint was trained with; None where its configuration does not name them."""
     config = read_config(checkpoint)
-    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    labels: dict[Any, str] = config.id2label or {}
+    names = tuple(labels[number] for number in range(len(labels)))
     return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 
@@ -293,7 +296,7 @@ def _read_texts(
     """
     columns = data.Columns(tuple(data_args.text_columns or ()), data_args.label_column)
     declared = data_args.labels or ()
-    of_files = {"skip_faulty": data_args.skip_faulty_rows, "declared": declared}
+    of_files: dict[str, Any] = {"skip_faulty": data_args.skip_faulty_rows, "declared": declared}
     texts = {}
     if data_args.dataset_name:
         dataset = (data_args.dataset_name, data_args.dataset_config_name)

@@ -1,5 +1,7 @@
 """An initialisation with which the heads of a small encoder read neighbouring tokens at once."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -41,7 +43,7 @@ def init_previous_token_heads(model: PreTrainedModel) -> None:
     if table.padding_idx is not None:
         table.weight[table.padding_idx] = 0
 
-    attention = model.base_model.encoder.layer[0].attention.self
+    attention: Any = model.base_model.get_submodule("encoder.layer.0.attention.self")
     fastest = torch.eye(head_dim, hidden)  # selects the fastest waves
     for head, offset in zip(range(model.config.num_attention_heads), _OFFSETS, strict=False):
         cosine, sine = ((offset * frequencies[: head_dim // 2]).cos(), (offset * frequencies).sin())

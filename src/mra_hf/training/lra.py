@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from mra_attention.benchmarking import peak_bytes
 from mra_attention.checks import check_choice
@@ -104,7 +104,8 @@ def run_lra(
         data = load_task(lra_args.task, lra_args.source, lra_args.task_settings)
     reads_pixels = lra_args.model == "image_classifier"
     if reads_pixels:
-        config, model_class = image_config(lra_args.attention, data), MraForImageClassification
+        config: LraConfig | MraImageConfig = image_config(lra_args.attention, data)
+        model_class: type[PreTrainedModel] = MraForImageClassification
     else:
         config = lra_config(lra_args.task, lra_args.attention, data)
         model_class = LraForSequenceClassification
@@ -134,7 +135,7 @@ def run_lra(
         scores = trainer.predict(data.dev, metric_key_prefix="eval_dev").metrics
         predicted = trainer.predict(data.test, metric_key_prefix="eval_test")
         trainer.save_predictions("test", predicted, data.labels)
-        return scores | predicted.metrics
+        return (scores or {}) | (predicted.metrics or {})
 
     return experiment.fit(trainer, data.max_length, conditions, evaluate)
 
@@ -252,6 +253,7 @@ class PixelCollator:
     """Makes images `[B, 1, height, width]`, values from -1 to 1, of rows of grey values."""
 
     def __init__(self, data: LraData):
+        assert data.grid is not None  # `image_config`
         self.grid = data.grid
         self.black = 0 if data.masks_zero else 1
 
@@ -276,8 +278,10 @@ class LraTrainer(runs.ChoiceTrainer):
         if not self.one_cycle or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = _warmup(self.args, num_training_steps)
-        self.lr_scheduler = OneCycleLR(
-            optimizer or self.optimizer,
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = OneCycleLR(  # type: ignore[assignment]  # Trainer steps any scheduler
+            optimizer,
             max_lr=self.args.learning_rate,
             total_steps=num_training_steps,
             pct_start=warmup / num_training_steps,
@@ -350,7 +354,11 @@ def _conditions_of_attention(config: LraConfig | MraImageConfig) -> dict[str, An
         "pooling": config.pooling if is_encoder else "mean",
     }
     if is_mra:
-        names = ("initial_prior_first_n_blocks", "initial_prior_diagonal_n_blocks", "selection")
+        names: tuple[str, ...] = (
+            "initial_prior_first_n_blocks",
+            "initial_prior_diagonal_n_blocks",
+            "selection",
+        )
         conditions |= {name: getattr(config, name) for name in names}
     if is_adamra:
         names = ("segment_lengths", "num_subheads", "feature_map", "routing", "router_gate")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -172,8 +173,11 @@ def _loss_at_labels(outputs, labels: Tensor, num_items_in_batch=None) -> Tensor:
 
 def masked_lm_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Accuracy, mean negative log-likelihood in nats, and bits per masked token."""
-    correct, nll = prediction.predictions
-    labelled = prediction.label_ids != -100
+    predictions: Any = prediction.predictions
+    correct, nll = predictions
+    labels = prediction.label_ids
+    assert isinstance(labels, np.ndarray)
+    labelled = labels != -100
     mean = float(nll[labelled].mean())
     return {
         "accuracy": float(correct[labelled].mean()),
@@ -261,8 +265,10 @@ def _examples(data_args: MaskedLMDataArguments, training_args, tokenizer):
     """The packed datasets for training and evaluation; None for one that is not asked for."""
 
     def packed(files, split: str, limit: int | None, streaming: bool = False):
+        source = files or data_args.dataset_name
+        assert source is not None  # `_check`
         documents = load_documents(
-            files or data_args.dataset_name,
+            source,
             config_name=data_args.dataset_config_name,
             split=split,
             text_column=data_args.text_column,

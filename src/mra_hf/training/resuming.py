@@ -43,6 +43,12 @@ _CONDITIONS = (
 )
 
 
+def output_folder(training_args: TrainingArguments) -> Path:
+    """The folder of a run; `TrainingArguments` names one where none was given."""
+    assert training_args.output_dir is not None
+    return Path(training_args.output_dir)
+
+
 def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` asks for; earlier results are never overwritten.
 
@@ -53,7 +59,7 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             optimizer state, or the run is finished.
     """
     request = str(training_args.resume_from_checkpoint or "false")
-    output = Path(training_args.output_dir)
+    output = output_folder(training_args)
     is_empty = not output.is_dir() or not any(output.iterdir())
     if not training_args.do_train or request.lower() == "false":
         if not is_empty:
@@ -145,7 +151,7 @@ def check_same_run(
     folder = Path(checkpoint).parent
     settings_before = _read(folder / EXPERIMENT_NAME)
     results_before = _read(folder / RESULTS_NAME)
-    compared = []
+    compared: list[tuple[str, Any, Any]] = []
     if settings_before:
         compared += [(name, settings_before.get(name), settings.get(name)) for name in _COURSE]
     if results_before:
@@ -158,8 +164,8 @@ def check_same_run(
         for name in ("train", "train_rows"):
             compared.append((f"training data ({name})", before.get(name), now.get(name)))
     if settings_before and settings.get("streaming"):  # streamed text has no fingerprint
-        names = [_names(each.get("train_file")) for each in (settings_before, settings)]
-        compared.append(("train_file", *names))
+        before, now = (_names(each.get("train_file")) for each in (settings_before, settings))
+        compared.append(("train_file", before, now))
     differing = [
         f"{name} {_shown(before)} (here {_shown(now)})"
         for name, before, now in compared

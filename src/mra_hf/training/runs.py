@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate
 import datasets
+import numpy as np
 import pyarrow as pa
 import torch
 import transformers
@@ -54,6 +55,7 @@ from mra_hf.training.resuming import (
     check_same_run,
     checkpoint_to_resume,
     is_at_its_end,
+    output_folder,
 )
 
 #: Settings of `TrainingArguments` that count something.
@@ -170,9 +172,11 @@ class ChoiceTrainer(Trainer):
         """Write `predictions_SET.csv` with the names of the classes, in the main process."""
         if not self.is_world_process_zero():
             return
-        pairs = zip(predicted.label_ids, predicted.predictions, strict=True)
+        references, answers = predicted.label_ids, predicted.predictions
+        assert isinstance(references, np.ndarray) and isinstance(answers, np.ndarray)
+        pairs = zip(references, answers, strict=True)
         write_predictions(
-            Path(self.args.output_dir) / f"predictions_{set_name}.csv",
+            output_folder(self.args) / f"predictions_{set_name}.csv",
             (
                 (row, labels[int(label)], labels[int(prediction)])
                 for row, (label, prediction) in enumerate(pairs)
@@ -202,7 +206,7 @@ def check_run(training_args: TrainingArguments) -> None:
     """
     if not training_args.do_train and not training_args.do_eval:
         raise ValueError("nothing to do; pass --do_train true, --do_eval true, or both.")
-    if Path(training_args.output_dir).is_file():
+    if output_folder(training_args).is_file():
         raise ValueError(f"output_dir must be a folder, and {training_args.output_dir} is a file.")
     for name in _COUNTS:
         check_int(name, getattr(training_args, name), 1)
@@ -279,8 +283,10 @@ class Experiment:
             ValueError: the checkpoint to resume belongs to another run.
         """
         args, results, resume_from = self.training_args, self.results, self.resume_from
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        results |= run_metadata(self.task, trainer.model, args, max_seq_length)
+        output_folder(args).mkdir(parents=True, exist_ok=True)
+        model = trainer.model
+        assert isinstance(model, PreTrainedModel)
+        results |= run_metadata(self.task, model, args, max_seq_length)
         results |= conditions
         results["data"] = _describe_data(trainer)
         if args.do_train:
@@ -305,7 +311,7 @@ class Experiment:
 
     def _write_settings(self, trainer: Trainer) -> None:
         if trainer.is_world_process_zero():
-            output = Path(self.training_args.output_dir)
+            output = output_folder(self.training_args)
             save_experiment(output / EXPERIMENT_NAME, *self.settings)
             write_text(output / RESULTS_NAME, json.dumps(self.results, indent=2) + "\n")
 
@@ -313,7 +319,7 @@ class Experiment:
         """Settings, results, curve and its picture, in the main process."""
         self._write_settings(trainer)
         if trainer.is_world_process_zero() and self.training_args.do_train:
-            output, results = Path(self.training_args.output_dir), self.results
+            output, results = output_folder(self.training_args), self.results
             rows = write_history(trainer.state.log_history, output / HISTORY_NAME)
             title = f"{self.task}, {results['attention']}, {results['max_seq_length']} tokens"
             plot_training_curve(rows, output / PICTURE_NAME, title, self.unit)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from torch import nn
 from transformers import TrainingArguments
 
 from mra_attention.checks import check_int
@@ -79,9 +80,11 @@ def run_wikihop(
     settings = (model_args, data_args, stopping_args, training_args)
     experiment = runs.Experiment("wikihop", "question", *settings)
     tokenizer = model_args.load_tokenizer()
+    checkpoint = model_args.model_name_or_path
+    assert checkpoint is not None  # `_check`
     model = load_model(
         MraForCandidateChoice,
-        model_args.model_name_or_path,
+        checkpoint,
         "candidate scorer",
         model_args.attn_implementation,
         model_args.config_overrides,
@@ -90,7 +93,9 @@ def run_wikihop(
     )
     check_length("max_seq_length", data_args.max_seq_length, model)
     wikihop.add_markers(tokenizer)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    if len(tokenizer) > embeddings.num_embeddings:
         # The new rows are drawn like all others at the start of training, as in the paper's runs.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     data = {}
@@ -113,7 +118,7 @@ def run_wikihop(
         eval_dataset=data.get("eval"),
         callbacks=stopping_args.callbacks(training_args),
     )
-    conditions = {
+    conditions: dict[str, Any] = {
         "paper_row": model_args.paper_row,
         "lengths": {name: _lengths(examples) for name, examples in data.items()},
     }
@@ -123,8 +128,10 @@ def run_wikihop(
     def evaluate() -> dict[str, Any]:
         predicted = trainer.predict(data["eval"], metric_key_prefix="eval")
         if trainer.is_world_process_zero():
-            _write_answers(Path(training_args.output_dir), data["eval"], predicted.predictions)
-        return predicted.metrics
+            answers = predicted.predictions
+            assert isinstance(answers, np.ndarray)
+            _write_answers(runs.output_folder(training_args), data["eval"], answers)
+        return predicted.metrics or {}
 
     return experiment.fit(trainer, data_args.max_seq_length, conditions, evaluate)
 

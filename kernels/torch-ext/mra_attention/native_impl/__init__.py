@@ -52,7 +52,7 @@ def select(
 ) -> Tensor:  # fmt: skip
     """The chosen pairs `[B, H, R, C]` bool, as `selection.select` chooses them."""
     tensors = {"query": query, "key": key, "token_mask": token_mask, "distance_bias": distance_bias}
-    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks)
+    call, _kept = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks)
     call.diagonal_blocks = initial_prior_diagonal_n_blocks
     call.block_per_row = block_per_row
     call.block_budget = -1 if block_budget is None else block_budget
@@ -75,7 +75,7 @@ def forward(
     """
     tensors = {"query": query, "key": key, "value": value, "token_mask": token_mask}
     tensors |= {"blocks": blocks, "distance_bias": distance_bias}
-    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
+    call, _kept = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
     output = query.new_empty(query.shape, dtype=torch.float32)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     call.new_output, call.lse = output.data_ptr(), lse.data_ptr()
@@ -94,7 +94,7 @@ def backward(
     tensors = {"query": query, "key": key, "value": value, "token_mask": token_mask}
     tensors |= {"blocks": blocks, "distance_bias": distance_bias, "lse": lse}
     tensors |= {"grad_output": grad_output.float(), "output": output.float()}
-    call, tensors = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
+    call, _kept = _call(tensors, scale, key_block_size, initial_prior_first_n_blocks, sparse)
     grads = tuple(query.new_empty(query.shape) for _ in range(3))
     call.grad_query, call.grad_key, call.grad_value = (x.data_ptr() for x in grads)
     if distance_bias is None:
@@ -121,6 +121,7 @@ def _call(
     if key_block_size not in _KEY_BLOCK_SIZES:
         raise ValueError(f"key_block_size must be one of {_KEY_BLOCK_SIZES}, got {key_block_size}.")
     query = tensors["query"]
+    assert query is not None
     batch, heads, length, dim = query.shape
     n_blocks = count_blocks(length, _BLOCK_SIZE)
     expected = {

@@ -77,7 +77,8 @@ def load() -> ctypes.CDLL:
 
 def instruction_sets() -> list[str]:
     """Names of the instruction sets that this machine can run, best first."""
-    library, names = load(), []
+    library = load()
+    names: list[str] = []
     while (name := library.mra_isa_name(len(names))) is not None:
         names.append(name.decode())
     return names

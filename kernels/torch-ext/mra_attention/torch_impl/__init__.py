@@ -138,10 +138,11 @@ def backward(
     the distance bias `[H, R]`.
     """
     if blocks is None and distance_bias is None and flash_is_available(query.device.type):
-        grads = dense_backward(grad_output, query, key, value, output, lse, token_mask, scale)
-        return *grads, None
+        return *dense_backward(grad_output, query, key, value, output, lse, token_mask, scale), None
     token_mask = drop_trivial_mask(token_mask)
-    grads = tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
+    grad_query, grad_key, grad_value = grads = [
+        torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3)
+    ]
     grad_bias = None if distance_bias is None else torch.zeros_like(distance_bias)
     settings = (scale, sparse, (block_size, key_block_size), initial_prior_first_n_blocks)
     tensors = (query, key, value, token_mask, blocks, distance_bias)
@@ -153,12 +154,12 @@ def backward(
         return None if grad_bias is None else chunk.bias_gradient()
 
     for where, chunk_grad_bias in _run_chunks(work, query):  # in a fixed order
-        if chunk_grad_bias is not None:
+        if grad_bias is not None and chunk_grad_bias is not None:
             grad_bias[where[1]] += chunk_grad_bias
     if token_mask is not None:
         for grad in grads:
             fill_padding_(grad, token_mask, 0)
-    return *grads, grad_bias
+    return grad_query, grad_key, grad_value, grad_bias
 
 
 def _backward_chunk(
@@ -183,7 +184,8 @@ def _backward_chunk(
         *coarse_grads, chunk.grad_pairs = chunk.coarse.backward(grad_blocks, delta, block_lse)
         for result, coarse_grad in zip(results, coarse_grads, strict=True):
             result.copy_(coarse_grad)  # the same for every token of a block
-    chunk.add_exact_backward_(*results, grad_blocks, delta, block_lse)
+    grad_query, grad_key, grad_value = results
+    chunk.add_exact_backward_(grad_query, grad_key, grad_value, grad_blocks, delta, block_lse)
     for result, grad in zip(results, grads, strict=True):
         chunk.copy_result(result, grad)
 
@@ -257,7 +259,8 @@ class _Chunk:
             self.key_bias = torch.zeros(padding.shape, dtype=self.dtype, device=query.device)
             self.key_bias.masked_fill_(padding, -torch.inf)  # [G * C, W]
         self.biases = None  # of all pairs, [G * R, C]
-        self.grad_pairs = None  # the sums of the gradients of their logits, [G, R, C]
+        #: The sums of the gradients of their logits, [G, R, C]; set by the backward pass.
+        self.grad_pairs: Tensor
         self.live, self.initial_prior_first_n_blocks = live, initial_prior_first_n_blocks
         if distance_bias is not None:
             biases = bias_of_pairs(distance_bias, live, initial_prior_first_n_blocks)
@@ -348,11 +351,13 @@ class _Chunk:
         shape = (n, -1, self.shape[-1])
         keys = self.take("keys", self.keys, flat).view(shape)
         values = self.take("values", self.values, flat).view(shape)
-        padded = self.key_bias is not None and bool(self.partial.index_select(0, flat).any())
-        if not padded and filler is None and self.biases is None:
+        key_bias = self.key_bias
+        if key_bias is not None and not bool(self.partial.index_select(0, flat).any()):
+            key_bias = None
+        if key_bias is None and filler is None and self.biases is None:
             return keys, values, None
-        if padded:
-            bias = self.key_bias.index_select(0, flat).view(*columns.shape, self.key_block_size)
+        if key_bias is not None:
+            bias = key_bias.index_select(0, flat).view(*columns.shape, self.key_block_size)
         else:
             bias = keys.new_zeros((*columns.shape, self.key_block_size), dtype=self.dtype)
         if self.biases is not None:

@@ -41,7 +41,7 @@ def attend(
 
 def attend_backward(
     grad, query, keys, values, bias: Tensor | None, delta, lse, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, keys, values and logits in the compute dtype.
 
     `grad`, `delta` (the row sums of grad times output) and `lse` are in the compute dtype. They may
@@ -64,7 +64,8 @@ def attend_backward(
     d_keys = scratch("d_keys", keys.shape, dtype, device)
     d_keys.baddbmm_(operand.mT, query, beta=0, alpha=scale)
     gradients = {"d_query": d_query, "d_keys": d_keys, "d_values": d_values}
-    return *(convert(f"wide {name}", x, wide) for name, x in gradients.items()), grad_logits
+    d_query, d_keys, d_values = (convert(f"wide {name}", x, wide) for name, x in gradients.items())
+    return d_query, d_keys, d_values, grad_logits
 
 
 def _logits(query, keys, bias, wide: torch.dtype, scale: float, lse: Tensor | None) -> Tensor:

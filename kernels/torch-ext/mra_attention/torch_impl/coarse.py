@@ -72,5 +72,7 @@ class CoarsePart:
         grad_query = torch.bmm(grad_logits, self.key_means).mul_(per_query)
         per_key = self.scale / self.counts.mT.clamp_min(1)  # [G, C, 1]
         grad_keys = torch.bmm(grad_logits.mT, self.query_means).mul_(per_key)
-        of_tokens = (x.view(-1, 1, dim) for x in (grad_query, grad_keys, grad_values))
-        return *of_tokens, grad_logits
+        d_query, d_keys, d_values = (
+            x.view(-1, 1, dim) for x in (grad_query, grad_keys, grad_values)
+        )
+        return d_query, d_keys, d_values, grad_logits

@@ -51,9 +51,10 @@ def dense_backward(
     grad_output = grad_output.to(query.dtype)
     if token_mask is not None:
         grad_output = grad_output.masked_fill(~token_mask[:, None, :, None], 0)
-    grads = _flash_backward(grad_output.contiguous(), query, key, value, bias, output, lse, scale)
+    tensors = (grad_output.contiguous(), query, key, value, bias, output, lse)
+    grads: tuple[Tensor, ...] = _flash_backward(*tensors, scale)
     if token_mask is not None:
-        grads = [grad.masked_fill(~token_mask[:, None, :, None], 0) for grad in grads]
+        grads = tuple(grad.masked_fill(~token_mask[:, None, :, None], 0) for grad in grads)
     grad_query, grad_key, grad_value = (grad.to(input_dtype).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value
 

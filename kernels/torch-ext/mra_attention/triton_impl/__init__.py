@@ -112,6 +112,7 @@ def backward(
         upstream, row_sums = reduce_rows(call, grad_output, output, lse)
         coarse = coarse_gradients(call, summaries, blocks, bias, row_sums)
         grad_query, pairs = query_gradient(call, lists.by_query, bias, upstream, coarse)
+        assert lists.by_key is not None  # two directions
         grad_key, grad_value = key_gradients(call, lists.by_key, bias, upstream, coarse)
         grad_bias = bias_gradient(call, summaries, blocks, bias, row_sums, lists.by_query, pairs)
         return grad_query, grad_key, grad_value, grad_bias

@@ -95,7 +95,8 @@ def reduce_rows(
     """The gradient with delta, and sums over query blocks; unwritten if there is no coarse part."""
     rows = (call.all_heads, call.n_blocks)
     upstream = Upstream(grad_output.contiguous(), lse.contiguous(), call.empty(call.shape[:3]))
-    row_sums = RowSums(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
+    smallest, grad_sums = call.empty((2, *rows))
+    row_sums = RowSums(smallest, grad_sums, call.empty((*rows, call.padded_dim)))
     launching.launch(
         reduce_rows_kernel,
         call.all_heads * call.n_blocks,

@@ -325,4 +325,4 @@ def build_lists(
     numbers = zip(own_blocks, parts, owners, max_items, strict=True)
     limits = zip(itertools.repeat(capacity), item_blocks, may_split, strict=False)
     lists = zip(tensors, numbers, limits, strict=True)
-    return BlockLists(*(OwnerLists(*x, *n, *limit) for x, n, limit in lists))
+    return BlockLists(*(OwnerLists._make((*x, *n, *limit)) for x, n, limit in lists))

@@ -13,7 +13,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def summary_shapes(
-    shape: torch.Size, key_block_size: int
+    shape: tuple[int, ...], key_block_size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the `Summaries` of inputs `[B, H, N, D]`: vectors and counts."""
     batch, heads, length, dim = shape

@@ -107,7 +107,8 @@ def coarse_state(
 ) -> CoarseState:
     """The state for a selection `[B, H, R, C]` int8; unwritten if there is no coarse part."""
     rows = (call.all_heads, call.n_blocks)
-    state = CoarseState(*call.empty((2, *rows)), call.empty((*rows, call.padded_dim)))
+    largest, denominator = call.empty((2, *rows))
+    state = CoarseState(largest, denominator, call.empty((*rows, call.padded_dim)))
     if call.has_coarse:
         tile = _tile_of_rows(call)
         launching.launch(

@@ -39,8 +39,8 @@ def selection_rules(heads: HeadInputs) -> Drawn:
             selection = select()
             milliseconds = None if rule == "most mass" else _median_milliseconds(select)
             for mode in ("full", "sparse"):
-                settings = {"scale": heads.scale, "selection": selection, "approx_mode": mode}
-                settings["key_block_size"] = selection.key_block_size
+                settings: dict[str, Any] = {"scale": heads.scale, "selection": selection}
+                settings |= {"approx_mode": mode, "key_block_size": selection.key_block_size}
                 output = mra2_attention(*heads.parts, **settings)
                 row = {"block_per_row": blocks, "rule": rule, "approx_mode": mode}
                 row["error"] = float(relative_errors(output, exact).mean())
@@ -96,12 +96,14 @@ def locality(heads: HeadInputs) -> Drawn:
                     shuffle[hash_order(x[:, :, shuffle], directions=directions)]
                     for x in (heads.query, heads.key)
                 ]
-            orders = dict(zip(("query_order", "key_order"), orders, strict=True))
-            output = attend_in_order(attention, *heads.parts, **orders)
-            errors = relative_errors(output, exact).mean(0)
+            query_order, key_order = orders
+            output = attend_in_order(
+                attention, *heads.parts, query_order=query_order, key_order=key_order
+            )
+            per_head = relative_errors(output, exact).mean(0)
             rows += [
                 {"block_per_row": blocks, "order": order, "head": name, "error": float(error)}
-                for name, error in zip(heads.head_names, errors, strict=True)
+                for name, error in zip(heads.head_names, per_head, strict=True)
             ]
     figure = new_figure(7, 4.6)
     axes = figure.subplots()
@@ -111,11 +113,11 @@ def locality(heads: HeadInputs) -> Drawn:
     axes.set(xlabel="blocks per row", ylabel="relative error", ylim=(0, None))
     axes.legend(frameon=False)
     blocks = _budgets(heads)[-1]
-    errors = ", ".join(f"{_mean_error(rows, order, blocks):.2f} {order}" for order in _ORDERS)
+    in_words = ", ".join(f"{_mean_error(rows, order, blocks):.2f} {order}" for order in _ORDERS)
     caption = (
         f"{shape_of(heads)}, MRA-2. The paper assumes that neighbours are alike and suggests "
         "hashing where they are not, without an experiment. "
-        f"Here the mean errors with {blocks} blocks per row are {errors} "
+        f"Here the mean errors with {blocks} blocks per row are {in_words} "
         "(16 buckets, queries and keys by the same hash)."
     )
     return Drawn(figure, rows, caption)
@@ -134,7 +136,8 @@ def _budgets(heads: HeadInputs) -> list[int]:
 
 def _select(heads: HeadInputs, rule: str, blocks: int) -> BlockSelection:
     if rule != "most mass":
-        settings = {"block_per_row": blocks, "scale": heads.scale} | _CHOICES[rule]
+        settings: dict[str, Any] = {"block_per_row": blocks, "scale": heads.scale}
+        settings |= _CHOICES[rule]
         return select_blocks(heads.query, heads.key, **settings)
     n_blocks = -(-heads.length // _BLOCK)
     padding = n_blocks * _BLOCK - heads.length

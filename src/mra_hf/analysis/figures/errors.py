@@ -37,11 +37,16 @@ def error_and_time(heads: HeadInputs) -> Drawn:
         timed = [row for row in rows if row["method"] == name and row["milliseconds"]]
         if name == "dense" or not timed:
             continue
-        points = list(zip(*((row["milliseconds"], row["error"]) for row in timed), strict=True))
-        axes.plot(*points, color=method.colour, linewidth=1)
+        times, errors = [row["milliseconds"] for row in timed], [row["error"] for row in timed]
+        axes.plot(times, errors, color=method.colour, linewidth=1)
         areas = [20 + 180 * (row["megabytes"] or 0) / largest for row in timed]
-        axes.scatter(*points, s=areas, color=method.colour, marker=method.mark, label=method.label)
-    dense_style = {"color": METHODS["dense"].colour, "linestyle": "--", "linewidth": 1}
+        look: dict[str, Any] = {"color": method.colour, "marker": method.mark}
+        axes.scatter(times, errors, s=areas, label=method.label, **look)
+    dense_style: dict[str, Any] = {
+        "color": METHODS["dense"].colour,
+        "linestyle": "--",
+        "linewidth": 1,
+    }
     axes.axvline(dense["milliseconds"], label="dense", **dense_style)
     axes.set(
         xscale="log",
@@ -240,6 +245,7 @@ def _measured(heads: HeadInputs) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def _attend(method: Method, heads: HeadInputs, size: int) -> Tensor:
+    assert method.attend is not None  # `sizes_at`
     return method.attend(*heads.parts, scale=heads.scale, size=size, seed=0)
 
 
@@ -255,9 +261,11 @@ def _cost(method: Method, heads: HeadInputs, size: int) -> tuple[float | None, f
     if not method.is_practical:
         return None, None
     parts = [x[:1].clone().requires_grad_() for x in heads.parts]
+    attend = method.attend
+    assert attend is not None  # `sizes_at`
 
     def run() -> None:
-        output = method.attend(*parts, scale=heads.scale, size=size, seed=0)
+        output = attend(*parts, scale=heads.scale, size=size, seed=0)
         torch.autograd.grad(output.sum(), parts)
 
     times = []

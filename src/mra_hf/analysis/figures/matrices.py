@@ -24,7 +24,7 @@ _BY_TENTH = ("haar", "sparse", "low_rank")
 def haar_coefficients(heads: HeadInputs) -> Drawn:
     """Figure 1: a softmax matrix has few large Haar coefficients."""
     heads = _of_power_of_2(heads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for head, name in enumerate(heads.head_names):
         weights = _weights(heads, 0, head)
         coefficients = frame.haar_2d(weights)
@@ -70,7 +70,7 @@ def haar_coefficients(heads: HeadInputs) -> Drawn:
     axes[1, 2].bar(ticks, [row["tiny_coefficients"] for row in rows])
     axes[1, 2].set_xticks(ticks, heads.head_names, rotation=90, fontsize=7)
     axes[1, 2].set(ylabel="share of coefficients below 0.005", ylim=(0, 1))
-    winners = [min(_BY_TENTH, key=lambda name, row=row: row[f"{name}_error"]) for row in rows]
+    winners = [min((row[f"{name}_error"], name) for name in _BY_TENTH)[1] for row in rows]
     means = {name: _mean(rows, f"{name}_error") for name in _BY_TENTH}
     caption = (
         f"Instance {heads.instance_names[0]}, {len(rows)} heads, {heads.length} tokens; pictures "
@@ -90,7 +90,7 @@ def frame_and_haar(_: HeadInputs) -> Drawn:
     scales = (1, 2, 4, 8)
     figure = new_figure(11, 6)
     axes = figure.subplots(2, len(scales))
-    rows = []
+    rows: list[dict[str, Any]] = []
     members = list(frame.components(side))
     for column, scale in enumerate(scales):
         count = sum(member.scale == scale for member in members)
@@ -165,7 +165,7 @@ def supports(heads: HeadInputs) -> Drawn:
     """Figure 8: the largest fifth of the entries beside the blocks that MRA-2 computes exactly."""
     length = heads.length - heads.length % 32
     budget = round(0.2 * (length // 32) ** 2)
-    rows = []
+    rows: list[dict[str, Any]] = []
     masks: list[tuple[Tensor, Tensor]] = []
     for instance in range(heads.query.shape[0]):
         for head, name in enumerate(heads.head_names):

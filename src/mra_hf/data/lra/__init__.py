@@ -4,11 +4,13 @@ Every task is a function that returns `LraData`: sequences of small integers wit
 parts.
 """
 
+from collections.abc import Callable
+
 from mra_hf.data.lra import images, listops, pathfinder, retrieval, texts
 from mra_hf.data.lra.parts import LraData
 
 #: The task functions by name.
-TASKS = {
+TASKS: dict[str, Callable[..., LraData]] = {
     "listops": listops.listops,
     "text": texts.text,
     "retrieval": retrieval.retrieval,

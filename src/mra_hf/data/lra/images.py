@@ -57,9 +57,9 @@ def image(
     if _find(folder, _FASHION[0]) is not None:
         read, labels, name = _fashion_mnist(folder), _CLOTHES, "Fashion-MNIST, a stand-in"
     elif (folder / _CIFAR_TRAIN[0]).is_file():
-        read, labels, name = *_cifar_binary(folder), "CIFAR-10"
+        (read, labels), name = _cifar_binary(folder), "CIFAR-10"
     elif (folder / "train").is_dir() and (folder / "test").is_dir():
-        read, labels, name = *_class_folders(folder), folder.name
+        (read, labels), name = _class_folders(folder), folder.name
     elif (folder / "data_batch_1").is_file():
         raise ValueError(
             f"{source} holds CIFAR-10 as Python pickles, which may run code and are not read; "

@@ -90,7 +90,8 @@ def _pairs(
     triples: list[tuple[bytes, bytes, int]], max_bytes: int, limit: int | None, seed: int, where
 ):
     triples = [triples[row] for row in sample_rows(len(triples), limit, seed)]
-    first, second = ([to_ids(triple[side], max_bytes) for triple in triples] for side in (0, 1))
+    first = [to_ids(one, max_bytes) for one, _, _ in triples]
+    second = [to_ids(other, max_bytes) for _, other, _ in triples]
     labels = [label for *_, label in triples]
     return rows(first, labels, 2, str(where), input_ids_2=second)
 
@@ -134,7 +135,7 @@ def _passages(
                 sides.reverse()
         else:
             sides = []
-            for work in (works[row] for row in draw.choice(len(works), 2, replace=False)):
-                first = draw.integers(len(work) - size + 1)
-                sides.append(work[first : first + size])
+            for row in draw.choice(len(works), 2, replace=False):
+                start = draw.integers(len(works[row]) - size + 1)
+                sides.append(works[row][start : start + size])
         yield sides[0], sides[1], label

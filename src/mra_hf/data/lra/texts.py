@@ -4,8 +4,9 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from mra_hf.data.samples import check_amounts, sample_rows, split_rows
 _SPAM_FOLDERS = {
     "easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1,
 }  # fmt: skip
-_OPEN = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
+_OPEN: dict[str, Callable[..., IO]] = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
 _KINDS = ("neg", "pos")
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
