@@ -30,6 +30,7 @@ SKIPPED = {
 }
 #: page -> what each of its blocks leaves behind: one of these.
 WRITTEN = {
+    "deploying": ("english-onnx/onnx/model.onnx",),
     "converting": ("roberta-4096/model.safetensors",),
     "other-heads": (
         *("runs/*/model.safetensors", "roberta-4096/model.safetensors"),
