@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, RobertaConfig
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from mra_hf import MraConfig
 
@@ -69,3 +69,18 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
         mask_token="<mask>",
         model_max_length=TOKENS,
     )
+
+
+def write_sentence_encoder(folder):
+    """Write a tiny random encoder of sentence-transformers, mean pooling, 512 positions."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+
+    torch.manual_seed(0)
+    encoder = folder.parent / f"{folder.name}-encoder"
+    RobertaModel(roberta_config(max_position_embeddings=514)).save_pretrained(encoder)
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(encoder)
+    parts = [modules.Transformer(str(encoder)), modules.Pooling(32)]
+    SentenceTransformer(modules=parts, device="cpu").save(str(folder))

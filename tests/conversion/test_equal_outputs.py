@@ -44,14 +44,15 @@ def test_full_budget_equals_the_source(source_type, head, tmp_path):
     assert report.counts()["new"] == report.counts()["dropped"] == 0
 
 
-def test_bert_with_padding_on_the_left_is_another_model_and_the_readme_says_so(tmp_path):
+def test_bert_with_padding_on_the_left_is_another_model_and_the_guide_says_so(tmp_path):
     source = make_source(tmp_path / "source", "bert")
     convert(tmp_path / "source", tmp_path / "out")
     inputs = random_inputs("bert", "ForMaskedLM", "left")
     with pytest.raises(AssertionError):
         assert_same_outputs(source, open_result(tmp_path / "out"), inputs, 1)
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
-    assert "re-expressed exactly as RoBERTa, with padding on the right" in readme
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "converting.md"
+    words = " ".join(guide.read_text().split())
+    assert "re-expressed exactly as RoBERTa, with padding on the right" in words
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering"])

@@ -93,9 +93,10 @@ def convert_checkpoint(
             are modules of sentence-transformers.
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
-        block_per_row, approx_mode, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks,
-            key_block_size, selection: as in `MraConfig`, or its own for a source of type mra or
-            mra_hf; with a new bias the first block is global (1) if the head reads the first token.
+        block_per_row, approx_mode, key_block_size, selection: as in `MraConfig`; None: its default,
+            or the source's own for a type mra or mra_hf.
+        initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks: likewise; with a new bias the
+            first block is global (1) if the head reads the first token.
         distance_bias: whether every head gets a trainable bias on the distance of blocks: 0 up to a
             window in which no two tokens share a position, `far_bias` beyond. None: where
             `max_length` exceeds the positions of the source. A source's own bias is kept.

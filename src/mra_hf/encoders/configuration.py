@@ -166,16 +166,17 @@ class LraConfig(SmallEncoderConfig):
             published runs.
         grid: (height, width) of an image read row by row: tokens are rearranged into patches of
             4 x 8, one MRA block each, before the layers, and back after them. None: no grid.
-        block_per_row, block_size, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks,
-            selection: of MRA-2 and MRA-2-s, see `MraConfig`.
+        block_per_row, block_size, selection: of MRA-2 and MRA-2-s, see `MraConfig`.
+        initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks: likewise.
         segment_lengths, num_subheads, feature_map, routing, router_gate, router_aux_loss_coef: of
             AdaMRA, see `AdaMraConfig`.
         pooling: "mean_over_all", the sum over tokens divided by max_position_embeddings (as
             published, where every text is padded to that length), or "mean" over real tokens.
         two_tower: classify pairs of texts, (input_ids, input_ids_2), by the features of both.
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size,
-            max_position_embeddings, hidden_dropout_prob, layer_norm_eps, initializer_range,
-            classifier_hidden_size: sizes.
+        vocab_size, max_position_embeddings: of the embeddings.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the layers.
+        hidden_dropout_prob, layer_norm_eps, initializer_range: as in RoBERTa.
+        classifier_hidden_size: width of the classifier's hidden layer.
 
     Raises:
         ValueError: a field of the wrong type or out of range.

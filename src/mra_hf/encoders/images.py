@@ -40,9 +40,10 @@ class MraImageConfig(SmallEncoderConfig):
         attention: "mra2", "mra2_s" or "dense".
         block_per_row, initial_prior_first_n_blocks, initial_prior_diagonal_n_blocks, selection: see
             `MraConfig`.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_dropout_prob,
-            attention_probs_dropout_prob (dense only), layer_norm_eps, initializer_range,
-            classifier_hidden_size: sizes.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: of the layers.
+        hidden_dropout_prob, layer_norm_eps, initializer_range: as in RoBERTa.
+        attention_probs_dropout_prob: dropout on the weights of dense attention (only).
+        classifier_hidden_size: width of the classifier's hidden layer.
 
     Raises:
         ValueError: a field of the wrong type or out of range.
