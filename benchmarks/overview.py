@@ -30,13 +30,30 @@ POINTS = {
     ("english-4096", "mra2", "8", "4096"): ("converted and trained, 8 blocks", _OURS),
     ("english-4096", "mra2", "16", "4096"): ("converted and trained, 16 blocks", _OURS),
 }
-#: (file, provider, pass) -> label, colour and line style of a curve of speeds.
-SPEEDS = {
-    ("cpu_implementations.csv", "mra2_native", "fwd+bwd"): ("attention, with backward", _OURS, "-"),
-    ("cpu_implementations.csv", "mra2_native", "fwd"): ("attention, forward", _OURS, "--"),
-    ("cpu_models.csv", "mra2", "step"): ("RoBERTa-base, training step", "#7570b3", "-"),
-    ("cpu_models.csv", "mra2", "fwd"): ("RoBERTa-base, forward", "#7570b3", "--"),
-}
+#: Label, colour and line style of a curve, and the rows it is made of: file, values that all have,
+#: and the values of dense attention and of MRA-2.
+CURVES = (
+    (
+        *("attention, with backward", _OURS, "-", "cpu_implementations.csv"),
+        {"dtype": "fp32", "pass": "fwd+bwd"},
+        *({"provider": "sdpa"}, {"provider": "mra2_native", "block_per_row": "8"}),
+    ),
+    (
+        *("attention, forward", _OURS, "--", "cpu_implementations.csv"),
+        {"dtype": "fp32", "pass": "fwd"},
+        *({"provider": "sdpa"}, {"provider": "mra2_native", "block_per_row": "8"}),
+    ),
+    (
+        *("RoBERTa-base, training step", "#7570b3", "-", "cpu_models.csv"),
+        {"dtype": "fp32", "pass": "step"},
+        *({"provider": "sdpa"}, {"provider": "mra2", "block_per_row": "8"}),
+    ),
+    (
+        *("RoBERTa-base, forward", "#7570b3", "--", "deployment.csv"),
+        {"dtype": "float32", "runtime": "torch", "model": "RoBERTa-base, random weights"},
+        *({"attention": "dense"}, {"attention": "mra2"}),
+    ),
+)
 
 
 def points() -> list[tuple[str, str, float]]:
@@ -48,17 +65,16 @@ def points() -> list[tuple[str, str, float]]:
     return [(label, colour, losses[key]) for key, (label, colour) in POINTS.items()]
 
 
-def speeds(file: str, provider: str, name: str) -> dict[int, float]:
-    """Tokens -> how many times as fast as SDPA, of the rows in float32 with 8 blocks."""
-    rows = [
-        row for row in read_rows(RESULTS / file) if (row["dtype"], row["pass"]) == ("fp32", name)
-    ]
-    dense = {row["length"]: row for row in rows if row["provider"] == "sdpa"}
-    return {
-        int(row["length"]): float(dense[row["length"]]["ms_median"]) / float(row["ms_median"])
-        for row in rows
-        if row["provider"] == provider and row["block_per_row"] == "8"
-    }
+def speeds(label: str) -> dict[int, float]:
+    """Tokens -> how many times as fast as dense attention, of the curve with that label."""
+    (curve,) = (curve for curve in CURVES if curve[0] == label)
+    file, common, dense, ours = curve[3:]
+    times = []
+    for own in (dense, ours):
+        wanted = (common | own).items()
+        rows = [row for row in read_rows(RESULTS / file) if wanted <= row.items()]
+        times.append({int(row["length"]): float(row["ms_median"]) for row in rows})
+    return {length: times[0][length] / milliseconds for length, milliseconds in times[1].items()}
 
 
 def main(argv=None) -> int:
@@ -92,12 +108,10 @@ def _draw_quality(axes: Axes) -> None:
 
 
 def _draw_speed(axes: Axes) -> None:
-    for key, (label, colour, style) in SPEEDS.items():
-        curve = speeds(*key)
-        axes.plot(
-            *zip(*sorted(curve.items()), strict=True), style, color=colour, marker="o", label=label
-        )
-    lengths = sorted({length for key in SPEEDS for length in speeds(*key)})
+    for label, colour, style, *_ in CURVES:
+        curve = sorted(speeds(label).items())
+        axes.plot(*zip(*curve, strict=True), style, color=colour, marker="o", label=label)
+    lengths = sorted({length for label, *_ in CURVES for length in speeds(label)})
     axes.axhline(1, color=_DENSE, linewidth=1)
     axes.text(
         lengths[-1], 0.95, "dense attention (SDPA)", fontsize=9, color=_DENSE, va="top", ha="right"

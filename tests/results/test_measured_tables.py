@@ -106,7 +106,3 @@ def test_a_page_has_every_measured_row(page):
     for line in lines:
         assert re.search(rf"^{re.escape(line)}$", text, re.M), line
 
-
-if __name__ == "__main__":  # prints the rows, to paste them
-    for table in (budget_table, deployment_table, accuracy_table, busy_table):
-        print("\n".join(table()), "\n")
