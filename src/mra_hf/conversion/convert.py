@@ -111,8 +111,7 @@ def convert_checkpoint(
         The report; also saved in the result.
 
     Raises:
-        ValueError: an argument out of range, a source that cannot be expressed exactly, or an
-            `output_dir` that must not be written.
+        ValueError: a bad argument or `output_dir`, or a source that cannot be expressed exactly.
         OSError: something cannot be read or written.
     """
     _check_arguments(source, output_dir, tokenizer, max_length, progress)
