@@ -20,6 +20,7 @@ from benchmarks.providers import (
     Providers,
     arena_layers,
     attention_providers,
+    candidate_choice_steps,
     self_attention_modules,
     whole_models,
 )
@@ -99,6 +100,13 @@ def model(case: Case) -> list[dict]:
         samples = _timed(case, providers, inputs, warm_up=case.length < 4096)
         rows += _rows("model", case, name, samples)
     return rows
+
+
+def candidate_choice(case: Case) -> list[dict]:
+    """A training step of WikiHop's kind with a model of MiniLM's sizes."""
+    assert case.dtype == "fp32"
+    steps, inputs = candidate_choice_steps(case.length, case.budgets, case.device)
+    return _rows("candidate_choice", case, "step", _timed(case, steps, inputs), head_dim=32)
 
 
 def mixed_lengths(case: Case) -> list[dict]:
@@ -193,6 +201,7 @@ def _rows(op: str, case: Case, name: str, samples, errors=None, peaks=None, **co
 SECTIONS = {
     section.__name__: section
     for section in (
-        *(attention, implementations, self_attention, model, mixed_lengths, scales, adamra),
+        *(attention, implementations, self_attention, model, candidate_choice),
+        *(mixed_lengths, scales, adamra),
     )
 }

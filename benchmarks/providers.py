@@ -17,6 +17,7 @@ from transformers.models.roberta.modeling_roberta import RobertaSelfAttention
 
 import mra_hf
 from mra_attention import mra2_attention
+from mra_attention.implementations import BLOCK_SIZE, FAST
 from mra_hf.encoders.methods import METHODS
 from mra_hf.sparse_prediction import predict_labelled_positions
 
@@ -184,6 +185,49 @@ def whole_models(
     providers: Providers = {("sdpa", None): build(None)}
     for block_per_row in budgets:
         providers["mra2", block_per_row] = build({"block_per_row": block_per_row})
+    return providers, (ids,)
+
+
+def candidate_choice_steps(
+    length: int, budgets: tuple[int, ...], device: str
+) -> tuple[Providers, tuple[Tensor]]:
+    """Training steps of WikiHop's kind: MiniLM's sizes (6 layers, width 384), one question with ten
+    candidates at its beginning, AdamW; dense, and MRA-2 by each implementation that runs here.
+
+    Returns:
+        Functions of the token ids `[1, N]`, and the ids.
+    """
+    ids, _ = labelled_tokens(1, length, device, vocab_size=30522)
+    starts = 2 * torch.arange(10, device=device)
+    spans, label = torch.stack([starts, starts + 1], -1)[None], torch.zeros(1, device=device).long()
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+
+    def build(impl: str | None, block_per_row: int = 8) -> Callable[[Tensor], Tensor]:
+        torch.manual_seed(0)
+        config = mra_hf.MraConfig(vocab_size=30522, max_position_embeddings=length + 2, **sizes)
+        model = mra_hf.MraForCandidateChoice(config).to(device).train()
+        if impl is None:
+            model.set_attn_implementation("sdpa")
+        else:
+            mra_hf.set_attention(model, "mra2", impl=impl, block_per_row=block_per_row)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step(ids: Tensor) -> Tensor:
+            with torch.enable_grad():
+                loss = model(ids, candidate_spans=spans, labels=label).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    providers: Providers = {("sdpa", None): build(None)}
+    query = torch.zeros(1, 1, 1, 32, device=device)
+    for name, implementation in FAST.items():
+        if implementation.refusal(query, BLOCK_SIZE, BLOCK_SIZE) is None:
+            for block_per_row in budgets:
+                providers[f"mra2_{name}", block_per_row] = build(name, block_per_row)
     return providers, (ids,)
 
 

@@ -50,7 +50,7 @@ class Sweep:
 
 _OPS = (
     *("attention", "implementations", "self_attention", "model"),
-    *("mixed_lengths", "scales", "adamra"),
+    *("candidate_choice", "mixed_lengths", "scales", "adamra"),
 )
 _SHORT = (512, 1024, 2048)
 PRESETS = {
@@ -82,6 +82,7 @@ PRESETS = {
         Sweep("model", _SHORT, ("fp32",), (8,), 3),
         Sweep("model", (4096, 8192), ("fp32",), (8,), 1),
     ),
+    "wikihop": (Sweep("candidate_choice", (1024, 4096), ("fp32",), (8,), 5),),
     "scales": (
         Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3),
         Sweep("scales", (65536, 131072), ("fp32",), (4,), 3),

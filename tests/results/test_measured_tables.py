@@ -105,4 +105,3 @@ def test_a_page_has_every_measured_row(page):
     assert len(lines) >= 3
     for line in lines:
         assert re.search(rf"^{re.escape(line)}$", text, re.M), line
-
