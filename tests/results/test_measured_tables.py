@@ -91,10 +91,22 @@ def busy_table() -> list[str]:
     return lines
 
 
+def wikihop_table() -> list[str]:
+    """Length -> training steps a minute with dense attention and by each implementation."""
+    rows = {(row["length"], row["provider"]): row for row in read("cpu_wikihop.csv")}
+    providers = ("sdpa", "mra2_torch", "mra2_native")
+    return [
+        f"| {length} | "
+        + " | ".join(f"{6e4 / float(rows[length, name]['ms_median']):.1f}" for name in providers)
+        + " |"
+        for length in dict.fromkeys(length for length, _ in rows)
+    ]
+
+
 TABLES = {
     "docs/guide/budget.md": budget_table,
     "docs/guide/deploying.md": lambda: deployment_table() + accuracy_table(),
-    "docs/performance.md": busy_table,
+    "docs/performance.md": lambda: busy_table() + wikihop_table(),
 }
 
 
