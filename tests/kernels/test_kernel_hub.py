@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import mra_hf_cli
+from mra_attention.native_impl.library import find
 
 tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from 3.11 on")
 
@@ -53,6 +54,7 @@ import torch
 from kernels import get_local_kernel
 
 repository, namespace, operators = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+impl = sys.argv[4]
 operator = get_local_kernel(Path(repository), backend="cpu")
 assert Path(operator.__file__) == Path(repository, "build", "torch-cpu", "__init__.py")
 for other in {namespace, "mra_attention"}:
@@ -74,6 +76,8 @@ def output_and_gradients(attention, **arguments):
 for mode in ("full", "sparse"):
     expected = output_and_gradients(operator.mra2_attention, approx_mode=mode, impl="reference")
     found = output_and_gradients(operator.mra2_attention, approx_mode=mode)
+    same = output_and_gradients(operator.mra2_attention, approx_mode=mode, impl=impl)
+    assert all(map(torch.equal, same, found))  # this is what `auto` takes
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 # The fakes and the gradient are registered in the build's namespace too.
@@ -86,7 +90,7 @@ if namespace != "mra_attention":
     # ... and stands beside the installed package.
     import mra_attention
 
-    settings = {"approx_mode": "sparse", "impl": "torch"}  # as in the build
+    settings = {"approx_mode": "sparse", "impl": impl}  # as in the build
     installed = output_and_gradients(mra_attention.mra2_attention, **settings)
     assert mra_attention is not operator and all(map(torch.equal, installed, found))
 print("loaded", operator.__name__)
@@ -118,13 +122,20 @@ def lay_out_build(repository: Path, generated_namespace: str | None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("generated_namespace", [None, "_mra_attention_xyz"])
-def test_a_build_loads_and_computes_without_transformers(tmp_path, generated_namespace):
+def test_a_build_loads_and_computes_without_transformers(tmp_path, generated_namespace, impl):
     repository = tmp_path / "repository"
     lay_out_build(repository, generated_namespace)
+    if impl == "native":  # a file that a build would have to carry beside those of Python
+        library = find()
+        if library is None:
+            pytest.skip("the CPU kernels were not compiled")
+        for copy in repository.glob("build/*/native_impl"):
+            shutil.copy(library, copy)
     namespace = generated_namespace or PACKAGE.name
     result = subprocess.run(
-        [sys.executable, "-c", CONSUMER, str(repository), namespace, json.dumps(OPERATORS)],
+        [sys.executable, "-c", CONSUMER, str(repository), namespace, json.dumps(OPERATORS), impl],
         cwd=tmp_path,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
