@@ -111,7 +111,8 @@ def test_int8_halves_the_file_and_stays_close(exported, checkpoint, tmp_path):
     assert 1e-6 < max(error for _, error, _ in small.rows) < 0.5
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_torch_graph_runs_without_the_package(checkpoint, tmp_path, dtype):
     report = export_checkpoint(checkpoint, tmp_path / "out", format="torch", dtype=dtype)
     program = torch.export.load(report.file)
