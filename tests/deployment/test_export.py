@@ -111,6 +111,7 @@ def test_int8_halves_the_file_and_stays_close(exported, checkpoint, tmp_path):
     assert 1e-6 < max(error for _, error, _ in small.rows) < 0.5
 
 
+@pytest.mark.slow
 def test_float16_runs_on_a_cpu_and_stays_close_to_float32(exported, checkpoint, tmp_path):
     half = export_checkpoint(checkpoint, tmp_path / "half", dtype="float16")
     assert half.megabytes < exported[0].megabytes
