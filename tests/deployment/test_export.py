@@ -112,6 +112,21 @@ def test_int8_halves_the_file_and_stays_close(exported, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
+def test_float16_runs_on_a_cpu_and_stays_close_to_float32(exported, checkpoint, tmp_path):
+    half = export_checkpoint(checkpoint, tmp_path / "half", dtype="float16")
+    assert half.megabytes < exported[0].megabytes
+    texts = ["w10 w11 w12", " ".join(f"w{10 + i % 7}" for i in range(150))]
+    inputs = word_tokenizer()(texts, padding=True, return_token_type_ids=True, return_tensors="np")
+    names = {name: inputs[name] for name in exported[0].inputs}
+    logits, expected = (
+        torch.from_numpy(session_of(folder).run(["logits"], names)[0])[names["attention_mask"] == 1]
+        for folder in (half.output, exported[0].output)
+    )
+    assert (logits.dtype, expected.dtype) == (torch.float16, torch.float32)
+    assert 0 < (logits - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_torch_graph_runs_without_the_package(checkpoint, tmp_path, dtype):
     report = export_checkpoint(checkpoint, tmp_path / "out", format="torch", dtype=dtype)
@@ -162,10 +177,34 @@ def test_the_pooling_of_a_sentence_encoder_goes_into_the_graph(tmp_path):
 
 
 def test_a_graph_that_differs_is_not_written(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "_difference", lambda *_: 0.01)
-    with pytest.raises(ValueError, match=r"differs from the model by 1\.0e-02"):
+    difference = export_module._Difference(largest=0.02, mean=0.01)
+    monkeypatch.setattr(export_module, "_difference", lambda *_: difference)
+    with pytest.raises(ValueError, match=r"logits .* differs from the model by 1\.0e-02"):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "moved", "is_written"),
+    [("float16", 1, True), ("float16", 31, False), ("float32", 1, False)],
+)
+def test_in_half_precision_a_token_may_move_but_not_all(dtype, moved, is_written):
+    """Where two pairs of blocks score nearly alike, rounding decides which one is exact."""
+    graph = Graph(mra_hf.MraForMaskedLM(mra_config(**SETTINGS)).eval()).eval()
+
+    def run(inputs):
+        logits = graph(*inputs.values())[0].detach()
+        logits[0, :moved] += 0.3 * logits.abs().max()
+        return [logits]
+
+    def compare():
+        return export_module._compare(graph, run, dtype, lambda line: None)
+
+    if is_written:
+        assert [round(error, 3) for _, error, _ in compare()] == [0.3] * 3
+    else:
+        with pytest.raises(ValueError, match=f"on average over 31 tokens.* allowed for {dtype}"):
+            compare()
 
 
 @pytest.mark.parametrize(

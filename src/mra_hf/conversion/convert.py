@@ -88,9 +88,8 @@ def convert_checkpoint(
     `conversion_report.json`. It is written beside `output_dir` and renamed at the end.
 
     Args:
-        source: a directory or hub id of a type in `sources.SOURCE_TYPES`. Its head is kept: none,
-            masked LM, sequence or token classification, question answering, multiple choice; so
-            are modules of sentence-transformers.
+        source: a directory or hub id of a type in `sources.SOURCE_TYPES`. Its head, one of
+            `modeling.HEADS`, is kept; so are modules of sentence-transformers.
         output_dir: the directory to write; its parents are created.
         max_length: longest sequence of the result, in tokens.
         block_per_row, approx_mode, key_block_size, selection: as in `MraConfig`; None: its default,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
@@ -46,8 +46,10 @@ DTYPES = {
 FILES = {"onnx": Path("onnx", "model.onnx"), "torch": Path("model.pt2")}
 OLDEST_OPSET = 18
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-#: Largest difference from the model, as a share of its largest output.
-_TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2, "int8": 0.5}
+#: Largest mean difference from the model, as `_Difference` has it. No limit on the worst token:
+#: where two pairs of blocks score nearly alike, rounding decides which one is exact, and the
+#: tokens of those blocks move.
+_TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "int8": 0.2}
 #: Sizes of the example that is traced; torch would take a size of 1 for a constant.
 _EXAMPLE = (2, 100)
 #: Most tokens of the longest text that the graph is compared on.
@@ -279,20 +281,38 @@ def _compare(
         outputs = run(inputs)
         milliseconds = 1e3 * (time.perf_counter() - start)
         real = inputs["attention_mask"].bool()
-        error = max(map(_difference, outputs, expected, [real] * len(outputs)))
-        rows.append((tokens, error, milliseconds))
-        if not error <= _TOLERANCES[dtype]:
-            raise ValueError(
-                f"the graph differs from the model by {error:.1e} of its largest output at "
-                f"{tokens} tokens; {_TOLERANCES[dtype]} is allowed for {dtype}. Take float32, or "
-                "another version of onnxruntime or torch."
-            )
+        errors = list(map(_difference, outputs, expected, [real] * len(outputs)))
+        rows.append((tokens, max(error.largest for error in errors), milliseconds))
+        for name, error in zip(graph.output_names, errors, strict=True):
+            if not error.mean <= _TOLERANCES[dtype]:
+                raise ValueError(
+                    f"{name} of the graph differs from the model by {error.mean:.1e} of its "
+                    f"largest value, on average over {tokens} tokens; {_TOLERANCES[dtype]} is "
+                    f"allowed for {dtype}. Take float32, or another version of onnxruntime or "
+                    "torch."
+                )
     return rows
 
 
-def _difference(output: Tensor, expected: Tensor, real: Tensor) -> float:
-    """The largest difference at real tokens, as a share of the largest value there."""
+class _Difference(NamedTuple):
+    """How far an output is from the model's, as shares of the largest value of the model.
+
+    Attributes:
+        largest: of all values at real tokens.
+        mean: over real tokens (samples, where there is one vector per sample), of the largest
+            difference of each.
+    """
+
+    largest: float
+    mean: float
+
+
+def _difference(output: Tensor, expected: Tensor, real: Tensor) -> _Difference:
+    """The difference at real tokens."""
     output, expected = output.float(), expected.float()
     if expected.shape[: real.dim()] == real.shape:  # one value or vector per token
         output, expected = output[real], expected[real]
-    return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    scale = expected.abs().max().clamp_min(1e-6)
+    worst = (output - expected).abs().reshape(len(expected), -1).amax(1)  # of a token or sample
+    shares = worst / scale
+    return _Difference(float(shares.max()), float(shares.mean()))

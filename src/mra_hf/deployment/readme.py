@@ -54,8 +54,9 @@ def write_readme(path: Path, report: ExportReport, file: Path, is_sentence_encod
     sentence = ""
     if is_sentence_encoder and file.suffix == ".onnx":
         sentence = (
-            '\n`SentenceTransformer(".", backend="onnx")` looks for the graph in `onnx/`; it needs '
-            "`import mra_hf` first and the package optimum.\n"
+            '\n`SentenceTransformer(".", backend="onnx")` finds the graph in `onnx/`. It needs '
+            "`import mra_hf` first, and a release of optimum-onnx for transformers 5 (0.1.0 is for "
+            "4).\n"
         )
     path.write_text(
         f"# {report.source}, exported\n\n"
