@@ -32,5 +32,5 @@ def test_a_block_runs_alone(block, tmp_path):
 
 
 def test_the_blocks_are_found():
-    assert len(RUN) >= 10 and {block.language for block in RUN} == {"bash", "python"}
+    assert len(RUN) >= 2 and {block.language for block in RUN} == {"bash", "python"}
     assert {block.first_line for block in BLOCKS} >= set(SKIPPED)

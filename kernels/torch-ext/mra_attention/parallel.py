@@ -34,14 +34,20 @@ def torch_parallel_for() -> "_ctypes.CFuncPtr | None":
     return function
 
 
+def _region(count: int) -> "_ctypes.CFuncPtr | None":
+    """What opens a region, if there are threads and enough items for them."""
+    return torch_parallel_for() if 1 < torch.get_num_threads() <= count else None
+
+
 def run_items(work: Callable[[int], None], count: int) -> None:
     """Call `work(i)` for every i below `count`, without gradients: on torch's threads where there
-    are as many items as threads, else in turn, and operators use the threads.
+    are as many items as threads, else in turn, and operators use the threads. A compiler sees the
+    items in turn.
 
     `work` must not depend on the order of items. What it raises is raised here.
     """
-    threads, region = torch.get_num_threads(), torch_parallel_for()
-    if region is None or threads == 1 or count < threads:
+    region = None if torch.compiler.is_compiling() else _region(count)
+    if region is None:
         for item in range(count):
             work(item)
         return
@@ -58,6 +64,6 @@ def run_items(work: Callable[[int], None], count: int) -> None:
         except BaseException as error:  # has no way out of a callback of C
             errors.append(error)
 
-    region(0, threads, 1, _Body(body), None)
+    region(0, torch.get_num_threads(), 1, _Body(body), None)
     if errors:
         raise errors[0]
