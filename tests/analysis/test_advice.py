@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from mra_hf import MraForMaskedLM, MraModel
-from mra_hf.analysis.advice import (
-    Advice,
-    AdviceRow,
-    Difference,
-    advise,
-    lengths_up_to,
-    plot_advice,
-    recommend,
-)
+from mra_hf.analysis import measuring
+from mra_hf.analysis.advice import Advice, AdviceRow, Difference, plot_advice, recommend
+from mra_hf.analysis.measuring import advise, lengths_up_to
 from mra_hf.evaluation import masked_token_losses
 from tiny_models import mra_config, word_tokenizer
 
@@ -131,10 +125,37 @@ def test_the_fastest_budget_within_the_tolerance_is_taken():
     assert "reading the document whole lowers the loss by 0.060 nats" in text
 
 
-def test_a_budget_is_left_out_only_where_it_measurably_costs_more():
+def test_a_text_too_short_to_tell_budgets_apart_is_named_and_changes_no_choice():
     losses = {(512, None): 3.4, (4096, None): 3.3, (4096, 4): 3.6, (4096, 8): 3.38, (4096, 16): 3.3}
-    assert "block_per_row=16" in recommend(rows(losses, SECONDS))
-    assert "block_per_row=8" in recommend(rows(losses, SECONDS, half=0.05))
+    assert "too short" not in recommend(rows(losses, SECONDS))
+    text = recommend(rows(losses, SECONDS, half=0.05))
+    assert "block_per_row=16" in text and "too short to tell budgets apart (+- 0.050 nats)" in text
+
+
+def test_of_equal_times_the_better_quality_is_taken_and_faster_rows_are_the_best_of_them():
+    losses = {(512, None): 3.4, (4096, None): 3.3, (4096, 4): 3.6, (4096, 8): 3.34, (4096, 16): 3.3}
+    assert "block_per_row=16" in recommend(rows(losses, SECONDS | {(4096, 16): 1.55}))
+    losses |= {(4096, 8): 3.4}
+    text = recommend(rows(losses, SECONDS | {(4096, 8): 0.9}))
+    assert "8 blocks are faster, but with loss 3.400" in text  # 4 are slower and worse
+
+
+def test_only_passes_over_whole_chunks_count(model):
+    class Clock(measuring._Watch):
+        """A pass takes a second, whatever its length."""
+
+        def _end(self, encoder, inputs, output):
+            super()._end(encoder, inputs, output)
+            self.seconds[-1] = 1.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_Watch", Clock)
+        for tokens in (254, 260, 508, 515):  # one or two chunks, and a rest of some tokens
+            advice = advise(
+                *(model, word_tokenizer(), TEXT),
+                **{"lengths": [256], "masked_lm": True, "max_tokens": tokens},
+            )
+            assert [row.seconds for row in advice.rows] == [1.0] * len(advice.rows)
 
 
 def test_chunks_are_recommended_where_they_read_better():

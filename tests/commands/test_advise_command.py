@@ -8,6 +8,8 @@ from transformers import (
     ElectraForMaskedLM,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
+    T5Config,
+    T5EncoderModel,
 )
 
 from mra_hf import MraForMaskedLM
@@ -19,6 +21,7 @@ MODELS = {
     "ours": lambda: MraForMaskedLM(mra_config(block_per_row=2)),
     "roberta": lambda: RobertaForMaskedLM(roberta_config()),
     "classifier": lambda: RobertaForSequenceClassification(roberta_config()),
+    "t5": lambda: T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_ff=64, num_layers=1)),
     "stock": lambda: ElectraForMaskedLM(
         ElectraConfig(**(SIZES | {"embedding_size": 32, "max_position_embeddings": 256}))
     ),
@@ -37,7 +40,7 @@ def save(kind):
     word_tokenizer().save_pretrained(kind)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["ours", "roberta", "classifier", "stock"])
 def test_a_table_a_recommendation_and_files(kind, folder, capsys):
     save(kind)
     arguments = ["advise", kind, "--text", "text.txt", "--lengths", "128", "256"]
@@ -51,7 +54,8 @@ def test_a_table_a_recommendation_and_files(kind, folder, capsys):
     ]
     has_loss = kind != "classifier"
     assert all((row["loss"] is not None) == has_loss for row in numbers["rows"])
-    assert numbers["recommendation"] in printed.out
+    assert numbers["recommendation"] in " ".join(printed.out.split())
+    assert ("mra-hf convert" in printed.out) == (kind in ("roberta", "classifier"))
     assert (folder / "advice" / "advice.png").stat().st_size > 10_000
 
 
@@ -70,9 +74,31 @@ def test_json_is_all_of_the_output(capsys):
         ("ours --text none.txt", "no text files in ['none.txt']"),
         ("ours --text text.txt --lengths 999", "lengths must be at most 256"),
         ("ours --text text.txt --device cuda:77", "--device cuda:77 is not available here"),
+        ("ours --text text.txt --device meta", "--device must be cpu, cuda or cuda:N"),
         ("ours --text text.txt --lengths 256 --block-per-row 0", "block_per_row must be"),
+        ("ours --text text.txt --lengths 256 --max-tokens 9", "max_tokens must be at least 254"),
+        ("ours --text text.txt --lengths 1 256", "--lengths must be"),
+        ("ours --text text.txt --out text.txt", "--out text.txt is a file; name a folder"),
+        ("t5 --text text.txt", "adds relative position biases"),
+        ("stock --text text.txt --lengths 300", "lengths must be at most 256"),
     ],
 )
-def test_mistakes_are_answered(arguments, said, refused):
+def test_mistakes_are_answered_and_leave_nothing(arguments, said, refused, folder):
     save("ours")
+    if arguments.startswith(("t5", "stock")):
+        save(arguments.split()[0])
     assert said in refused("advise", *arguments.split())
+    assert not (folder / "advice").exists()
+
+
+def test_an_earlier_advice_is_replaced_by_force_only(folder, refused):
+    save("ours")
+    arguments = ["advise", "ours", "--text", "text.txt", "--lengths", "256", "--max-tokens", "300"]
+    assert main(arguments) == 0
+    before = (folder / "advice" / "advice.json").read_text()
+    assert "advice.json is there already; name another --out, or pass --force" in refused(
+        *arguments
+    )
+    assert (folder / "advice" / "advice.json").read_text() == before
+    assert main([*arguments, "--force"]) == 0
+    assert (folder / "advice" / "advice.json").read_text() != before  # other times

@@ -52,7 +52,7 @@ SENTENCES = {
         loss("english-4096-untrained", "16"),
         loss("english", "", "512"),
     ),
-    "**#** with 16 blocks, # with 8 (the source trained on the same text: #)": lambda: (
+    "**#** read with 16 blocks, # read with 8 (the source trained on the same text: #)": lambda: (
         loss("english-4096", "16"),
         loss("english-4096", "8"),
         loss("english-512-same-text", "", "512"),
@@ -72,7 +72,7 @@ SENTENCES = {
     "**#** nats with 16 blocks per row, # with 8, # with 4": lambda: tuple(
         map(over_dense, (16, 8, 4))
     ),
-    "cosine to dense: **#**, # and #": lambda: tuple(map(cosine, (16, 8, 4))),
+    "cosine to dense: **#** with 16, # with 8 and # with 4": lambda: tuple(map(cosine, (16, 8, 4))),
 }
 
 

@@ -1,45 +1,21 @@
-"""Which budget at which length: time, memory and quality of a checkpoint, here and on a text.
+"""What `measuring.advise` found, what follows from it, and its picture."""
 
-A row is a length and an attention, dense or MRA-2 with a budget. Every row reads the same tokens in
-chunks of its length, one chunk at a time, so that all rows compare: seconds are those of one
-document of the longest length, read whole or in chunks.
-"""
-
-import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from mra_attention.benchmarking import added_since, reset_peak
-from mra_attention.checks import check_int
-from mra_hf.attention import ATTENTION_NAMES, set_attention
-from mra_hf.configuration import AttentionSettings
-from mra_hf.evaluation import MaskedTokenLosses, masked_token_losses, read_texts
-from mra_hf.evaluation.agreement import pieces, states_of_pieces
-from mra_hf.evaluation.masked_tokens import token_stream
-from mra_hf.loading import check_length
 from mra_hf.results.drawing import new_figure, save_figure
 
 if TYPE_CHECKING:
     import os
 
-#: Exact blocks per row that are compared unless others are named.
-BUDGETS = (4, 8, 16)
-#: Lengths that are compared unless others are named, as far as the model reads them.
-SHORTEST, LONGEST = 512, 4096
-#: A budget is good enough where it measurably costs no more than this beside dense attention:
-#: nats of masked-token loss, or 1 - cosine of hidden states.
+#: A budget is good enough where it costs no more than this beside dense attention: nats of
+#: masked-token loss, or 1 - cosine of hidden states.
 LOSS_TOLERANCE, COSINE_TOLERANCE = 0.05, 0.05
-#: All rows of a document take about so many times the dense pass over it.
-_PASSES = 9
-_MOST_DOCUMENTS = 16
+#: Times that differ by less are called equal; then the better quality is taken.
+_SAME_TIME = 1.05
 #: Attention -> its colour in pictures, as in those of the benchmarks.
 _COLOURS = {
     "dense": "#333333",
@@ -93,7 +69,7 @@ class AdviceRow:
             case None:
                 return "dense"
             case int(blocks):
-                return f"{blocks} blocks"
+                return f"{blocks} block{'s' * (blocks > 1)}"
             case blocks:
                 return f"{statistics.mean(blocks):.1f} blocks (list)"
 
@@ -120,284 +96,42 @@ class Advice:
     recommendation: str
 
 
-def lengths_up_to(longest: int) -> list[int]:
-    """512 and its doublings below `longest`, and `longest`; not beyond 4096."""
-    longest = min(longest, LONGEST)
-    doublings = itertools.takewhile(
-        lambda length: length < longest, (SHORTEST * 2**power for power in itertools.count())
-    )
-    return [*doublings, longest]
-
-
-def advise(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: str | Sequence[str],
-    *,
-    lengths: Sequence[int],
-    block_per_row: Sequence[int] | None = None,
-    masked_lm: bool,
-    max_tokens: int | None = None,
-    minutes: float = 3.5,
-    progress: Callable[[str], None] | None = None,
-) -> Advice:
-    """Measure every length and budget on `texts`, and recommend one.
-
-    Args:
-        model: an encoder that `set_attention` takes. It is put into evaluation mode, and left with
-            the last attention that was measured.
-        tokenizer: its tokenizer.
-        texts: one text or several, at least as long as the longest length.
-        lengths: tokens of a chunk, in any order.
-        block_per_row: budgets, exact blocks per row (default None: 4, 8, 16 and the model's own).
-            What covers every block of a length is dense attention, and is left out there.
-        masked_lm: score masked tokens; False: compare hidden states with dense attention.
-        max_tokens: tokens to read (default None: as many as take about `minutes`, two documents
-            of the longest length at least, where the text has them).
-        minutes: see there.
-        progress: called with a line of text before each row.
-
-    Raises:
-        ValueError: a text shorter than the longest length, a length or a budget that the model
-            cannot take, or a model with other scales than two.
-    """
-    say = progress or (lambda line: None)
-    lengths = sorted(set(lengths))
-    for length in lengths:
-        check_int("lengths", length, 1)
-        check_length("lengths", length, model)
-    longest = lengths[-1]
-    wanted = _budgets(model, block_per_row)
-    name = model.config._attn_implementation
-    name = name if name in ATTENTION_NAMES else ATTENTION_NAMES[0]
-    texts = read_texts([texts] if isinstance(texts, str) else texts)
-    stream, _, before, after = token_stream(tokenizer, list(texts))
-    per_document = longest - len(before) - len(after)
-    if len(stream) < per_document:
-        raise ValueError(
-            f"text must hold at least {longest} tokens, the longest of lengths, got {len(stream)}; "
-            "pass a longer text, or shorter lengths."
-        )
-    reader = _Reader(model.eval(), tokenizer, texts, stream, (before, after), masked_lm)
-    plan = [
-        (length, blocks)
-        for length in lengths
-        for blocks in (None, *(x for x in wanted if _is_approximate(model, x, length)))
-    ]
-    if max_tokens is None:
-        say(f"a first pass over {longest} tokens, dense")
-        model.set_attn_implementation("sdpa")
-        seconds = reader.time_of(per_document)
-        documents = int(60 * minutes / (_PASSES * seconds))
-        max_tokens = per_document * max(2, min(_MOST_DOCUMENTS, documents))
-    else:
-        check_int("max_tokens", max_tokens, per_document)
-    reader.stream = stream[:max_tokens]
-
-    rows: list[AdviceRow] = []
-    wall, used = time.perf_counter(), time.process_time()
-    for done, (length, blocks) in enumerate(plan):
-        if blocks is None:
-            model.set_attn_implementation("sdpa")
-        else:
-            set_attention(model, name, block_per_row=blocks)
-        say(f"{done + 1} of {len(plan)}: {length} tokens, {_words(blocks)}")
-        rows.append(reader.row(length, blocks, longest))
-    wall, used = time.perf_counter() - wall, time.process_time() - used
-    return Advice(
-        tuple(rows),
-        longest,
-        len(reader.stream),
-        None if reader.chunks is None else len(reader.chunks.nll),
-        round(used / (wall * torch.get_num_threads()), 3),
-        recommend(rows),
-    )
-
-
-def _words(blocks: int | list[int] | None) -> str:
-    return "dense attention" if blocks is None else f"block_per_row={blocks}"
-
-
-def _budgets(model: PreTrainedModel, budgets: Sequence[int] | None) -> list[int | list[int]]:
-    """The budgets to compare, rising: those given, or the usual ones and the model's own."""
-    settings = AttentionSettings.of(model.config)
-    if settings.resolutions is not None:
-        raise ValueError(
-            f"model must have two scales, got resolutions={list(settings.resolutions)}: budgets of "
-            "blocks per row are compared, and more scales have none."
-        )
-    if budgets is not None:
-        for blocks in budgets:
-            check_int("block_per_row", blocks, 1)
-            settings.replace(block_per_row=blocks).check()
-        return sorted(set(budgets))
-    chosen: list[int | list[int]] = [x for x in BUDGETS if _fits(settings, x)]
-    own = settings.block_per_row if settings.block_budget is None else None
-    own = list(own) if isinstance(own, tuple) else own
-    if own is not None and own not in chosen:
-        chosen.append(own)
-    return sorted(chosen, key=lambda x: statistics.mean(x) if isinstance(x, list) else x)
-
-
-def _fits(settings: AttentionSettings, blocks: int) -> bool:
-    """Whether the priors of a model leave room in a budget."""
-    try:
-        settings.replace(block_per_row=blocks).check()
-    except ValueError:
-        return False
-    return True
-
-
-def _is_approximate(model: PreTrainedModel, blocks: int | list[int], length: int) -> bool:
-    smallest = min(blocks) if isinstance(blocks, list) else blocks
-    size = AttentionSettings.of(model.config).block_size
-    assert size is not None  # there are two scales
-    return smallest * size < length
-
-
-class _Reader:
-    """Reads one stream of tokens at every length."""
-
-    def __init__(self, model, tokenizer, texts, stream: Tensor, borders, masked_lm: bool):
-        self.model, self.tokenizer, self.texts = model, tokenizer, texts
-        self.stream, self.masked_lm = stream, masked_lm
-        before, after = (torch.tensor(ids).long() for ids in borders)
-        self.borders = (before, after)
-        #: Of dense attention in chunks of the shortest length, and at the present length.
-        self.chunks: MaskedTokenLosses | None = None
-        self.dense: MaskedTokenLosses | None = None
-        self.dense_states: list[Tensor] = []
-
-    @torch.no_grad()
-    def time_of(self, tokens: int) -> float:
-        """Seconds of the encoder for one chunk of so many tokens of the text."""
-        with _Watch(self.model.base_model) as watch:
-            list(states_of_pieces(self.model.base_model, self.stream, self.borders, [(0, tokens)]))
-        return watch.seconds[0]
-
-    @torch.no_grad()
-    def row(self, length: int, blocks: int | list[int] | None, longest: int) -> AdviceRow:
-        """Read all of the stream in chunks of `length` with the present attention."""
-        encoder = self.model.base_model
-        measured: dict[str, Any] = {}
-        with _Watch(encoder) as watch:
-            if self.masked_lm:
-                measured = self._masked_tokens(length, is_dense=blocks is None)
-            else:
-                places = pieces(len(self.stream), length - sum(map(len, self.borders)))
-                states = list(states_of_pieces(encoder, self.stream, self.borders, places))
-        if not self.masked_lm:
-            measured = {"cosine": self._cosine(states, is_dense=blocks is None)}
-        seconds = longest * watch.seconds_per_token()
-        peak = None if watch.peak is None else watch.peak / 1e6
-        return AdviceRow(length, blocks, seconds, peak, **measured)
-
-    def _masked_tokens(self, length: int, *, is_dense: bool) -> dict[str, Any]:
-        losses = masked_token_losses(
-            self.model,
-            self.tokenizer,
-            self.texts,
-            length=length,
-            max_tokens=len(self.stream),
-            batch_size=1,
-        )
-        scores = losses.scores()
-        if is_dense:
-            self.dense = losses
-            self.chunks = self.chunks or losses
-        assert self.dense is not None and self.chunks is not None  # dense attention is first
-        return {
-            "accuracy": scores.accuracy,
-            "loss": scores.nll,
-            "over_dense": Difference(*losses.difference(self.dense)),
-            "over_chunks": Difference(*losses.difference(self.chunks)),
-        }
-
-    def _cosine(self, states: list[Tensor], *, is_dense: bool) -> float:
-        if is_dense:
-            self.dense_states = states
-        cosines = [
-            torch.cosine_similarity(x, dense, dim=-1)
-            for x, dense in zip(states, self.dense_states, strict=True)
-        ]
-        return torch.cat(cosines).mean().item()
-
-
-class _Watch:
-    """While it is open: seconds of every forward pass of an encoder, and peak memory of the first.
-
-    Attributes:
-        seconds: of each pass.
-        tokens: of each pass.
-        peak: bytes that the first pass added; None where that cannot be measured.
-    """
-
-    def __init__(self, encoder: PreTrainedModel):
-        self.encoder = encoder
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
-        self.peak: int | None = None
-
-    def __enter__(self) -> "_Watch":
-        self._hooks = (
-            self.encoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self.encoder.register_forward_hook(self._end),
-        )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, encoder, inputs, named) -> None:
-        ids = named["input_ids"] if "input_ids" in named else inputs[0]
-        self.tokens.append(ids.numel())
-        if not self.seconds:
-            self._before = reset_peak(ids.device)
-        self._start = self._now(ids.device)
-
-    def _end(self, encoder, inputs, output) -> None:
-        device = output[0].device
-        self.seconds.append(self._now(device) - self._start)
-        if len(self.seconds) == 1:
-            self.peak = added_since(self._before, device)
-
-    @staticmethod
-    def _now(device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    def seconds_per_token(self) -> float:
-        """The median over the passes; the first one is for warming up where there are more."""
-        passes = [s / n for s, n in zip(self.seconds, self.tokens, strict=True)]
-        return statistics.median(passes[1:] or passes)
-
-
 def recommend(rows: Sequence[AdviceRow]) -> str:
     """Return, in sentences, which row to take and why.
 
     At the longest length the fastest attention is taken whose quality is within the tolerance of
-    dense attention there. It is compared with dense attention in chunks of the shortest length,
-    which is how a source is used without conversion.
+    dense attention there; of equal times, the best quality. It is compared with dense attention in
+    chunks of the shortest length, which is how a source is used without conversion.
     """
     shortest, longest = rows[0].length, rows[-1].length
     at_longest = [row for row in rows if row.length == longest]
     dense = next(row for row in at_longest if row.block_per_row is None)
     good = [row for row in at_longest if _is_good(row)]
-    best = min(good, key=lambda row: row.seconds)
+    fastest = min(row.seconds for row in good)
+    best = min((row for row in good if row.seconds <= _SAME_TIME * fastest), key=_cost)
     sentences = [_choice(best, dense, at_longest)]
+    uncertain = max((row.over_dense.half for row in at_longest if row.over_dense), default=0)
+    if uncertain > LOSS_TOLERANCE / 2:
+        sentences.append(
+            f"The text is too short to tell budgets apart (+- {uncertain:.3f} nats): pass more."
+        )
     chunks = next(row for row in rows if row.length == shortest and row.block_per_row is None)
     if shortest < longest:
         sentences.append(_rival(best, chunks))
     return " ".join(sentences)
 
 
+def _cost(row: AdviceRow) -> float:
+    """What an attention costs beside dense attention, in nats or in 1 - cosine."""
+    if row.over_dense is not None:
+        return row.over_dense.mean
+    assert row.cosine is not None  # there is one of the two
+    return 1 - row.cosine
+
+
 def _is_good(row: AdviceRow) -> bool:
-    """Whether a budget costs little beside dense attention."""
-    if row.over_dense is None:
-        return row.cosine is not None and 1 - row.cosine <= COSINE_TOLERANCE
-    return row.over_dense.mean - row.over_dense.half <= LOSS_TOLERANCE
+    tolerance = COSINE_TOLERANCE if row.over_dense is None else LOSS_TOLERANCE
+    return _cost(row) <= tolerance
 
 
 def _quality(row: AdviceRow) -> str:
@@ -427,9 +161,12 @@ def _choice(best: AdviceRow, dense: AdviceRow, at_longest: Sequence[AdviceRow]) 
     )
     cheaper = [row for row in others if row.seconds < best.seconds]
     if cheaper:
-        next_one = max(cheaper, key=lambda row: row.seconds)
+        next_one = min(cheaper, key=_cost)
         text += f"; {next_one.attention} are faster, but with {_quality(next_one)}"
-    return f"{text}."
+    allowed = f"a cosine of {1 - COSINE_TOLERANCE:g}"
+    if best.over_dense is not None:
+        allowed = f"{LOSS_TOLERANCE:g} nats over dense attention"
+    return f"{text}. It is the fastest within {allowed}."
 
 
 def _rival(best: AdviceRow, chunks: AdviceRow) -> str:
@@ -439,8 +176,8 @@ def _rival(best: AdviceRow, chunks: AdviceRow) -> str:
     )
     if best.over_chunks is None:
         return (
-            f"{time_of_chunks}. Which of the two serves your task better no cosine tells: "
-            "compare them there, with the mean over chunks."
+            f"{time_of_chunks}. A cosine does not tell which of the two serves your task better: "
+            "compare both there."
         )
     difference, half = best.over_chunks
     interval = f"{difference - half:+.3f} to {difference + half:+.3f}"
@@ -453,12 +190,13 @@ def _rival(best: AdviceRow, chunks: AdviceRow) -> str:
         return (
             f"{time_of_chunks} and have a loss {difference:.3f} nats lower (95 % interval of the "
             f"difference {interval}): on this text the checkpoint does not use what is far away "
-            "yet. Train it further at this length, or keep chunks where nothing needs the whole "
-            "document in one pass."
+            "yet. Continue masked-LM training at this length, or keep chunks where nothing needs "
+            "the whole document in one pass."
         )
     return (
         f"{time_of_chunks} and have about the same loss (95 % interval of the difference "
-        f"{interval}): read a document whole where the task needs it, or train further."
+        f"{interval}): read a document whole where the task needs it; to gain more from its "
+        "length, continue masked-LM training at this length."
     )
 
 

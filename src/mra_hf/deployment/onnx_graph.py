@@ -172,18 +172,22 @@ def _function(kind: _Kind, opset: int) -> onnx.FunctionProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of torch's exporter, none of which a user can act on."""
+    """Without the warnings of torch's exporter and of ONNX Runtime's quantisation, which writes to
+    the root logger; none of which a user can act on.
+    """
     import logging
 
-    logger = logging.getLogger("torch.onnx._internal.exporter")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx._internal.exporter", None)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def quantize(file: Path) -> None:
