@@ -128,8 +128,11 @@ def test_the_fastest_budget_within_the_tolerance_is_taken():
 def test_a_text_too_short_to_tell_budgets_apart_is_named_and_changes_no_choice():
     losses = {(512, None): 3.4, (4096, None): 3.3, (4096, 4): 3.6, (4096, 8): 3.38, (4096, 16): 3.3}
     assert "too short" not in recommend(rows(losses, SECONDS))
-    text = recommend(rows(losses, SECONDS, half=0.05))
-    assert "block_per_row=16" in text and "too short to tell budgets apart (+- 0.050 nats)" in text
+    text = recommend(rows(losses, SECONDS, half=0.04))
+    assert "block_per_row=16" in text
+    assert "too short to tell whether 8 blocks stay within 0.05 nats" in text
+    text = recommend(rows(losses, SECONDS, half=0.06))
+    assert "whether 8 blocks and 16 blocks stay" in text
 
 
 def test_of_equal_times_the_better_quality_is_taken_and_faster_rows_are_the_best_of_them():

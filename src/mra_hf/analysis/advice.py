@@ -110,10 +110,10 @@ def recommend(rows: Sequence[AdviceRow]) -> str:
     fastest = min(row.seconds for row in good)
     best = min((row for row in good if row.seconds <= _SAME_TIME * fastest), key=_cost)
     sentences = [_choice(best, dense, at_longest)]
-    uncertain = max((row.over_dense.half for row in at_longest if row.over_dense), default=0)
-    if uncertain > LOSS_TOLERANCE / 2:
+    if unclear := [row.attention for row in at_longest if _is_unclear(row)]:
         sentences.append(
-            f"The text is too short to tell budgets apart (+- {uncertain:.3f} nats): pass more."
+            f"This text is too short to tell whether {' and '.join(unclear)} stay within "
+            f"{LOSS_TOLERANCE:g} nats: pass more."
         )
     chunks = next(row for row in rows if row.length == shortest and row.block_per_row is None)
     if shortest < longest:
@@ -132,6 +132,14 @@ def _cost(row: AdviceRow) -> float:
 def _is_good(row: AdviceRow) -> bool:
     tolerance = COSINE_TOLERANCE if row.over_dense is None else LOSS_TOLERANCE
     return _cost(row) <= tolerance
+
+
+def _is_unclear(row: AdviceRow) -> bool:
+    """Whether a wide interval lies on both sides of the tolerance."""
+    if row.over_dense is None or row.block_per_row is None:
+        return False
+    mean, half = row.over_dense
+    return half > LOSS_TOLERANCE / 2 and abs(mean - LOSS_TOLERANCE) < half
 
 
 def _quality(row: AdviceRow) -> str:
@@ -163,9 +171,9 @@ def _choice(best: AdviceRow, dense: AdviceRow, at_longest: Sequence[AdviceRow]) 
     if cheaper:
         next_one = min(cheaper, key=_cost)
         text += f"; {next_one.attention} are faster, but with {_quality(next_one)}"
-    allowed = f"a cosine of {1 - COSINE_TOLERANCE:g}"
+    allowed = f"a cosine of {1 - COSINE_TOLERANCE:g} to dense attention"
     if best.over_dense is not None:
-        allowed = f"{LOSS_TOLERANCE:g} nats over dense attention"
+        allowed = f"{LOSS_TOLERANCE:g} nats of dense attention"
     return f"{text}. It is the fastest within {allowed}."
 
 
