@@ -59,6 +59,14 @@ def test_a_table_a_recommendation_and_files(kind, folder, capsys):
     assert (folder / "advice" / "advice.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("kind", ["ours", "roberta"])
+def test_a_tokenizer_may_lie_elsewhere(kind, folder):
+    MODELS[kind]().save_pretrained(kind)
+    word_tokenizer().save_pretrained("words")
+    arguments = f"advise {kind} --tokenizer words --text text.txt --lengths 256 --max-tokens 300"
+    assert main(arguments.split()) == 0
+
+
 def test_json_is_all_of_the_output(capsys):
     save("ours")
     arguments = "advise ours --text text.txt --lengths 256 --max-tokens 300 --json --out x"

@@ -1,8 +1,8 @@
 """Which budget at which length: measured with your checkpoint, text and machine.
 
-For every length, with every budget of exact blocks and with dense attention:
-seconds for a document, peak memory, and the masked-token loss; without a
-masked-LM head, how far hidden states agree with dense attention. Then one
+For every length, with every budget of exact blocks and with dense attention, it
+measures seconds for a document, peak memory, and the masked-token loss; without
+a masked-LM head, how far hidden states agree with dense attention. Then one
 recommendation: the fastest within 0.05 nats of dense attention, or within a
 cosine of 0.95. Checkpoints of other types are converted first, in a temporary
 folder. A model of base size takes less than five minutes on two cores.
@@ -47,7 +47,8 @@ from mra_hf.results.files import source_commit, write_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("checkpoint", help="directory or hub id of an encoder")
-    parser.add_argument(
+    usual = parser.add_argument_group("most used options")
+    usual.add_argument(
         "--text",
         nargs="+",
         required=True,
@@ -57,14 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-column", default="text", help="field of .jsonl files (default: %(default)s)"
     )
-    parser.add_argument(
+    usual.add_argument(
         "--lengths",
         type=int,
         nargs="+",
         metavar="N",
         help="tokens (default: 512, 1024, ... to the model's longest, at most 4096)",
     )
-    parser.add_argument(
+    usual.add_argument(
         "--block-per-row",
         type=int,
         nargs="+",
@@ -77,18 +78,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of the text to read (default: as many as take about four minutes)",
     )
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="directory or hub id (default: that of the checkpoint)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="default: %(default)s"
     )
-    parser.add_argument(
+    usual.add_argument(
         "--out",
         type=Path,
         default=Path("advice"),
         help="folder for advice.json and advice.png (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="replace an earlier advice in --out")
-    parser.add_argument("--json", action="store_true", help="print advice.json, not a table")
+    usual.add_argument("--json", action="store_true", help="print advice.json, not a table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -177,9 +181,9 @@ def _opened(
             length = max(args.lengths or [LONGEST])
             say(f"converting it to {length} tokens, into a temporary folder")
             name = str(Path(folder) / "converted")
-            convert_checkpoint(args.checkpoint, name, max_length=length)
+            convert_checkpoint(args.checkpoint, name, max_length=length, tokenizer=args.tokenizer)
             config = read_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or name)
         architectures = config.architectures or []
         masked_lm = tokenizer.mask_token_id is not None and any(
             architecture.endswith("ForMaskedLM") for architecture in architectures

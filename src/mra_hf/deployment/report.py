@@ -39,4 +39,11 @@ class ExportReport:
             f"{'tokens':>8}{'difference from the model':>28}{'ms, batch of 2':>18}",
         ]
         lines += [f"{n:>8}{error:>28.1e}{ms:>18.1f}" for n, error, ms in self.rows]
+        if self.dtype == "int8":
+            lines += [
+                "",
+                "The difference is that of the worst token, as a share of the largest output. The "
+                "English model",
+                "of this package differs by 0.2 to 0.4 in 8 bits, and loses 0.007 nats by it.",
+            ]
         return "\n".join(lines)
