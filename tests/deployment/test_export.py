@@ -78,7 +78,15 @@ def test_a_graph_holds_standard_operators_and_named_sizes(exported):
     assert sizes == ["batch", "tokens"]
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.class_name)
+def head_cases():
+    """Every head; those that are exported as another one is are slow tests."""
+    like_others = ("MraForTokenClassification", "MraForMultipleChoice")
+    for head in HEADS:
+        marks = [pytest.mark.slow] if head.class_name in like_others else []
+        yield pytest.param(head, id=head.class_name, marks=marks)
+
+
+@pytest.mark.parametrize("head", list(head_cases()))
 def test_every_head_equals_its_model_at_other_sizes(head):
     torch.manual_seed(1)
     model = head.model_class(mra_config(**SETTINGS, num_labels=2)).eval()
