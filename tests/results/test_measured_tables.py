@@ -68,7 +68,7 @@ def deployment_table() -> list[str]:
 
 
 def accuracy_table() -> list[str]:
-    """Runtime and dtype -> accuracy, loss and file of the English model, seconds of RoBERTa-base."""
+    """Runtime and dtype -> accuracy, loss and file of the English model, seconds of a base one."""
     rows = read("deployment.csv")
     seconds = {
         (row["runtime"], row["dtype"], row["length"]): f"{float(row['ms_median']) / 1e3:.2f}"
