@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -62,10 +67,36 @@ def read_config(name: "str | os.PathLike[str]", **settings: Any) -> PreTrainedCo
             snapshot_download(str(name), allow_patterns="config.json")
         except Exception as error:  # the client raises errors of several libraries
             raise OSError(
-                f"{name} is neither a directory here nor a model that could be fetched from the "
-                "hub; check the name and the connection, or pass a directory."
+                f"{name} is neither a directory here nor a model that could be fetched: "
+                f"{why_not_fetched(error)}, or pass a directory."
             ) from error
     return AutoConfig.from_pretrained(name, **settings)
+
+
+def why_not_fetched(error: Exception) -> str:
+    """What the hub's client ran into, and what to do, as the middle of a sentence."""
+    match error:
+        case GatedRepoError():
+            return "the repository on the hub is gated: accept its terms there and log in"
+        case RepositoryNotFoundError():
+            return (
+                "the hub has no repository of this name that can be read without logging in: check "
+                "the name, or log in if it is private"
+            )
+        case ConnectionError() | LocalEntryNotFoundError() if is_offline_mode():
+            return "the hub's client is offline (HF_HUB_OFFLINE) and has no copy: unset it"
+        # The client looks into its cache last: what is missing there could not be fetched before.
+        case ConnectionError() | LocalEntryNotFoundError():
+            return "the hub could not be reached: check the name and the connection"
+        case _:
+            return (
+                f"the hub's client failed ({type(error).__name__}: {first_line(error)}): try again"
+            )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; empty if it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def load_model(

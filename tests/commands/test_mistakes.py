@@ -77,6 +77,7 @@ def test_the_hub_is_asked_once_for_what_is_not_here(monkeypatch, refused):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", None)
     message = refused("score", "nowhere", "--text", "text.txt")
     assert "check the name and the connection" in message and asked == ["nowhere"]

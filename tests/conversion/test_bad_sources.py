@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
-from mra_hf import MraConfig
+from mra_hf import MraConfig, loading
 from mra_hf.conversion import files
 
 
@@ -204,15 +204,21 @@ def test_a_source_that_cannot_be_fetched_is_one_sentence(
     def snapshot_download(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(files, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(files, "is_offline_mode", lambda: offline)
-    with pytest.raises(OSError) as caught:
-        convert("no-such-user/no-such-model", tmp_path / "out")
-    message = str(caught.value)
-    assert message.startswith("there is no directory no-such-user/no-such-model, and the ")
-    assert said in message and message.endswith(", or pass a directory.")
-    assert "Got:" not in message and "Make sure" not in message, "the client's words are the cause"
-    assert caught.value.__cause__ is error
+    for module in (files, loading):
+        monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: offline)
+    name = "no-such-user/no-such-model"
+    for call, start in (
+        (lambda: convert(name, tmp_path / "out"), f"there is no directory {name}, and the "),
+        (lambda: loading.read_config(name), f"{name} is neither a directory here nor a model"),
+    ):
+        with pytest.raises(OSError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(start)
+        assert said in message and message.endswith(", or pass a directory.")
+        assert "Got:" not in message and "Make sure" not in message, "these are the cause"
+        assert caught.value.__cause__ is error
 
 
 def test_an_empty_tokenizer_is_refused(tmp_path):

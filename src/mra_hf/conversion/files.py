@@ -18,15 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from huggingface_hub import is_offline_mode, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from mra_hf.loading import first_line, why_not_fetched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,7 +90,7 @@ def resolve_checkpoint(
             folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the client raises errors of several libraries
         raise OSError(
-            f"there is no directory {name}, and {_why_not_fetched(error)}, or pass a directory."
+            f"there is no directory {name}, and {why_not_fetched(error)}, or pass a directory."
         ) from error
     return CheckpointLocation(name, folder, name)
 
@@ -172,7 +169,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise OSError(
             f"{file} could not be read as safetensors, "
-            f"it is truncated or corrupt ({_first_line(error)}); fetch it again."
+            f"it is truncated or corrupt ({first_line(error)}); fetch it again."
         ) from error
 
 
@@ -183,7 +180,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip and torch raise errors of many kinds
         raise OSError(
             f"{file} could not be read as PyTorch weights, it is truncated, corrupt "
-            f"or holds more than tensors ({type(error).__name__}: {_first_line(error)}); "
+            f"or holds more than tensors ({type(error).__name__}: {first_line(error)}); "
             "fetch it again, or save it as safetensors."
         ) from error
     if not isinstance(content, dict) or not all(
@@ -191,31 +188,6 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"{file} must hold a dictionary of named tensors, as save_pretrained did.")
     return content
-
-
-def _why_not_fetched(error: Exception) -> str:
-    """What the hub's client ran into, and what to do, as the middle of a sentence."""
-    match error:
-        case GatedRepoError():
-            return "the repository on the hub is gated: accept its terms there and log in"
-        case RepositoryNotFoundError():
-            return (
-                "the hub has no repository of this name that can be read without logging in: check "
-                "the name, or log in if it is private"
-            )
-        case ConnectionError() | LocalEntryNotFoundError() if is_offline_mode():
-            return "the hub's client is offline (HF_HUB_OFFLINE) and has no copy: unset it"
-        # The client looks into its cache last: what is missing there could not be fetched before.
-        case ConnectionError() | LocalEntryNotFoundError():
-            return "the hub could not be reached: check the name and the connection"
-        case _:
-            return (
-                f"the hub's client failed ({type(error).__name__}: {_first_line(error)}): try again"
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def check_output(output: Path, *, force: bool, source: Path | None = None) -> None:
