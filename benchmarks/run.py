@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full: half an hour; "
         "implementations: every fast implementation that runs here, five minutes; "
         "models: whole RoBERTa-base models, ten minutes; "
+        "wikihop: training steps of a model that chooses among candidates, three minutes; "
         "lengths: training on texts of 50 to 4096 tokens, two minutes; "
         "scales: two and three scales up to 131072 tokens, four minutes; "
         "adamra: attention layers of the Long Range Arena up to 65536 tokens, three minutes",

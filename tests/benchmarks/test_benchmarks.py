@@ -119,7 +119,8 @@ def test_the_smoke_preset_writes_every_kind_of_row(tmp_path):
     assert {row["op"] for row in rows} == set(OPS)
     for op in OPS:
         providers = {row["provider"] for row in rows if row["op"] == op}
-        ours = "mra2_torch" if op == "implementations" else "mra2"
+        by_name = op in ("implementations", "candidate_choice")
+        ours = "mra2_torch" if by_name else "mra2"
         assert {"sdpa", ours} <= providers, "dense attention is always beside"
     assert all(float(row["ms_median"]) > 0 for row in rows)
     assert {"longformer_64", "mra_1024_32_1", "linear"} <= {row["provider"] for row in rows}
