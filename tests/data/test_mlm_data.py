@@ -170,6 +170,15 @@ def test_a_text_file_is_one_document_and_a_json_line_is_one(files):
     assert [row["text"] for row in streamed] == ["w14\nw15", "w16"]
 
 
+def test_a_text_column_of_text_files_is_not_ignored_in_silence(files, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(mlm.logger, "warning", warnings.append)
+    assert len(load_documents(files / "texts", text_column="body")) == 2
+    assert len(warnings) == 1 and "text_column='body' is not used" in warnings[0]
+    load_documents(files / "texts")
+    assert len(warnings) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "options", "words"),
     [

@@ -119,6 +119,15 @@ def test_int8_halves_the_file_and_stays_close(exported, checkpoint, tmp_path):
     assert 1e-6 < max(error for _, error, _ in small.rows) < 0.5
 
 
+def test_weights_beyond_protobuf_lie_in_a_file_beside_the_graph(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_LARGEST_FILE", 1000)
+    for dtype, files in (("float32", ["model.onnx", "model.onnx_data"]), ("int8", ["model.onnx"])):
+        report = export_checkpoint(checkpoint, tmp_path / dtype, dtype=dtype)
+        assert sorted(path.name for path in (tmp_path / dtype / "onnx").iterdir()) == files
+        assert session_of(tmp_path / dtype).get_outputs()[0].name == "logits"
+        assert len(report.rows) == 3
+
+
 @pytest.mark.slow
 def test_float16_runs_on_a_cpu_and_stays_close_to_float32(exported, checkpoint, tmp_path):
     half = export_checkpoint(checkpoint, tmp_path / "half", dtype="float16")

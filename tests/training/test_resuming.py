@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import mra_hf
 from files import read_csv, read_json, write_json_lines
 from mra_hf.commands import main
+from mra_hf.training import resuming
 from tiny_models import enter_copy, mra_config, word_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, streaming):
     assert main(["run-mlm", *arguments, *RESUME]) == 0
     assert curve("run") == curve("unbroken") and len(curve("run")) == 24
     assert read_json("run/results.json")["train"]["resumed_from"]
+
+
+def test_where_nothing_ever_ran_nothing_is_resumed(folder, refused, monkeypatch):
+    error = refused("run-mlm", "run.yaml", *RESUME, "--output_dir", "rnu")
+    assert "output_dir rnu holds no run to resume" in error and not Path("rnu").exists()
+    warnings = []
+    monkeypatch.setattr(resuming.logger, "warning", warnings.append)
+    Path("run").mkdir()
+    Path("run/results.json").write_text("{}")  # as if killed before the first checkpoint
+    assert main(["run-mlm", "run.yaml", *RESUME, "--max_steps", "1"]) == 0
+    assert any("run has no checkpoint yet" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,13 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from mra_attention.checks import check_int
 from mra_hf.data.hub import fetching
 from mra_hf.data.tables import read_table
+
+logger = logging.get_logger(__name__)
 
 #: Documents tokenised and packed together; a shard loses its last incomplete chunk.
 SHARD_DOCUMENTS = 1000
@@ -49,7 +52,7 @@ def load_documents(
             some datasets have between paragraphs, are skipped by `pack`.
         config_name: configuration of a dataset of the hub.
         split: its split; ignored for files.
-        text_column: the field with the text.
+        text_column: the field with the text; `.txt` files have none, and a warning says so.
         streaming: read the text while training, not before.
 
     Returns:
@@ -72,7 +75,9 @@ def load_documents(
             raise ValueError(
                 f"text files must all be .txt or all be .jsonl, got {sorted(kinds)} in {names}."
             )
-        text_column = "text" if kinds == {".txt"} else text_column
+        if kinds == {".txt"} and text_column != "text":
+            logger.warning(f"text_column={text_column!r} is not used: .txt files have no columns.")
+            text_column = "text"
         documents = _load_files(files, names, text_column, streaming)
     else:
         if len(names) != 1 or any(mark in names[0] for mark in "*?[") or _is_path(str(names[0])):

@@ -52,6 +52,8 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "int8": 0.2}
 #: Sizes of the example that is traced; torch would take a size of 1 for a constant.
 _EXAMPLE = (2, 100)
+#: Bytes of weights that go into the file of the graph itself, since protobuf ends at 2 GB.
+_LARGEST_FILE = 1.8e9
 #: Most tokens of the longest text that the graph is compared on.
 _LONGEST_CHECK = 2000
 
@@ -219,8 +221,7 @@ def _write_onnx(
         progress=progress,
     )
     weights = sum(p.numel() * p.element_size() for p in graph.parameters())
-    # A file of protobuf holds 2 GB.
-    external = "model.onnx.data" if weights > 1.8e9 else None
+    external = "model.onnx_data" if weights > _LARGEST_FILE else None  # optimum knows this name
     onnx_ir.save(model, file, external_data=external)
     if dtype == "int8":
         progress("quantising the linear layers")

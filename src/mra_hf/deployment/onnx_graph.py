@@ -208,4 +208,4 @@ def quantize(file: Path) -> None:
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": 1},
         )
     small.replace(file)
-    file.with_suffix(".onnx.data").unlink(missing_ok=True)
+    file.with_suffix(".onnx_data").unlink(missing_ok=True)

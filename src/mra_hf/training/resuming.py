@@ -55,8 +55,8 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
     A run that was stopped after its last step is resumed too: it has still to save and to evaluate.
 
     Raises:
-        ValueError: results are in the way, there is no such checkpoint, it is damaged or has no
-            optimizer state, or the run is finished.
+        ValueError: results are in the way, there is no such run or checkpoint, it is damaged or
+            has no optimizer state, or the run is finished.
     """
     request = str(training_args.resume_from_checkpoint or "false")
     output = output_folder(training_args)
@@ -73,8 +73,14 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             raise ValueError(
                 f"output_dir {output} holds a finished run and no checkpoint to resume."
             )
+        if not checkpoints and is_empty:
+            raise ValueError(
+                f"output_dir {output} holds no run to resume; correct the folder, or leave "
+                "resume_from_checkpoint out to start one there."
+            )
         if not checkpoints:
-            return None  # the run was stopped before its first checkpoint
+            logger.warning(f"{output} has no checkpoint yet: the training starts again at step 0.")
+            return None
         checkpoint = checkpoints[-1]
     else:
         checkpoint = Path(request)
