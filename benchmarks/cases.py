@@ -92,10 +92,10 @@ def self_attention(case: Case) -> list[dict]:
 
 def model(case: Case) -> list[dict]:
     """RoBERTa-base with a masked-LM head: a forward pass, and a training step with AdamW."""
-    assert case.dtype == "fp32"
     rows = []
     for name, training in (("fwd", False), ("step", True)):
-        providers, inputs = whole_models(case.length, case.budgets, case.device, training)
+        arguments = (case.length, case.budgets, case.device, training, DTYPES[case.dtype])
+        providers, inputs = whole_models(*arguments)
         # One pass of a long model takes a minute: it warms itself up.
         samples = _timed(case, providers, inputs, warm_up=case.length < 4096)
         rows += _rows("model", case, name, samples)

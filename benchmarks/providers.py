@@ -166,20 +166,22 @@ def training_step(
 
 
 def whole_models(
-    length: int, budgets: tuple[int, ...], device: str, training: bool
+    length: int, budgets: tuple[int, ...], device: str, training: bool, dtype: torch.dtype
 ) -> tuple[Providers, tuple[Tensor]]:
     """RoBERTa-base with a masked-LM head, dense and MRA-2, and its input.
 
     Returns:
-        Functions of the token ids `[1, N]`: a forward pass to the hidden states, or a training
-        step (15 % of the tokens predicted, AdamW); and the ids.
+        Functions of the token ids `[1, N]`: a forward pass to the hidden states in `dtype`, or a
+        training step (15 % of the tokens predicted, AdamW; in bfloat16 by autocast, as `Trainer`
+        has it with `bf16`); and the ids.
     """
     ids, labels = labelled_tokens(1, length, device)
 
     def build(mra: dict | None) -> Callable[[Tensor], Tensor]:
         model = roberta_base(length, device, mra, training)
         if training:
-            return training_step(model, labels)
+            return training_step(model, labels, autocast=dtype == torch.bfloat16)
+        model.to(dtype)
         return lambda ids: model.roberta(ids).last_hidden_state
 
     providers: Providers = {("sdpa", None): build(None)}

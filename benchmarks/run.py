@@ -82,6 +82,7 @@ PRESETS = {
         Sweep("model", _SHORT, ("fp32",), (8,), 3),
         Sweep("model", (4096, 8192), ("fp32",), (8,), 1),
     ),
+    "models_bf16": (Sweep("model", (512, 1024, 2048, 4096, 8192), ("bf16",), (8,), 1),),
     "wikihop": (Sweep("candidate_choice", (1024, 4096), ("fp32",), (8,), 5),),
     "scales": (
         Sweep("scales", (4096, 8192, 16384, 32768), ("fp32",), (4,), 3),
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "full: half an hour; "
         "implementations: every fast implementation that runs here, five minutes; "
         "models: whole RoBERTa-base models, ten minutes; "
+        "models_bf16: the same in bfloat16, most of an hour on CPUs without instructions for it; "
         "wikihop: training steps of a model that chooses among candidates, three minutes; "
         "lengths: training on texts of 50 to 4096 tokens, two minutes; "
         "scales: two and three scales up to 131072 tokens, four minutes; "
