@@ -37,6 +37,7 @@ def environment() -> dict[str, str]:
     """Name of a fact -> what is so here."""
     facts = {"mra_hf": mra_hf.__version__, "python": platform.python_version()}
     facts |= {name: _version(name) for name in LIBRARIES}
+    facts["torch"] = torch.__version__  # with the device it was built for, which its metadata lacks
     if not triton_is_installed():
         facts["triton"] = f"not installed; only for GPUs: {INSTALL_TRITON}"
     facts["system"] = platform.platform()
