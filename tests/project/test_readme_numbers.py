@@ -46,6 +46,18 @@ def cosine(blocks: int) -> str:
     return f"{advice('minilm', blocks)['cosine']:.3f}"
 
 
+def draft_ratios() -> tuple[str, ...]:
+    rows = {
+        (row["provider"], row["pass"]): float(row["ms_median"])
+        for row in overview.read_rows(overview.RESULTS / "cpu_draft_sapphire_rapids.csv")
+        if (row["dtype"], row["length"]) == ("fp32", "4096")
+    }
+    passes = ("fwd", "fwd+bwd")
+    return tuple(
+        f"{rows['sdpa', name] / rows['draft_of_mra2_native', name]:.0f}x" for name in passes
+    )
+
+
 #: A sentence of the first screen, # for each number -> the numbers by the rows.
 SENTENCES = {
     "**#** untrained with 16 blocks per row; the source in chunks of 512 has #": lambda: (
@@ -61,6 +73,7 @@ SENTENCES = {
         ratio("attention, forward", 4096, 1),
         ratio("attention, with backward", 4096, 1),
     ),
+    "a draft of these kernels made attention # and # as fast": draft_ratios,
     "RoBERTa-base **#** forward and **#** in a training step": lambda: (
         ratio("RoBERTa-base, forward", 4096, 1),
         ratio("RoBERTa-base, training step", 4096, 1),

@@ -71,3 +71,21 @@ def test_whole_models_and_chunks():
     ]
     for shown_row, expected in zip(shown, [chunk, *whole], strict=True):
         assert shown_row == pytest.approx(expected, abs=0.051)
+
+
+def test_the_draft_of_the_kernels():
+    rows = times("cpu_draft_sapphire_rapids.csv")
+    section = PAGE.split("\n## Intel Sapphire Rapids: a draft of the kernels\n")[1].split("\n#")[0]
+    table = re.findall(r"^\| (\d+) \|(.*)\|$", section, re.MULTILINE)
+    assert {tokens for tokens, _ in table} == {length for _, _, length, _ in rows}
+    for tokens, cells in table:
+        shown = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", cells.replace(",", ""))]
+        expected = []
+        for dtype in ("fp32", "bf16"):
+            dense, draft = (
+                [rows[provider, dtype, tokens, each] for each in PASSES]
+                for provider in ("sdpa", "draft_of_mra2_native")
+            )
+            ratios = [slow / fast for slow, fast in zip(dense, draft, strict=True)]
+            expected += [*dense, *draft, *ratios]
+        assert shown == pytest.approx(expected, rel=0.035)
