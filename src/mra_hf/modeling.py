@@ -145,7 +145,8 @@ class MraEmbeddings(RobertaEmbeddings):
         token_type_ids: torch.LongTensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: Tensor | None = None,
-        **cache_length: int,
+        past_key_values_length: int = 0,
+        cache_length: int = 0,  # the same since Transformers 5.24
     ) -> Tensor:
         is_ids = input_ids is not None
         argument, given = ("input_ids", input_ids) if is_ids else ("inputs_embeds", inputs_embeds)
@@ -168,8 +169,7 @@ class MraEmbeddings(RobertaEmbeddings):
         _check_rows("position_ids", position_ids, self.position_embeddings)
         _check_rows("token_type_ids", token_type_ids, self.token_type_embeddings)
         inputs = (input_ids, token_type_ids, position_ids, inputs_embeds)
-        # One argument, which was `past_key_values_length` before Transformers 5.24.
-        embeddings = super().forward(*inputs, *cache_length.values())
+        embeddings = super().forward(*inputs, past_key_values_length or cache_length)
         return embeddings if self.projection is None else self.projection(embeddings)
 
 

@@ -271,6 +271,12 @@ def test_a_missing_package_is_named(checkpoint, tmp_path, monkeypatch):
         export_checkpoint(checkpoint, tmp_path / "out")
 
 
+def test_an_old_torch_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
+    with pytest.raises(ValueError, match=r"needs torch 2\.11 or newer, got 2\.10\.0\+cu128"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+
+
 def test_the_command_prints_a_table_and_asks_before_replacing(checkpoint, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["export", str(checkpoint), str(out)]

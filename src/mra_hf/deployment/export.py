@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.torch_version import TorchVersion
 from transformers import AutoTokenizer
 
 from mra_attention.checks import check_choice, check_int
@@ -52,6 +53,8 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TOLERANCES = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, "int8": 0.2}
 #: Sizes of the example that is traced; torch would take a size of 1 for a constant.
 _EXAMPLE = (2, 100)
+#: Earlier ones derive false limits for the length while they trace.
+_OLDEST_TORCH = "2.11"
 #: Bytes of weights that go into the file of the graph itself, since protobuf ends at 2 GB.
 _LARGEST_FILE = 1.8e9
 #: Most tokens of the longest text that the graph is compared on.
@@ -131,7 +134,12 @@ def export_checkpoint(
 
 
 def _check_request(format: str, dtype: str) -> None:
-    """Refuse what the runtime of a format cannot run, and missing packages."""
+    """Refuse what the runtime of a format cannot run, missing packages, and old ones."""
+    if TorchVersion(torch.__version__) < _OLDEST_TORCH:
+        raise ValueError(
+            f"exporting needs torch {_OLDEST_TORCH} or newer, got {torch.__version__}, which "
+            "cannot keep the length of the text open; update torch."
+        )
     if format == "torch":
         if dtype == "int8":
             raise ValueError(
