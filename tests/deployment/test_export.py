@@ -126,6 +126,8 @@ def test_weights_beyond_protobuf_lie_in_a_file_beside_the_graph(checkpoint, tmp_
         assert sorted(path.name for path in (tmp_path / dtype / "onnx").iterdir()) == files
         assert session_of(tmp_path / dtype).get_outputs()[0].name == "logits"
         assert len(report.rows) == 3
+        readme = (tmp_path / dtype / "README.md").read_text()
+        assert ("Keep `onnx/model.onnx_data` beside it" in readme) == (len(files) == 2)
 
 
 @pytest.mark.slow

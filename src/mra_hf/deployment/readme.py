@@ -51,6 +51,9 @@ def write_readme(path: Path, report: ExportReport, file: Path, is_sentence_encod
     if report.model_class == "MraForCandidateChoice":
         run = ""
     rows = "\n".join(f"| {n} | {error:.1e} |" for n, error, _ in report.rows)
+    weights = file.with_name(f"{file.name}_data")
+    if (path.parent / weights).exists():
+        note = f"{note}Keep `{weights.as_posix()}` beside it: it holds the weights. "
     sentence = ""
     if is_sentence_encoder and file.suffix == ".onnx":
         sentence = (
