@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import Trainer
 
 import mra_hf
 from files import read_csv, read_json, write_json_lines
@@ -96,15 +97,45 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder, streaming):
     assert read_json("run/results.json")["train"]["resumed_from"]
 
 
-def test_where_nothing_ever_ran_nothing_is_resumed(folder, refused, monkeypatch):
-    error = refused("run-mlm", "run.yaml", *RESUME, "--output_dir", "rnu")
-    assert "output_dir rnu holds no run to resume" in error and not Path("rnu").exists()
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again(folder, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", stop)
+        assert main(["run-mlm", "run.yaml"]) != 0
     warnings = []
     monkeypatch.setattr(resuming.logger, "warning", warnings.append)
-    Path("run").mkdir()
-    Path("run/results.json").write_text("{}")  # as if killed before the first checkpoint
     assert main(["run-mlm", "run.yaml", *RESUME, "--max_steps", "1"]) == 0
     assert any("run has no checkpoint yet" in warning for warning in warnings)
+
+
+def test_where_nothing_ran_nothing_is_resumed_and_nothing_is_touched(stopped, refused):
+    """A mistyped folder, notes, a model, the parent of runs, a checkpoint, an evaluation."""
+    Path("empty").mkdir()
+    Path("notes").mkdir()
+    Path("notes/plan.txt").write_text("to do")
+    Path("evaluated").mkdir()
+    Path("evaluated/experiment.yaml").write_text("do_eval: true")
+    Path("evaluated/results.json").write_text('{"eval": {"loss": 1.0}}')
+    for name in ("rnu", "empty", "notes", "base", ".", "run/checkpoint-4", "evaluated"):
+        before = contents(Path())
+        error = refused("run-mlm", "run.yaml", *RESUME, "--output_dir", name)
+        assert f"output_dir {name} holds no run to resume" in error
+        assert contents(Path()) == before and not Path("rnu").exists()
+    assert "go on with" not in refused("run-mlm", "run.yaml", "--output_dir", "base")
+    assert "go on with --resume" in refused("run-mlm", "run.yaml")
+
+
+@pytest.mark.parametrize("checkpoint", ["true", "run/checkpoint-4"])
+def test_an_evaluation_does_not_resume(stopped, refused, checkpoint):
+    evaluation = ("--do_train", "false", "--do_eval", "true", "--validation_file", "train.jsonl")
+    error = refused("run-mlm", "run.yaml", *evaluation, "--resume_from_checkpoint", checkpoint)
+    assert "do_train is false" in error and "--model_name_or_path" in error
 
 
 @pytest.mark.parametrize(
@@ -129,11 +160,10 @@ def test_where_nothing_ever_ran_nothing_is_resumed(folder, refused, monkeypatch)
 )
 def test_another_run_is_not_gone_on_with(stopped, refused, arguments, message):
     write_texts(Path("other.jsonl"), 3)
-    before = {path: path.read_bytes() for path in sorted(Path("run").rglob("*")) if path.is_file()}
+    before = contents(Path("run"))
     error = refused("run-mlm", "run.yaml", *RESUME, *arguments.split())
     assert message in error and "Go on with the settings and data of run/experiment.yaml" in error
-    after = {path: path.read_bytes() for path in sorted(Path("run").rglob("*")) if path.is_file()}
-    assert after == before
+    assert contents(Path("run")) == before
 
 
 def test_what_does_not_change_the_course_may_differ(stopped):

@@ -56,32 +56,29 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 
     Raises:
         ValueError: results are in the way, there is no such run or checkpoint, it is damaged or
-            has no optimizer state, or the run is finished.
+            has no optimizer state, the run is finished, or nothing is to be trained.
     """
     request = str(training_args.resume_from_checkpoint or "false")
     output = output_folder(training_args)
     is_empty = not output.is_dir() or not any(output.iterdir())
-    if not training_args.do_train or request.lower() == "false":
+    results = _read(output / RESULTS_NAME)
+    if request.lower() == "false":
         if not is_empty:
-            resume = "go on with --resume_from_checkpoint true, or " * training_args.do_train
+            can_go_on = _checkpoints(output) or _is_at_its_beginning(output, results)
+            is_offered = training_args.do_train and can_go_on
+            resume = "go on with --resume_from_checkpoint true, or " if is_offered else ""
             raise ValueError(f"output_dir {output} is not empty; {resume}name another folder.")
         return None
-    results = _read(output / RESULTS_NAME)
+    if not training_args.do_train:
+        raise ValueError(
+            f"resume_from_checkpoint={request!r} goes on with a training, and do_train is false; "
+            "to evaluate a checkpoint, name it with --model_name_or_path."
+        )
     if request.lower() == "true":
-        checkpoints = _checkpoints(output)
-        if not checkpoints and "train" in results:
-            raise ValueError(
-                f"output_dir {output} holds a finished run and no checkpoint to resume."
-            )
-        if not checkpoints and is_empty:
-            raise ValueError(
-                f"output_dir {output} holds no run to resume; correct the folder, or leave "
-                "resume_from_checkpoint out to start one there."
-            )
-        if not checkpoints:
-            logger.warning(f"{output} has no checkpoint yet: the training starts again at step 0.")
+        last = _last_checkpoint(output, results)
+        if last is None:
             return None
-        checkpoint = checkpoints[-1]
+        checkpoint = last
     else:
         checkpoint = Path(request)
         if not (checkpoint / STATE_NAME).is_file():
@@ -104,6 +101,31 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
             "name another output_dir, or raise max_steps to train further."
         )
     return str(checkpoint)
+
+
+def _is_at_its_beginning(output: Path, results: dict[str, Any]) -> bool:
+    """Whether a run began in this folder and has nothing to show yet, not even a checkpoint."""
+    return (output / EXPERIMENT_NAME).is_file() and not results.keys() & {"train", "eval"}
+
+
+def _last_checkpoint(output: Path, results: dict[str, Any]) -> Path | None:
+    """The last checkpoint of a run; None where the run was stopped before its first one.
+
+    Raises:
+        ValueError: there is none, and the run is finished or there never was one.
+    """
+    checkpoints = _checkpoints(output)
+    if checkpoints:
+        return checkpoints[-1]
+    if "train" in results:
+        raise ValueError(f"output_dir {output} holds a finished run and no checkpoint to resume.")
+    if not _is_at_its_beginning(output, results):
+        raise ValueError(
+            f"output_dir {output} holds no run to resume; correct the folder, or leave "
+            "resume_from_checkpoint out and start a run in an empty one."
+        )
+    logger.warning(f"{output} has no checkpoint yet: the training starts again at step 0.")
+    return None
 
 
 def _check_whole(checkpoint: Path) -> None:
