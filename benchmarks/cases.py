@@ -110,7 +110,9 @@ def model(case: Case) -> list[dict]:
 
 
 def _multiplies_bf16(case: Case) -> bool:
-    return case.device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if case.device != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def candidate_choice(case: Case) -> list[dict]:

@@ -73,7 +73,7 @@ SENTENCES = {
         ratio("attention, forward", 4096, 1),
         ratio("attention, with backward", 4096, 1),
     ),
-    "a draft of these kernels made attention # and # as fast": draft_ratios,
+    "a draft of these kernels gave the same attention **#** forward and **#**": draft_ratios,
     "RoBERTa-base **#** forward and **#** in a training step": lambda: (
         ratio("RoBERTa-base, forward", 4096, 1),
         ratio("RoBERTa-base, training step", 4096, 1),

@@ -160,6 +160,13 @@ def _(folder, capsys, caplog):
         return message_of(export_checkpoint, english_checkpoint(4096), folder)
 
 
+@case("Exporting needs a newer torch")
+def _(folder, capsys, caplog):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "2.10.0")
+        return message_of(export_checkpoint, english_checkpoint(4096), folder)
+
+
 @case("The text is too short to train on")
 def _(folder, capsys, caplog):
     text, model = write(folder, "a few words"), str(english_checkpoint(4096))

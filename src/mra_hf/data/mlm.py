@@ -76,7 +76,9 @@ def load_documents(
                 f"text files must all be .txt or all be .jsonl, got {sorted(kinds)} in {names}."
             )
         if kinds == {".txt"} and text_column != "text":
-            logger.warning(f"text_column={text_column!r} is not used: .txt files have no columns.")
+            logger.warning(
+                f"text_column={text_column!r} is not used for {names}: .txt files have no columns."
+            )
             text_column = "text"
         documents = _load_files(files, names, text_column, streaming)
     else:

@@ -135,10 +135,10 @@ def export_checkpoint(
 
 def _check_request(format: str, dtype: str) -> None:
     """Refuse what the runtime of a format cannot run, missing packages, and old ones."""
-    if TorchVersion(torch.__version__) < _OLDEST_TORCH:
+    if TorchVersion(torch.__version__.split("a0")[0]) < _OLDEST_TORCH:  # a vendor's build
         raise ValueError(
-            f"exporting needs torch {_OLDEST_TORCH} or newer, got {torch.__version__}, which "
-            "cannot keep the length of the text open; update torch."
+            f"exporting needs torch {_OLDEST_TORCH} or newer, got {torch.__version__}, whose "
+            "graphs would only take texts of some lengths; update torch."
         )
     if format == "torch":
         if dtype == "int8":

@@ -51,9 +51,10 @@ def write_readme(path: Path, report: ExportReport, file: Path, is_sentence_encod
     if report.model_class == "MraForCandidateChoice":
         run = ""
     rows = "\n".join(f"| {n} | {error:.1e} |" for n, error, _ in report.rows)
+    kept = ""
     weights = file.with_name(f"{file.name}_data")
     if (path.parent / weights).exists():
-        note = f"{note}Keep `{weights.as_posix()}` beside it: it holds the weights. "
+        kept = f" Keep `{weights.as_posix()}` beside it: the weights are in there."
     sentence = ""
     if is_sentence_encoder and file.suffix == ".onnx":
         sentence = (
@@ -65,8 +66,8 @@ def write_readme(path: Path, report: ExportReport, file: Path, is_sentence_encod
         f"# {report.source}, exported\n\n"
         f"`{file.as_posix()}` is {report.model_class} with multi-resolution attention (MRA-2), "
         f"{report.dtype}, {report.megabytes:.0f} MB, in standard operators: it runs without the "
-        "package mra_hf. Time and memory grow with the budget of exact blocks, not with the square "
-        "of the length.\n\n"
+        f"package mra_hf.{kept} Time and memory grow with the budget of exact blocks, not with the "
+        "square of the length.\n\n"
         f"Inputs: {', '.join(f'`{name}`' for name in report.inputs)}. Outputs: "
         f"{', '.join(f'`{name}`' for name in report.outputs)}. Any batch, any length from 2 "
         f"tokens on. {note}Pad on the right.\n\n{run}\n{sentence}\n"
