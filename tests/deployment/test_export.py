@@ -119,6 +119,7 @@ def test_int8_halves_the_file_and_stays_close(exported, checkpoint, tmp_path):
     assert 1e-6 < max(error for _, error, _ in small.rows) < 0.5
 
 
+@pytest.mark.slow
 def test_weights_beyond_protobuf_lie_in_a_file_beside_the_graph(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "_LARGEST_FILE", 1000)
     for dtype, files in (("float32", ["model.onnx", "model.onnx_data"]), ("int8", ["model.onnx"])):
@@ -277,6 +278,9 @@ def test_an_old_torch_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.10.0+cu128")
     with pytest.raises(ValueError, match=r"needs torch 2\.11 or newer, got 2\.10\.0\+cu128"):
         export_checkpoint(checkpoint, tmp_path / "out")
+    monkeypatch.setattr(torch, "__version__", "2.11.0a0+5228986c39.nv26.01")
+    with pytest.raises(ValueError, match='is for format="onnx"'):  # what is checked next
+        export_checkpoint(checkpoint, tmp_path / "out", format="torch", dtype="int8")
 
 
 def test_the_command_prints_a_table_and_asks_before_replacing(checkpoint, tmp_path, capsys):

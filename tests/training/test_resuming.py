@@ -115,14 +115,16 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(folder, monkeypa
 
 
 def test_where_nothing_ran_nothing_is_resumed_and_nothing_is_touched(stopped, refused):
-    """A mistyped folder, notes, a model, the parent of runs, a checkpoint, an evaluation."""
+    """A mistyped folder, notes, models, the parent of runs, a checkpoint, an evaluation."""
     Path("empty").mkdir()
     Path("notes").mkdir()
     Path("notes/plan.txt").write_text("to do")
     Path("evaluated").mkdir()
     Path("evaluated/experiment.yaml").write_text("do_eval: true")
     Path("evaluated/results.json").write_text('{"eval": {"loss": 1.0}}')
-    for name in ("rnu", "empty", "notes", "base", ".", "run/checkpoint-4", "evaluated"):
+    shutil.copytree("base", "trained")  # its results.json was moved away
+    Path("trained/experiment.yaml").write_text("do_train: true")
+    for name in ("rnu", "empty", "notes", "base", ".", "run/checkpoint-4", "evaluated", "trained"):
         before = contents(Path())
         error = refused("run-mlm", "run.yaml", *RESUME, "--output_dir", name)
         assert f"output_dir {name} holds no run to resume" in error

@@ -135,7 +135,8 @@ def export_checkpoint(
 
 def _check_request(format: str, dtype: str) -> None:
     """Refuse what the runtime of a format cannot run, missing packages, and old ones."""
-    if TorchVersion(torch.__version__.split("a0")[0]) < _OLDEST_TORCH:  # a vendor's build
+    # Vendors' builds of a release call themselves 2.11.0a0+..., which sorts before 2.11.
+    if TorchVersion(torch.__version__.split("a0")[0]) < _OLDEST_TORCH:
         raise ValueError(
             f"exporting needs torch {_OLDEST_TORCH} or newer, got {torch.__version__}, whose "
             "graphs would only take texts of some lengths; update torch."

@@ -105,7 +105,8 @@ def checkpoint_to_resume(training_args: TrainingArguments) -> str | None:
 
 def _is_at_its_beginning(output: Path, results: dict[str, Any]) -> bool:
     """Whether a run began in this folder and has nothing to show yet, not even a checkpoint."""
-    return (output / EXPERIMENT_NAME).is_file() and not results.keys() & {"train", "eval"}
+    has_settings = (output / EXPERIMENT_NAME).is_file() and bool(results)
+    return has_settings and not results.keys() & {"train", "eval"}
 
 
 def _last_checkpoint(output: Path, results: dict[str, Any]) -> Path | None:
